@@ -1,0 +1,360 @@
+// lfq.h: argument checks, then the kernels of the chosen instruction set.
+#include <cmath>
+#include <cstdarg>
+#include <cstdio>
+
+#include "capi/internal.hpp"
+#include "lfq/philox.hpp"
+
+using namespace lfq_internal;
+
+namespace {
+
+thread_local char last_error[256] = "";
+
+int fail(int code, const char* format, ...) {
+  va_list args;
+  va_start(args, format);
+  std::vsnprintf(last_error, sizeof(last_error), format, args);
+  va_end(args);
+  return code;
+}
+
+// Sizes beyond this overflow 32-bit block counters or memory long before they make sense.
+constexpr int64_t max_volume = int64_t(1) << 32;
+
+int64_t volume_of(int32_t ndim, const int32_t* extent) {
+  int64_t v = 1;
+  for (int i = 0; i < ndim; ++i) v *= extent[i];
+  return v;
+}
+
+int check_lattice(const char* what, int32_t ndim, const int32_t* extent) {
+  if (ndim < 1 || ndim > LFQ_MAX_DIM) return fail(LFQ_ERR_ARGUMENT, "%s: ndim is %d, must be 1 to 4", what, int(ndim));
+  int64_t v = 1;
+  for (int i = 0; i < ndim; ++i) {
+    if (extent[i] < 1) return fail(LFQ_ERR_ARGUMENT, "%s: extent[%d] is %d, must be positive", what, i, int(extent[i]));
+    v *= extent[i];
+    if (v > max_volume) return fail(LFQ_ERR_ARGUMENT, "%s: more than 2^32 sites", what);
+  }
+  return LFQ_OK;
+}
+
+int check_theory(const lfq_phi4* t) {
+  if (!t) return fail(LFQ_ERR_ARGUMENT, "theory is null");
+  if (int e = check_lattice("theory", t->ndim, t->extent)) return e;
+  if (!std::isfinite(t->beta)) return fail(LFQ_ERR_ARGUMENT, "theory: beta is not finite");
+  if (!std::isfinite(t->lam)) return fail(LFQ_ERR_ARGUMENT, "theory: lam is not finite");
+  if (t->lam < 0) return fail(LFQ_ERR_ARGUMENT, "theory: lam = %g is negative: the action is unbounded below", t->lam);
+  return LFQ_OK;
+}
+
+int check_chains(int64_t n_chains) {
+  if (n_chains < 0) return fail(LFQ_ERR_ARGUMENT, "n_chains is %lld, must not be negative", (long long)n_chains);
+  return LFQ_OK;
+}
+
+int check_layer(int index, const lfq_layer& l) {
+  char what[32];
+  std::snprintf(what, sizeof(what), "layer %d", index);
+  if (int e = check_lattice(what, l.ndim, l.extent)) return e;
+  if (l.kind < LFQ_LAYER_COUPLING || l.kind > LFQ_LAYER_UPSAMPLE)
+    return fail(LFQ_ERR_ARGUMENT, "%s: unknown kind %d", what, int(l.kind));
+  if (l.kind != LFQ_LAYER_RESCALE)
+    for (int i = 0; i < l.ndim; ++i)
+      if (l.extent[i] % 2)
+        return fail(LFQ_ERR_ARGUMENT, "%s: extent[%d] = %d is odd; the checkerboard needs even extents", what, i,
+                    int(l.extent[i]));
+  if (l.kind != LFQ_LAYER_COUPLING) return LFQ_OK;
+  if (l.parity != 0 && l.parity != 1) return fail(LFQ_ERR_ARGUMENT, "%s: parity is %d, must be 0 or 1", what, int(l.parity));
+  if (l.kernel_size < 3 || l.kernel_size > 9 || l.kernel_size % 2 == 0)
+    return fail(LFQ_ERR_ARGUMENT, "%s: kernel_size is %d, must be 3, 5, 7 or 9", what, int(l.kernel_size));
+  if (l.n_hidden < 0 || l.n_hidden > LFQ_MAX_HIDDEN)
+    return fail(LFQ_ERR_ARGUMENT, "%s: %d hidden layers, must be 0 to %d", what, int(l.n_hidden), LFQ_MAX_HIDDEN);
+  for (int i = 0; i < l.n_hidden; ++i)
+    if (l.hidden[i] < 1 || l.hidden[i] > LFQ_MAX_CHANNELS)
+      return fail(LFQ_ERR_ARGUMENT, "%s: hidden[%d] is %d channels, must be 1 to %d", what, i, int(l.hidden[i]),
+                  LFQ_MAX_CHANNELS);
+  if (l.activation != LFQ_TANH && l.activation != LFQ_LEAKY_RELU)
+    return fail(LFQ_ERR_ARGUMENT, "%s: unknown activation %d", what, int(l.activation));
+  if (l.scale != LFQ_SCALE_NEG_ABS && l.scale != LFQ_SCALE_EXP)
+    return fail(LFQ_ERR_ARGUMENT, "%s: unknown scale %d", what, int(l.scale));
+  if (l.bias != 0 && l.bias != 1) return fail(LFQ_ERR_ARGUMENT, "%s: bias is %d, must be 0 or 1", what, int(l.bias));
+  return LFQ_OK;
+}
+
+int check_flow(const lfq_flow* f) {
+  if (!f) return fail(LFQ_ERR_ARGUMENT, "flow is null");
+  if (f->volume < 1 || f->volume > max_volume) return fail(LFQ_ERR_ARGUMENT, "flow: volume is out of range");
+  if (f->n_layers < 0 || f->n_layers > 65536) return fail(LFQ_ERR_ARGUMENT, "flow: n_layers is out of range");
+  if (f->n_layers > 0 && !f->layers) return fail(LFQ_ERR_ARGUMENT, "flow: layers is null");
+  int64_t weights = 0, volume = -1;
+  for (int i = 0; i < f->n_layers; ++i) {
+    const lfq_layer& l = f->layers[i];
+    if (int e = check_layer(i, l)) return e;
+    const int64_t v = volume_of(l.ndim, l.extent);
+    const bool resizes = l.kind == LFQ_LAYER_INTERLEAVE || l.kind == LFQ_LAYER_UPSAMPLE;
+    const int64_t reads = resizes ? v >> l.ndim : v;
+    if (volume >= 0 && reads != volume)
+      return fail(LFQ_ERR_ARGUMENT, "layer %d reads %lld sites, but layer %d writes %lld", i, (long long)reads, i - 1,
+                  (long long)volume);
+    volume = v;
+    if (l.weight_offset != weights)
+      return fail(LFQ_ERR_ARGUMENT, "layer %d: weight_offset is %lld, must be %lld", i, (long long)l.weight_offset,
+                  (long long)weights);
+    weights += lfq_layer_n_weights(&l);
+  }
+  if (volume >= 0 && volume != f->volume)
+    return fail(LFQ_ERR_ARGUMENT, "flow: the last layer writes %lld sites, volume is %lld", (long long)volume,
+                (long long)f->volume);
+  if (weights != f->n_weights)
+    return fail(LFQ_ERR_ARGUMENT, "flow: n_weights is %lld, the layers take %lld", (long long)f->n_weights, (long long)weights);
+  if (weights > 0 && !f->weights) return fail(LFQ_ERR_ARGUMENT, "flow: weights is null");
+  for (int64_t i = 0; i < weights; ++i)
+    if (!std::isfinite(f->weights[i]))
+      return fail(LFQ_ERR_NOT_FINITE, "weights: entry %lld is %g", (long long)i, f->weights[i]);
+  return LFQ_OK;
+}
+
+int check_flow_on(const lfq_flow* f, const lfq_phi4* t) {
+  if (int e = check_theory(t)) return e;
+  if (!f) return LFQ_OK;
+  if (int e = check_flow(f)) return e;
+  if (f->volume != volume_of(t->ndim, t->extent))
+    return fail(LFQ_ERR_ARGUMENT, "flow: makes fields of %lld sites, the theory has %lld", (long long)f->volume,
+                (long long)volume_of(t->ndim, t->extent));
+  return LFQ_OK;
+}
+
+int check_workspace(const void* ws, size_t bytes, size_t need) {
+  if (!ws || bytes < need) return fail(LFQ_ERR_WORKSPACE, "workspace: %zu bytes given, %zu needed", ws ? bytes : 0, need);
+  return LFQ_OK;
+}
+
+int check_hmc(const lfq_hmc* h, int64_t n_chains) {
+  if (!h) return fail(LFQ_ERR_ARGUMENT, "hmc is null");
+  if (h->integrator.n_stages < 1 || h->integrator.n_stages > LFQ_MAX_STAGES)
+    return fail(LFQ_ERR_ARGUMENT, "integrator: n_stages is %d, must be 1 to %d", int(h->integrator.n_stages), LFQ_MAX_STAGES);
+  if (!std::isfinite(h->step_size) || h->step_size == 0)
+    return fail(LFQ_ERR_ARGUMENT, "step_size is %g, must be finite and not zero", h->step_size);
+  if (h->n_steps < 1) return fail(LFQ_ERR_ARGUMENT, "n_steps is %d, must be positive", int(h->n_steps));
+  if (h->thin < 1) return fail(LFQ_ERR_ARGUMENT, "thin is %d, must be positive", int(h->thin));
+  if (h->n_samples < 0) return fail(LFQ_ERR_ARGUMENT, "n_samples is %lld, must not be negative", (long long)h->n_samples);
+  if (h->first_chain + uint64_t(n_chains) > (uint64_t(1) << 32)) return fail(LFQ_ERR_ARGUMENT, "first_chain: chains are numbered below 2^32");
+  if (h->first_trajectory >> 55) return fail(LFQ_ERR_ARGUMENT, "first_trajectory: trajectories are numbered below 2^55");
+  return LFQ_OK;
+}
+
+int threads(int32_t n) { return n > 0 ? (n < 1024 ? n : 1024) : max_threads(); }
+
+int not_finite(const char* what, int code, const lfq_failure& f) {
+  if (code != LFQ_ERR_NOT_FINITE) return code;
+  return fail(code, "%s: chain %lld has %g at site %lld", what, (long long)f.chain, f.value, (long long)f.step);
+}
+
+template <class T>
+int normal(uint64_t seed, int32_t purpose, uint64_t trajectory, uint64_t first_chain, int64_t n_chains, int64_t n, T* out,
+           int32_t n_threads) {
+  if (int e = check_chains(n_chains)) return e;
+  if (purpose < 0 || purpose > 255) return fail(LFQ_ERR_ARGUMENT, "purpose is %d, must be 0 to 255", int(purpose));
+  if (n < 0 || n > max_volume) return fail(LFQ_ERR_ARGUMENT, "n_per_chain is out of range");
+  if (!out && n_chains * n > 0) return fail(LFQ_ERR_ARGUMENT, "out is null");
+  if (first_chain + uint64_t(n_chains) > (uint64_t(1) << 32)) return fail(LFQ_ERR_ARGUMENT, "first_chain: chains are numbered below 2^32");
+  return table<T>().normal(seed, purpose, trajectory, first_chain, n_chains, n, out, threads(n_threads));
+}
+
+template <class T>
+size_t phi4_workspace(const lfq_phi4* t, int64_t n_chains, int32_t n_threads) {
+  return check_theory(t) || check_chains(n_chains) ? 0 : table<T>().phi4_workspace(*t, n_chains, threads(n_threads));
+}
+
+template <class T>
+int phi4_arguments(const lfq_phi4* t, int64_t n_chains, const T* phi, const void* out, const void* ws, size_t bytes, int32_t n_threads) {
+  if (int e = check_theory(t)) return e;
+  if (int e = check_chains(n_chains)) return e;
+  if (!phi || !out) return fail(LFQ_ERR_ARGUMENT, "a field or an output is null");
+  return check_workspace(ws, bytes, phi4_workspace<T>(t, n_chains, n_threads));
+}
+
+template <class T>
+int action(const lfq_phi4* t, int64_t n, const T* phi, double* s, void* ws, size_t bytes, int32_t n_threads) {
+  if (int e = phi4_arguments(t, n, phi, s, ws, bytes, n_threads)) return e;
+  lfq_failure f;
+  return not_finite("phi", table<T>().action(*t, n, phi, s, &f, ws, threads(n_threads)), f);
+}
+template <class T>
+int force(const lfq_phi4* t, int64_t n, const T* phi, T* out, void* ws, size_t bytes, int32_t n_threads) {
+  if (int e = phi4_arguments(t, n, phi, out, ws, bytes, n_threads)) return e;
+  lfq_failure f;
+  return not_finite("phi", table<T>().force(*t, n, phi, out, &f, ws, threads(n_threads)), f);
+}
+template <class T>
+int observables(const lfq_phi4* t, int64_t n, const T* phi, const double* smear, double* out, void* ws, size_t bytes, int32_t n_threads) {
+  if (int e = phi4_arguments(t, n, phi, out, ws, bytes, n_threads)) return e;
+  if (!smear) return fail(LFQ_ERR_ARGUMENT, "smear is null");
+  lfq_failure f;
+  return not_finite("phi", table<T>().observables(*t, n, phi, smear, out, &f, ws, threads(n_threads)), f);
+}
+
+template <class T>
+size_t flow_workspace(const lfq_flow* f, int64_t n_chains, int32_t n_threads) {
+  return check_flow(f) || check_chains(n_chains) ? 0 : table<T>().flow_workspace(*f, n_chains, threads(n_threads));
+}
+template <class T>
+int flow_arguments(const lfq_flow* f, int64_t n, const void* in, const void* out, const void* ws, size_t bytes, int32_t n_threads) {
+  if (int e = check_flow(f)) return e;
+  if (int e = check_chains(n)) return e;
+  if (!in || !out) return fail(LFQ_ERR_ARGUMENT, "a field or an output is null");
+  return check_workspace(ws, bytes, table<T>().flow_workspace(*f, n, threads(n_threads)));
+}
+template <class T>
+int forward(const lfq_flow* f, int64_t n, const T* z, T* x, double* ld, void* ws, size_t bytes, int32_t n_threads) {
+  if (int e = flow_arguments<T>(f, n, z, ld ? x : nullptr, ws, bytes, n_threads)) return e;
+  lfq_failure bad;
+  return not_finite("z", table<T>().forward(*f, n, z, x, ld, &bad, ws, threads(n_threads)), bad);
+}
+template <class T>
+int inverse(const lfq_flow* f, int64_t n, const T* x, T* z, double* ld, void* ws, size_t bytes, int32_t n_threads) {
+  if (int e = flow_arguments<T>(f, n, x, ld ? z : nullptr, ws, bytes, n_threads)) return e;
+  lfq_failure bad;
+  return not_finite("x", table<T>().inverse(*f, n, x, z, ld, &bad, ws, threads(n_threads)), bad);
+}
+template <class T>
+int vjp(const lfq_flow* f, int64_t n, const T* z, const T* dx, const double* dld, T* dz, double* dw, void* ws, size_t bytes,
+        int32_t n_threads) {
+  if (int e = flow_arguments<T>(f, n, z, dx && dld ? dz : nullptr, ws, bytes, n_threads)) return e;
+  lfq_failure bad;
+  return not_finite("z or dx", table<T>().vjp(*f, n, z, dx, dld, dz, dw, &bad, ws, threads(n_threads)), bad);
+}
+template <class T>
+int loss(const lfq_flow* f, const lfq_phi4* t, int64_t n, const T* z, double* s, double* ld, double* dw, void* ws, size_t bytes,
+         int32_t n_threads) {
+  if (int e = check_flow_on(f, t)) return e;
+  if (int e = flow_arguments<T>(f, n, z, s && ld ? dw : nullptr, ws, bytes, n_threads)) return e;
+  lfq_failure bad;
+  return not_finite("z", table<T>().loss(*f, *t, n, z, s, ld, dw, &bad, ws, threads(n_threads)), bad);
+}
+template <class T>
+int pullback(const lfq_flow* f, const lfq_phi4* t, int64_t n, const T* z, double* s, T* out, void* ws, size_t bytes,
+             int32_t n_threads) {
+  if (int e = check_flow_on(f, t)) return e;
+  if (int e = flow_arguments<T>(f, n, z, s ? out : nullptr, ws, bytes, n_threads)) return e;
+  lfq_failure bad;
+  return not_finite("z", table<T>().pullback(*f, *t, n, z, s, out, &bad, ws, threads(n_threads)), bad);
+}
+
+template <class T>
+size_t hmc_workspace(const lfq_flow* f, const lfq_phi4* t, int64_t n, int32_t n_threads) {
+  return check_flow_on(f, t) || check_chains(n) ? 0 : table<T>().hmc_workspace(f, *t, n, threads(n_threads));
+}
+template <class T>
+int hmc_arguments(const lfq_flow* f, const lfq_phi4* t, const lfq_hmc* h, int64_t n, const T* z, const void* ws, size_t bytes,
+                  int32_t n_threads) {
+  if (int e = check_flow_on(f, t)) return e;
+  if (int e = check_chains(n)) return e;
+  if (int e = check_hmc(h, n)) return e;
+  if (!z) return fail(LFQ_ERR_ARGUMENT, "z is null");
+  return check_workspace(ws, bytes, table<T>().hmc_workspace(f, *t, n, threads(n_threads)));
+}
+template <class T>
+int evolve(const lfq_flow* f, const lfq_phi4* t, const lfq_hmc* h, int64_t n, T* z, T* pi, void* ws, size_t bytes, int32_t n_threads) {
+  if (int e = hmc_arguments(f, t, h, n, z, ws, bytes, n_threads)) return e;
+  if (!pi) return fail(LFQ_ERR_ARGUMENT, "momenta is null");
+  lfq_failure bad;
+  return not_finite("z or momenta", table<T>().evolve(f, *t, *h, n, z, pi, &bad, ws, threads(n_threads)), bad);
+}
+template <class T>
+int hmc(const lfq_flow* f, const lfq_phi4* t, const lfq_hmc* h, int64_t n, T* z, T* phi, double* dh, uint8_t* accepted,
+        const double* smear, double* obs, lfq_failure* failure, void* ws, size_t bytes, int32_t n_threads) {
+  if (int e = hmc_arguments(f, t, h, n, z, ws, bytes, n_threads)) return e;
+  if (obs && !smear) return fail(LFQ_ERR_ARGUMENT, "smear is null");
+  lfq_failure bad;
+  const int code = table<T>().hmc(f, *t, *h, n, z, phi, dh, accepted, smear, obs, &bad, ws, threads(n_threads));
+  if (failure) *failure = bad;
+  if (code != LFQ_ERR_NOT_FINITE) return code;
+  return fail(code, "dH or the field is %g in chain %lld (trajectory or site %lld): the step size %g may be too large",
+              bad.value, (long long)(int64_t(h->first_chain) + bad.chain), (long long)bad.step, h->step_size);
+}
+
+}  // namespace
+
+extern "C" {
+
+const char* lfq_version(void) { return LFQ_VERSION; }
+int32_t lfq_abi_version(void) { return LFQ_ABI_VERSION; }
+const char* lfq_last_error(void) { return last_error; }
+int32_t lfq_max_threads(void) { return max_threads(); }
+
+void lfq_philox4x32(const uint32_t counter[4], const uint32_t key[2], uint32_t out[4]) {
+  for (int i = 0; i < 4; ++i) out[i] = counter[i];
+  lfq::philox4x32(out[0], out[1], out[2], out[3], key[0], key[1]);
+}
+
+int64_t lfq_layer_n_weights(const lfq_layer* l) {
+  if (!l || l->ndim < 1 || l->ndim > LFQ_MAX_DIM) return 0;
+  if (l->kind == LFQ_LAYER_RESCALE) return 1;
+  if (l->kind == LFQ_LAYER_UPSAMPLE) return 1 + 2 * l->ndim;
+  if (l->kind != LFQ_LAYER_COUPLING || l->n_hidden < 0 || l->n_hidden > LFQ_MAX_HIDDEN) return 0;
+  int64_t taps = 1, n = 0, channels = 1;
+  for (int i = 0; i < l->ndim; ++i) taps *= l->kernel_size;
+  for (int i = 0; i <= l->n_hidden; ++i) {
+    const int64_t out = i < l->n_hidden ? l->hidden[i] : 2;
+    n += taps * channels * out + (l->bias ? out : 0);
+    channels = out;
+  }
+  return n;
+}
+int lfq_flow_check(const lfq_flow* flow) { return check_flow(flow); }
+
+#define LFQ_DEFINE(T, S)                                                                                              \
+  int lfq_normal_##S(uint64_t seed, int32_t purpose, uint64_t trajectory, uint64_t first_chain, int64_t n_chains,     \
+                     int64_t n, T* out, int32_t n_threads) {                                                          \
+    return normal<T>(seed, purpose, trajectory, first_chain, n_chains, n, out, n_threads);                            \
+  }                                                                                                                   \
+  size_t lfq_phi4_workspace_##S(const lfq_phi4* t, int64_t n, int32_t nt) { return phi4_workspace<T>(t, n, nt); }     \
+  int lfq_phi4_action_##S(const lfq_phi4* t, int64_t n, const T* phi, double* s, void* ws, size_t b, int32_t nt) {    \
+    return action<T>(t, n, phi, s, ws, b, nt);                                                                        \
+  }                                                                                                                   \
+  int lfq_phi4_force_##S(const lfq_phi4* t, int64_t n, const T* phi, T* f, void* ws, size_t b, int32_t nt) {          \
+    return force<T>(t, n, phi, f, ws, b, nt);                                                                         \
+  }                                                                                                                   \
+  int lfq_phi4_observables_##S(const lfq_phi4* t, int64_t n, const T* phi, const double* smear, double* o, void* ws,  \
+                               size_t b, int32_t nt) {                                                                \
+    return observables<T>(t, n, phi, smear, o, ws, b, nt);                                                            \
+  }                                                                                                                   \
+  size_t lfq_flow_workspace_##S(const lfq_flow* f, int64_t n, int32_t nt) { return flow_workspace<T>(f, n, nt); }     \
+  int lfq_flow_forward_##S(const lfq_flow* f, int64_t n, const T* z, T* x, double* ld, void* ws, size_t b,            \
+                           int32_t nt) {                                                                              \
+    return forward<T>(f, n, z, x, ld, ws, b, nt);                                                                     \
+  }                                                                                                                   \
+  int lfq_flow_inverse_##S(const lfq_flow* f, int64_t n, const T* x, T* z, double* ld, void* ws, size_t b,            \
+                           int32_t nt) {                                                                              \
+    return inverse<T>(f, n, x, z, ld, ws, b, nt);                                                                     \
+  }                                                                                                                   \
+  int lfq_flow_vjp_##S(const lfq_flow* f, int64_t n, const T* z, const T* dx, const double* dld, T* dz, double* dw,   \
+                       void* ws, size_t b, int32_t nt) {                                                              \
+    return vjp<T>(f, n, z, dx, dld, dz, dw, ws, b, nt);                                                               \
+  }                                                                                                                   \
+  int lfq_flow_loss_##S(const lfq_flow* f, const lfq_phi4* t, int64_t n, const T* z, double* s, double* ld,           \
+                        double* dw, void* ws, size_t b, int32_t nt) {                                                 \
+    return loss<T>(f, t, n, z, s, ld, dw, ws, b, nt);                                                                 \
+  }                                                                                                                   \
+  int lfq_pullback_force_##S(const lfq_flow* f, const lfq_phi4* t, int64_t n, const T* z, double* s, T* out,          \
+                             void* ws, size_t b, int32_t nt) {                                                        \
+    return pullback<T>(f, t, n, z, s, out, ws, b, nt);                                                                \
+  }                                                                                                                   \
+  size_t lfq_hmc_workspace_##S(const lfq_flow* f, const lfq_phi4* t, int64_t n, int32_t nt) {                         \
+    return hmc_workspace<T>(f, t, n, nt);                                                                             \
+  }                                                                                                                   \
+  int lfq_evolve_##S(const lfq_flow* f, const lfq_phi4* t, const lfq_hmc* h, int64_t n, T* z, T* pi, void* ws,        \
+                     size_t b, int32_t nt) {                                                                          \
+    return evolve<T>(f, t, h, n, z, pi, ws, b, nt);                                                                   \
+  }                                                                                                                   \
+  int lfq_hmc_##S(const lfq_flow* f, const lfq_phi4* t, const lfq_hmc* h, int64_t n, T* z, T* phi, double* dh,        \
+                  uint8_t* a, const double* smear, double* o, lfq_failure* bad, void* ws, size_t b, int32_t nt) {     \
+    return hmc<T>(f, t, h, n, z, phi, dh, a, smear, o, bad, ws, b, nt);                                               \
+  }
+LFQ_DEFINE(float, f32)
+LFQ_DEFINE(double, f64)
+
+}  // extern "C"

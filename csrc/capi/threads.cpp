@@ -1,0 +1,116 @@
+// A pool of worker threads shared by all calls of the process.
+#include <pthread.h>
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <cstdlib>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#include "capi/internal.hpp"
+
+#if defined(__linux__)
+#include <sched.h>
+#endif
+
+namespace lfq_internal {
+namespace {
+
+// One parallel call. Workers and the caller take tasks from `next` until none are left.
+struct job {
+  int64_t n_tasks;
+  task_fn fn;
+  void* context;
+  int helpers_wanted;
+  int helpers_inside = 0;
+  int next_thread = 1;
+  std::atomic<int64_t> next{0};
+
+  void work(int thread) {
+    for (int64_t t; (t = next.fetch_add(1, std::memory_order_relaxed)) < n_tasks;) fn(context, t, thread);
+  }
+};
+
+class pool {
+ public:
+  void run(job& j) {
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      while (int(workers_) < j.helpers_wanted) {
+        std::thread([this] { loop(); }).detach();
+        ++workers_;
+      }
+      queue_.push_back(&j);
+    }
+    wake_.notify_all();
+    j.work(0);
+    std::unique_lock<std::mutex> lock(mutex_);
+    const auto it = std::find(queue_.begin(), queue_.end(), &j);
+    if (it != queue_.end()) queue_.erase(it);
+    done_.wait(lock, [&] { return j.helpers_inside == 0; });
+  }
+
+ private:
+  void loop() {
+    std::unique_lock<std::mutex> lock(mutex_);
+    for (;;) {
+      wake_.wait(lock, [this] { return !queue_.empty(); });
+      job* j = queue_.front();
+      ++j->helpers_inside;
+      const int thread = j->next_thread++;
+      if (--j->helpers_wanted == 0) queue_.erase(queue_.begin());
+      lock.unlock();
+      j->work(thread);
+      lock.lock();
+      if (--j->helpers_inside == 0) done_.notify_all();
+    }
+  }
+
+  std::mutex mutex_;
+  std::condition_variable wake_, done_;
+  std::vector<job*> queue_;
+  int workers_ = 0;
+};
+
+// Never destroyed: detached workers may outlive static destruction. A forked child has no workers and
+// possibly a locked mutex, so it starts a pool of its own.
+pool* the_pool = nullptr;
+std::once_flag once;
+
+void new_pool() { the_pool = new pool; }
+
+}  // namespace
+
+void parallel(int64_t n_tasks, int n_threads, task_fn fn, void* context) {
+  const int n = int(std::min<int64_t>(n_threads, n_tasks));
+  if (n <= 1) {
+    for (int64_t t = 0; t < n_tasks; ++t) fn(context, t, 0);
+    return;
+  }
+  std::call_once(once, [] {
+    new_pool();
+    pthread_atfork(nullptr, nullptr, new_pool);
+  });
+  job j;
+  j.n_tasks = n_tasks;
+  j.fn = fn;
+  j.context = context;
+  j.helpers_wanted = n - 1;
+  the_pool->run(j);
+}
+
+int max_threads() {
+  if (const char* e = std::getenv("LFQ_NUM_THREADS")) {
+    const int n = std::atoi(e);
+    if (n > 0) return std::min(n, 1024);
+  }
+#if defined(__linux__)
+  cpu_set_t set;
+  if (sched_getaffinity(0, sizeof(set), &set) == 0) return std::max(1, CPU_COUNT(&set));
+#endif
+  return std::max(1u, std::thread::hardware_concurrency());
+}
+
+}  // namespace lfq_internal

@@ -1,0 +1,626 @@
+// A flow on one group: forward, inverse, and the hand-written backward pass.
+#pragma once
+#include "cpu/convolution.hpp"
+#include "lfq/coupling.hpp"
+
+LFQ_NAMESPACE_BEGIN
+
+constexpr int max_convolutions = LFQ_MAX_HIDDEN + 1;
+constexpr int max_resolved_taps = 3281;  // half of 9^4, rounded up
+
+template <class T>
+struct layer_plan {
+  lfq_layer spec;
+  lattice lat;
+  // coupling
+  window win;
+  int n_convolutions;
+  int channels[max_convolutions + 1];
+  int64_t weight_at[max_convolutions], bias_at[max_convolutions];  // in the flow's weight vector
+  T* weight[max_convolutions];      // [tap][in][out]
+  T* transposed[max_convolutions];  // [opposite tap][out][in]: the convolution that goes backward
+  T* bias[max_convolutions];        // null without biases
+  int64_t cache_at;
+  // rescale and upsample
+  lattice coarse;
+  T factor, coefficient[LFQ_MAX_DIM + 1], width[LFQ_MAX_DIM + 1];
+
+  int64_t cache_size() const {
+    if (spec.kind == LFQ_LAYER_COUPLING) return 2 * lat.volume;
+    return spec.kind == LFQ_LAYER_UPSAMPLE || spec.kind == LFQ_LAYER_INTERLEAVE ? coarse.volume : 0;
+  }
+};
+
+LFQ_HD bool resizes(const lfq_layer& l) { return l.kind == LFQ_LAYER_UPSAMPLE || l.kind == LFQ_LAYER_INTERLEAVE; }
+
+// What all threads share: weights in the type and order of the loops, and where things lie.
+template <class T>
+struct flow_plan {
+  int n_layers = 0;
+  layer_plan<T>* layers = nullptr;
+  int64_t volume = 0, first_volume = 0, n_weights = 0;
+  int64_t cache_size = 0, hidden_size = 0, channel_size = 0;
+  double log_det_constant = 0;
+  bool resizing = false;
+
+  void plan(arena& mem, const lfq_flow& flow) {
+    n_layers = flow.n_layers;
+    volume = first_volume = flow.volume;
+    n_weights = flow.n_weights;
+    layers = mem.take<layer_plan<T>>(n_layers);
+    for (int i = 0; i < n_layers; ++i) {
+      layer_plan<T> l;
+      l.spec = flow.layers[i];
+      l.lat = lattice(l.spec.ndim, l.spec.extent);
+      const double* w = flow.weights ? flow.weights + l.spec.weight_offset : nullptr;
+      const bool fill = mem.base && w;
+      if (l.spec.kind == LFQ_LAYER_COUPLING) plan_coupling(mem, l, w, fill);
+      if (l.spec.kind == LFQ_LAYER_RESCALE && fill) {
+        l.factor = T(::exp(w[0]));
+        log_det_constant += double(l.lat.volume) * w[0];
+      }
+      if (resizes(l.spec)) {
+        l.coarse = l.lat.halved();
+        plan_upsample(l, w, fill);
+        if (!resizing) first_volume = l.coarse.volume;
+        resizing = true;
+      }
+      l.cache_at = cache_size;
+      cache_size += l.cache_size();
+      if (mem.base) layers[i] = l;
+    }
+  }
+
+  void plan_coupling(arena& mem, layer_plan<T>& l, const double* w, bool fill) {
+    const lfq_layer& s = l.spec;
+    l.win.plan(mem, l.lat, s.kernel_size);
+    l.n_convolutions = s.n_hidden + 1;
+    l.channels[0] = 1;
+    int64_t hidden = 0, widest = 2;
+    for (int c = 0; c < s.n_hidden; ++c) {
+      l.channels[c + 1] = s.hidden[c];
+      hidden += s.hidden[c];
+      if (s.hidden[c] > widest) widest = s.hidden[c];
+    }
+    l.channels[s.n_hidden + 1] = 2;
+    if (hidden * l.lat.volume > hidden_size) hidden_size = hidden * l.lat.volume;
+    if (widest * l.lat.volume > channel_size) channel_size = widest * l.lat.volume;
+    int64_t at = 0;
+    const int taps = l.win.n_taps;
+    for (int c = 0; c < l.n_convolutions; ++c) {
+      const int ni = l.channels[c], no = l.channels[c + 1];
+      const int64_t n = int64_t(taps) * ni * no;
+      l.weight[c] = mem.take<T>(n);
+      l.transposed[c] = mem.take<T>(n);
+      l.bias[c] = s.bias ? mem.take<T>(no) : nullptr;
+      l.weight_at[c] = s.weight_offset + at;
+      l.bias_at[c] = l.weight_at[c] + n;
+      if (fill) {
+        for (int co = 0; co < no; ++co)
+          for (int ci = 0; ci < ni; ++ci)
+            for (int tap = 0; tap < taps; ++tap) {
+              const T v = T(w[at + (int64_t(co) * ni + ci) * taps + tap]);
+              l.weight[c][(int64_t(tap) * ni + ci) * no + co] = v;
+              l.transposed[c][(int64_t(l.win.opposite(tap)) * no + co) * ni + ci] = v;
+            }
+        if (s.bias)
+          for (int co = 0; co < no; ++co) l.bias[c][co] = T(w[at + n + co]);
+      }
+      at += n + (s.bias ? no : 0);
+    }
+  }
+
+  void plan_upsample(layer_plan<T>& l, const double* w, bool fill) {
+    const bool noise_only = l.spec.kind == LFQ_LAYER_INTERLEAVE;
+    const int D = l.lat.ndim;
+    if (noise_only) {
+      l.factor = T(1);
+      for (int c = 0; c <= D; ++c) {
+        l.coefficient[c] = T(0);
+        l.width[c] = T(1);
+      }
+    } else if (fill) {
+      const double scale = ::exp(w[0]);
+      l.factor = T(scale);
+      log_det_constant += double(l.coarse.volume) * w[0];
+      double binomial = 1;
+      for (int c = 1; c <= D; ++c) {
+        binomial *= double(D - c + 1) / c;
+        l.coefficient[c] = T(scale * w[2 * c - 1] / double(1 << c));
+        l.width[c] = T(::exp(w[2 * c]));
+        log_det_constant += double(l.coarse.volume) * binomial * w[2 * c];
+      }
+    }
+  }
+};
+
+// One thread's scratch for a flow.
+template <class T>
+struct flow_work {
+  using V = simd<T>;
+  V *x, *spare_x, *g, *spare_g, *gz, *cache, *hidden, *dchannel[2], *du, *dweights;
+
+  void plan(arena& mem, const flow_plan<T>& f, bool backward, bool weights) {
+    x = mem.take<V>(f.volume);
+    spare_x = f.resizing ? mem.take<V>(f.volume) : nullptr;
+    hidden = mem.take<V>(f.hidden_size);
+    dchannel[0] = mem.take<V>(f.channel_size);
+    if (!backward) return;
+    g = mem.take<V>(f.volume);
+    spare_g = f.resizing ? mem.take<V>(f.volume) : nullptr;
+    gz = f.resizing ? mem.take<V>(f.volume) : g;
+    cache = mem.take<V>(f.cache_size);
+    dchannel[1] = mem.take<V>(f.channel_size);
+    du = mem.take<V>(f.volume);
+    dweights = weights ? mem.take<V>(f.n_weights) : nullptr;
+  }
+};
+
+// The taps of a direct stencil around one row, as pointers; NT = 0 leaves their number to run time.
+template <class T, int NT>
+struct row_taps {
+  static constexpr int capacity = NT ? NT : max_resolved_taps;
+  int run_time_n;
+  const simd<T>* field[capacity];
+  const int32_t* wrap[capacity];
+  int32_t number[capacity];
+  LFQ_HD int n() const { return NT ? NT : run_time_n; }
+  LFQ_HD row_taps(const window& w, const simd<T>* x, const int64_t* rows) {
+    run_time_n = w.n[1];
+    for (int i = 0; i < n(); ++i) {
+      number[i] = w.taps[1][i];
+      field[i] = x + rows[w.row_of[number[i]]];
+      wrap[i] = w.wrap + w.dx[number[i]];
+    }
+  }
+  LFQ_HD int64_t at(int i, int x) const { return wrap[i][x]; }
+};
+
+template <class F>
+LFQ_HD void with_taps(int n, F&& f) {
+  if (n == 4) return f(constant<4>());
+  f(constant<0>());
+}
+
+template <class F>
+LFQ_HD void with_scale(int32_t kind, F&& f) {
+  if (kind == LFQ_SCALE_NEG_ABS) return f(constant<int(scale_kind::neg_abs)>());
+  f(constant<int(scale_kind::exp)>());
+}
+
+template <class T>
+struct flow_group {
+  using V = simd<T>;
+  const flow_plan<T>& plan;
+  flow_work<T> work;
+
+  // ---- the nets --------------------------------------------------------------------------
+  // Hidden activations of all sites, [site][channel] per layer, from the frozen sites of x.
+  void run_hidden(const layer_plan<T>& l, const V* x) const {
+    const activation_kind act = activation_kind(l.spec.activation);
+    const int active = l.spec.parity;
+    V* h = work.hidden;
+    const V* in = x;
+    for (int c = 0; c + 1 < l.n_convolutions; ++c) {
+      const int ni = l.channels[c], no = l.channels[c + 1];
+      const auto sink = [&](int64_t site, int ch, V u) { h[site * no + ch] = activate(act, u); };
+      for (int parity = 0; parity < 2; ++parity) {
+        // The first net layer sees frozen sites only: an even offset away from frozen sites, odd from active.
+        const int taps = c > 0 ? 2 : (parity == active ? 1 : 0);
+        convolve(l.win, parity, taps, in, ni, l.weight[c], no, l.bias[c], sink);
+      }
+      in = h;
+      h += l.lat.volume * no;
+    }
+  }
+
+  // Calls f(active site, u_s, u_t).
+  template <class F>
+  void net(const layer_plan<T>& l, const V* x, F&& f) const {
+    const int active = l.spec.parity, last = l.n_convolutions - 1;
+    if (last > 0) {
+      run_hidden(l, x);
+      const V* in = work.hidden;
+      for (int c = 1; c < last; ++c) in += l.lat.volume * l.channels[c];
+      V* u = work.dchannel[0];
+      convolve(l.win, active, 2, in, l.channels[last], l.weight[last], 2, l.bias[last],
+               [&](int64_t site, int ch, V v) { u[2 * site + ch] = v; });
+      for (int64_t r = 0; r < l.lat.n_rows; ++r)
+        for (int c = l.lat.row_parity(r) ^ active; c < l.lat.length; c += 2) {
+          const int64_t site = r * l.lat.length + c;
+          f(site, u[2 * site], u[2 * site + 1]);
+        }
+      return;
+    }
+    with_taps(l.win.n[1], [&](auto nt) {
+      constexpr int NT = decltype(nt)::value;
+      int64_t rows[window::max_rows];
+      const V bs(l.bias[0] ? l.bias[0][0] : T(0)), bt(l.bias[0] ? l.bias[0][1] : T(0));
+      for (int64_t r = 0; r < l.lat.n_rows; ++r) {
+        l.win.rows(r, rows);
+        const row_taps<T, NT> taps(l.win, x, rows);
+        for (int c = l.lat.row_parity(r) ^ active; c < l.lat.length; c += 2) {
+          V us = bs, ut = bt;
+          for (int i = 0; i < taps.n(); ++i) {
+            const V v = taps.field[i][taps.at(i, c)];
+            const T* w = l.weight[0] + 2 * taps.number[i];
+            us = fma(V(w[0]), v, us);
+            ut = fma(V(w[1]), v, ut);
+          }
+          f(r * l.lat.length + c, us, ut);
+        }
+      }
+    });
+  }
+
+  // ---- couplings -------------------------------------------------------------------------
+  template <bool CACHE>
+  void couple(const layer_plan<T>& l, V* x, lane_sum<T>& log_det) const {
+    V* cache = work.cache + (CACHE ? l.cache_at : 0);
+    with_scale(l.spec.scale, [&](auto k) {
+      constexpr scale_kind S = scale_kind(decltype(k)::value);
+      net(l, x, [&](int64_t site, V us, V ut) LFQ_LAMBDA_INLINE {
+        const affine_site<V> a = affine_parameters<S>(us, ut);
+        if constexpr (CACHE) {
+          V* c = cache + 4 * (site >> 1);
+          c[0] = a.s, c[1] = a.t, c[2] = a.e, c[3] = x[site];
+        }
+        x[site] = fma(x[site], a.e, a.t);
+        log_det.add(affine_log_det<S>(a.s));
+      });
+    });
+  }
+  void uncouple(const layer_plan<T>& l, V* x, lane_sum<T>& log_det) const {
+    with_scale(l.spec.scale, [&](auto k) {
+      constexpr scale_kind S = scale_kind(decltype(k)::value);
+      net(l, x, [&](int64_t site, V us, V ut) LFQ_LAMBDA_INLINE {
+        const affine_site<V> a = affine_parameters<S>(us, ut);
+        x[site] = (x[site] - a.t) / a.e;
+        log_det.add(-affine_log_det<S>(a.s));
+      });
+    });
+  }
+  // Restores x to the layer's input and turns g from dL/dy into dL/dx.
+  template <bool WEIGHTS>
+  void couple_backward(const layer_plan<T>& l, V* x, V* g, V dlog_det) const {
+    with_scale(l.spec.scale, [&](auto k) {
+      constexpr scale_kind S = scale_kind(decltype(k)::value);
+      if (l.n_convolutions > 1)
+        hidden_backward<WEIGHTS, S>(l, x, g, dlog_det);
+      else
+        with_taps(l.win.n[1], [&](auto nt) { direct_backward<WEIGHTS, S, decltype(nt)::value>(l, x, g, dlog_det); });
+    });
+  }
+
+  template <scale_kind S>
+  LFQ_HD void site_backward(const V* cache, V* x, V* g, int64_t site, V dlog_det, V& du_s, V& du_t) const {
+    const V* c = cache + 4 * (site >> 1);
+    const affine_site<V> a = {c[0], c[1], c[2]};
+    affine_backward<S>(a, c[3], g[site], dlog_det, du_s, du_t);
+    g[site] = g[site] * a.e;
+    x[site] = c[3];
+  }
+
+  template <bool WEIGHTS, scale_kind S, int NT>
+  void direct_backward(const layer_plan<T>& l, V* x, V* g, V dlog_det) const {
+    int64_t rows[window::max_rows];
+    const int active = l.spec.parity, L = l.lat.length;
+    const V* cache = work.cache + l.cache_at;
+    V* du = work.du;
+    V bias_s(T(0)), bias_t(T(0));
+    for (int64_t r = 0; r < l.lat.n_rows; ++r) {
+      l.win.rows(r, rows);
+      const row_taps<T, NT> taps(l.win, x, rows);
+      V acc[NT ? 2 * NT : 1];
+      V* dw = nullptr;
+      if constexpr (WEIGHTS) {
+        dw = work.dweights + l.weight_at[0];
+        if constexpr (NT > 0)
+          for (int i = 0; i < NT; ++i)
+            for (int c = 0; c < 2; ++c) acc[2 * i + c] = dw[2 * taps.number[i] + c];
+      }
+      for (int c = l.lat.row_parity(r) ^ active; c < L; c += 2) {
+        const int64_t site = r * L + c;
+        V us, ut;
+        site_backward<S>(cache, x, g, site, dlog_det, us, ut);
+        V* u = du + (site & ~int64_t(1));
+        u[0] = us, u[1] = ut;
+        if constexpr (WEIGHTS) {
+          bias_s += us;
+          bias_t += ut;
+          for (int i = 0; i < taps.n(); ++i) {
+            const V v = taps.field[i][taps.at(i, c)];
+            V* a = NT ? acc + 2 * i : dw + 2 * taps.number[i];
+            a[0] = fma(us, v, a[0]);
+            a[1] = fma(ut, v, a[1]);
+          }
+        }
+      }
+      if constexpr (WEIGHTS && NT > 0)
+        for (int i = 0; i < NT; ++i)
+          for (int c = 0; c < 2; ++c) dw[2 * taps.number[i] + c] = acc[2 * i + c];
+    }
+    if constexpr (WEIGHTS)
+      if (l.bias[0]) {
+        work.dweights[l.bias_at[0]] += bias_s;
+        work.dweights[l.bias_at[0] + 1] += bias_t;
+      }
+    for (int64_t r = 0; r < l.lat.n_rows; ++r) {
+      l.win.rows(r, rows);
+      const row_taps<T, NT> taps(l.win, du, rows);
+      for (int c = l.lat.row_parity(r) ^ active ^ 1; c < L; c += 2) {
+        V sum = g[r * L + c];
+        for (int i = 0; i < taps.n(); ++i) {
+          const V* u = taps.field[i] + (taps.at(i, c) & ~int64_t(1));
+          const T* w = l.transposed[0] + 2 * taps.number[i];
+          sum = fma(V(w[0]), u[0], sum);
+          sum = fma(V(w[1]), u[1], sum);
+        }
+        g[r * L + c] = sum;
+      }
+    }
+  }
+
+  template <bool WEIGHTS, scale_kind S>
+  void hidden_backward(const layer_plan<T>& l, V* x, V* g, V dlog_det) const {
+    const int active = l.spec.parity, L = l.lat.length, last = l.n_convolutions - 1;
+    const activation_kind act = activation_kind(l.spec.activation);
+    const V* cache = work.cache + l.cache_at;
+    V* dout = work.dchannel[0];
+    for (int64_t r = 0; r < l.lat.n_rows; ++r)
+      for (int c = l.lat.row_parity(r) ^ active; c < L; c += 2) {
+        const int64_t site = r * L + c;
+        site_backward<S>(cache, x, g, site, dlog_det, dout[2 * site], dout[2 * site + 1]);
+      }
+    run_hidden(l, x);
+    const V* h = work.hidden;
+    for (int c = 1; c <= last; ++c) h += l.lat.volume * l.channels[c];
+    for (int c = last; c >= 0; --c) {
+      const int ni = l.channels[c], no = l.channels[c + 1];
+      const V* in = x;
+      if (c > 0) in = h -= l.lat.volume * ni;
+      for (int parity = 0; parity < 2; ++parity) {
+        // Outputs of the last layer exist on active sites only; inputs of the first on frozen sites only.
+        if (WEIGHTS && (c < last || parity == active)) {
+          const int taps = c > 0 ? 2 : (parity == active ? 1 : 0);
+          convolve_weight_gradient(l.win, parity, taps, in, ni, dout, no, work.dweights + l.weight_at[c]);
+          if (l.bias[c]) bias_gradient(l, parity, dout, no, work.dweights + l.bias_at[c]);
+        }
+        if (c == 0 && parity == active) continue;
+        const int taps = c < last ? 2 : (parity == active ? 0 : 1);
+        if (c == 0) {
+          convolve<T>(l.win, parity, taps, dout, no, l.transposed[c], ni, nullptr,
+                      [&](int64_t site, int, V v) { g[site] += v; });
+        } else {
+          V* din = dout == work.dchannel[0] ? work.dchannel[1] : work.dchannel[0];
+          convolve<T>(l.win, parity, taps, dout, no, l.transposed[c], ni, nullptr, [&](int64_t site, int ch, V v) {
+            din[site * ni + ch] = v * activation_slope(act, in[site * ni + ch]);
+          });
+        }
+      }
+      dout = dout == work.dchannel[0] ? work.dchannel[1] : work.dchannel[0];
+    }
+  }
+
+  void bias_gradient(const layer_plan<T>& l, int parity, const V* dout, int n, V* grad) const {
+    for (int64_t r = 0; r < l.lat.n_rows; ++r)
+      for (int c = l.lat.row_parity(r) ^ parity; c < l.lat.length; c += 2)
+        for (int ch = 0; ch < n; ++ch) grad[ch] += dout[(r * l.lat.length + c) * n + ch];
+  }
+
+  // ---- coarse to fine --------------------------------------------------------------------
+  // Calls f(fine site, coarse site, sublattice, n_neighbours, coarse sites) over the fine lattice.
+  template <class F>
+  static void sublattices(const layer_plan<T>& l, F&& f) {
+    const int D = l.lat.ndim, Lc = l.coarse.length;
+    int c[LFQ_MAX_DIM], d[LFQ_MAX_DIM];
+    int64_t rows[1 << (LFQ_MAX_DIM - 1)], near[1 << LFQ_MAX_DIM];
+    for (int64_t r = 0; r < l.lat.n_rows; ++r) {
+      l.lat.coordinates(r, c);
+      int sub = 0, n_rows = 1;
+      for (int i = 0; i < D - 1; ++i) {
+        sub |= (c[i] & 1) << (D - 1 - i);
+        n_rows <<= c[i] & 1;
+      }
+      for (int j = 0; j < n_rows; ++j) {
+        int rest = j;
+        for (int i = 0; i < D - 1; ++i) {
+          d[i] = c[i] >> 1;
+          if (c[i] & 1) {
+            d[i] += rest & 1;
+            rest >>= 1;
+          }
+        }
+        rows[j] = l.coarse.row_start(d);
+      }
+      for (int x = 0; x < Lc; ++x) {
+        for (int j = 0; j < n_rows; ++j) near[j] = rows[j] + x;
+        f(r * l.lat.length + 2 * x, rows[0] + x, sub, n_rows, near);
+        for (int j = 0; j < n_rows; ++j) near[n_rows + j] = rows[j] + (x + 1 < Lc ? x + 1 : 0);
+        f(r * l.lat.length + 2 * x + 1, rows[0] + x, sub | 1, 2 * n_rows, near);
+      }
+    }
+  }
+  static int odd_axes(int sublattice) { return __builtin_popcount(unsigned(sublattice)); }
+
+  void upsample(const layer_plan<T>& l, const V* x, const V* z, V* y) const {
+    sublattices(l, [&](int64_t site, int64_t c, int sub, int n, const int64_t* near) {
+      if (sub == 0) {
+        y[site] = V(l.factor) * x[c];
+        return;
+      }
+      V sum(T(0));
+      for (int i = 0; i < n; ++i) sum += x[near[i]];
+      const int k = odd_axes(sub);
+      y[site] = fma(V(l.coefficient[k]), sum, V(l.width[k]) * z[sub * l.coarse.volume + c]);
+    });
+  }
+  void downsample(const layer_plan<T>& l, const V* y, V* x, V* z) const {
+    sublattices(l, [&](int64_t site, int64_t c, int sub, int, const int64_t*) {
+      if (sub == 0) x[c] = y[site] / V(l.factor);
+    });
+    sublattices(l, [&](int64_t site, int64_t c, int sub, int n, const int64_t* near) {
+      if (sub == 0) return;
+      V sum(T(0));
+      for (int i = 0; i < n; ++i) sum += x[near[i]];
+      const int k = odd_axes(sub);
+      z[sub * l.coarse.volume + c] = (y[site] - V(l.coefficient[k]) * sum) / V(l.width[k]);
+    });
+  }
+  // gc = dL/dx of the coarse field; the noise's part of dL/dz goes to gz.
+  template <bool WEIGHTS>
+  void upsample_backward(const layer_plan<T>& l, const V* x, const V* z, const V* g, V* gc, V* gz, V dlog_det) const {
+    const int D = l.lat.ndim;
+    V dscale(T(0)), dmean[LFQ_MAX_DIM + 1], dwidth[LFQ_MAX_DIM + 1];
+    for (int k = 0; k <= D; ++k) dmean[k] = dwidth[k] = V(T(0));
+    for (int64_t i = 0; i < l.coarse.volume; ++i) gc[i] = V(T(0));
+    sublattices(l, [&](int64_t site, int64_t c, int sub, int n, const int64_t* near) {
+      const V gy = g[site];
+      if (sub == 0) {
+        gc[c] += V(l.factor) * gy;
+        if (WEIGHTS) dscale = fma(gy, V(l.factor) * x[c], dscale);
+        return;
+      }
+      const int k = odd_axes(sub);
+      const int64_t noise = sub * l.coarse.volume + c;
+      const V share = V(l.coefficient[k]) * gy;
+      V sum(T(0));
+      for (int i = 0; i < n; ++i) {
+        gc[near[i]] += share;
+        if (WEIGHTS) sum += x[near[i]];
+      }
+      gz[noise] = V(l.width[k]) * gy;
+      if (WEIGHTS) {
+        dmean[k] = fma(gy, sum, dmean[k]);
+        dwidth[k] = fma(gy, V(l.width[k]) * z[noise], dwidth[k]);
+      }
+    });
+    if constexpr (WEIGHTS) {
+      if (l.spec.kind == LFQ_LAYER_INTERLEAVE) return;
+      V* dw = work.dweights + l.spec.weight_offset;
+      const T volume = T(l.coarse.volume);
+      T binomial = T(1);
+      for (int k = 1; k <= D; ++k) {
+        binomial *= T(D - k + 1) / T(k);
+        dscale = fma(V(l.coefficient[k]), dmean[k], dscale);
+        dw[2 * k - 1] += V(l.factor / T(1 << k)) * dmean[k];
+        dw[2 * k] += fma(dlog_det, V(volume * binomial), dwidth[k]);
+      }
+      dw[0] += fma(dlog_det, V(volume), dscale);
+    }
+  }
+
+  // ---- the flow --------------------------------------------------------------------------
+  // f(z); returned pointer is work.x or work.spare_x.
+  template <bool CACHE>
+  V* forward(const V* z, lane_sum<T>& log_det) const {
+    V *x = work.x, *spare = work.spare_x;
+    for (int64_t i = 0; i < plan.first_volume; ++i) x[i] = z[i];
+    for (int n = 0; n < plan.n_layers; ++n) {
+      const layer_plan<T>& l = plan.layers[n];
+      switch (l.spec.kind) {
+        case LFQ_LAYER_COUPLING:
+          couple<CACHE>(l, x, log_det);
+          break;
+        case LFQ_LAYER_RESCALE:
+          for (int64_t i = 0; i < l.lat.volume; ++i) x[i] = x[i] * V(l.factor);
+          break;
+        default:
+          if (CACHE)
+            for (int64_t i = 0; i < l.coarse.volume; ++i) work.cache[l.cache_at + i] = x[i];
+          upsample(l, x, z, spare);
+          V* t = x;
+          x = spare;
+          spare = t;
+      }
+    }
+    return x;
+  }
+
+  // z = f^-1(x); x is overwritten, and lies in work.x.
+  void inverse(V* z, lane_sum<T>& log_det) const {
+    V *x = work.x, *spare = work.spare_x;
+    for (int n = plan.n_layers - 1; n >= 0; --n) {
+      const layer_plan<T>& l = plan.layers[n];
+      switch (l.spec.kind) {
+        case LFQ_LAYER_COUPLING:
+          uncouple(l, x, log_det);
+          break;
+        case LFQ_LAYER_RESCALE:
+          for (int64_t i = 0; i < l.lat.volume; ++i) x[i] = x[i] / V(l.factor);
+          break;
+        default:
+          downsample(l, x, spare, z);
+          V* t = x;
+          x = spare;
+          spare = t;
+      }
+    }
+    for (int64_t i = 0; i < plan.first_volume; ++i) z[i] = x[i];
+  }
+
+  // After forward<true>(z) returned x, and with dL/dx in work.g: dL/dz in work.gz. x is overwritten.
+  template <bool WEIGHTS>
+  void backward(const V* z, V* x, V dlog_det) const {
+    V *g = work.g, *spare = work.spare_g;
+    for (int n = plan.n_layers - 1; n >= 0; --n) {
+      const layer_plan<T>& l = plan.layers[n];
+      switch (l.spec.kind) {
+        case LFQ_LAYER_COUPLING:
+          couple_backward<WEIGHTS>(l, x, g, dlog_det);
+          break;
+        case LFQ_LAYER_RESCALE: {
+          const V f(l.factor), inverse(T(1) / l.factor);
+          V sum(T(0));
+          for (int64_t i = 0; i < l.lat.volume; ++i) {
+            if (WEIGHTS) sum = fma(g[i], x[i], sum);
+            g[i] = g[i] * f;
+            x[i] = x[i] * inverse;
+          }
+          if (WEIGHTS) work.dweights[l.spec.weight_offset] += fma(dlog_det, V(T(l.lat.volume)), sum);
+          break;
+        }
+        default:
+          for (int64_t i = 0; i < l.coarse.volume; ++i) x[i] = work.cache[l.cache_at + i];
+          upsample_backward<WEIGHTS>(l, x, z, g, spare, work.gz, dlog_det);
+          V* t = g;
+          g = spare;
+          spare = t;
+      }
+    }
+    if (work.gz != g)
+      for (int64_t i = 0; i < plan.first_volume; ++i) work.gz[i] = g[i];
+  }
+
+  void clear_weight_gradient() const {
+    for (int64_t i = 0; i < plan.n_weights; ++i) work.dweights[i] = V(T(0));
+  }
+  // Adds the lanes' weight gradient to grad, in the order of the flow's weight vector.
+  void add_weight_gradient(double* grad) const {
+    const auto lanes = [](V v) {
+      double s = 0;
+      for (int i = 0; i < V::width; ++i) s += double(v[i]);
+      return s;
+    };
+    for (int n = 0; n < plan.n_layers; ++n) {
+      const layer_plan<T>& l = plan.layers[n];
+      if (l.spec.kind != LFQ_LAYER_COUPLING) {
+        const int64_t m = lfq_layer_n_weights(&l.spec);
+        for (int64_t i = l.spec.weight_offset; i < l.spec.weight_offset + m; ++i) grad[i] += lanes(work.dweights[i]);
+        continue;
+      }
+      for (int c = 0; c < l.n_convolutions; ++c) {
+        const int ni = l.channels[c], no = l.channels[c + 1], taps = l.win.n_taps;
+        const V* dw = work.dweights + l.weight_at[c];
+        for (int co = 0; co < no; ++co)
+          for (int ci = 0; ci < ni; ++ci)
+            for (int tap = 0; tap < taps; ++tap)
+              grad[l.weight_at[c] + (int64_t(co) * ni + ci) * taps + tap] += lanes(dw[(int64_t(tap) * ni + ci) * no + co]);
+        if (l.bias[c])
+          for (int co = 0; co < no; ++co) grad[l.bias_at[c] + co] += lanes(work.dweights[l.bias_at[c] + co]);
+      }
+    }
+  }
+};
+
+LFQ_NAMESPACE_END

@@ -1,0 +1,96 @@
+// A group: the W chains that share the lanes of a vector, stored as [site][lane].
+#pragma once
+#include "cpu/parallel.hpp"
+#include "cpu/simd.hpp"
+#include "lfq/lattice.hpp"
+
+LFQ_NAMESPACE_BEGIN
+
+// A compile-time number as a function argument.
+template <int N>
+struct constant {
+  static constexpr int value = N;
+};
+
+// Hands out 64-byte aligned pieces of a caller's buffer. With a null base it only counts, so the code
+// that lays a workspace out is the code that tells its size.
+struct arena {
+  char* base = nullptr;
+  size_t used = 0;
+  explicit arena(void* p = nullptr) {
+    if (p) base = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(p) + 63) & ~uintptr_t(63));
+  }
+  template <class U>
+  U* take(int64_t n) {
+    U* p = base ? reinterpret_cast<U*>(base + used) : nullptr;
+    used += (size_t(n) * sizeof(U) + 63) & ~size_t(63);
+    return p;
+  }
+  size_t bytes() const { return used + 64; }
+};
+
+template <class T>
+struct group {
+  static constexpr int width = simd<T>::width;
+  int64_t first;  // first chain, within the call
+  int n_valid;    // lanes that are chains; the rest repeat the first lane and are dropped
+
+  group(int64_t index, int64_t n_chains)
+      : first(index * width), n_valid(int(n_chains - first < width ? n_chains - first : width)) {}
+
+  static int64_t count(int64_t n_chains) { return (n_chains + width - 1) / width; }
+};
+
+// Returns the lane of the first NaN or Inf, or -1; site receives its place.
+template <class T>
+int load_group(const group<T>& g, const T* src, int64_t stride, int64_t n, simd<T>* dst, int64_t* site) {
+  constexpr int W = simd<T>::width, block = 64;
+  simd<T> zeros(T(0));
+  for (int64_t s0 = 0; s0 < n; s0 += block) {
+    const int64_t s1 = s0 + block < n ? s0 + block : n;
+    for (int l = 0; l < W; ++l) {
+      const T* p = src + (g.first + (l < g.n_valid ? l : 0)) * stride;
+      T* q = reinterpret_cast<T*>(dst) + l;
+      for (int64_t s = s0; s < s1; ++s) q[s * W] = p[s];
+    }
+    for (int64_t s = s0; s < s1; ++s) zeros += dst[s] * simd<T>(T(0));  // 0 * Inf and 0 * NaN are NaN
+  }
+  for (int l = 0; l < g.n_valid; ++l) {
+    if (zeros[l] == T(0)) continue;
+    for (int64_t s = 0; s < n; ++s) {
+      if (!(dst[s][l] * T(0) == T(0))) {
+        *site = s;
+        return l;
+      }
+    }
+  }
+  return -1;
+}
+
+template <class T>
+void store_group(const group<T>& g, const simd<T>* src, int64_t n, T* dst, int64_t stride) {
+  constexpr int W = simd<T>::width, block = 64;
+  for (int64_t s0 = 0; s0 < n; s0 += block) {
+    const int64_t s1 = s0 + block < n ? s0 + block : n;
+    for (int l = 0; l < g.n_valid; ++l) {
+      T* p = dst + (g.first + l) * stride;
+      const T* q = reinterpret_cast<const T*>(src) + l;
+      for (int64_t s = s0; s < s1; ++s) p[s] = q[s * W];
+    }
+  }
+}
+
+// Collects the earliest failure over groups that run in parallel.
+struct failures {
+  lfq_failure first = {-1, -1, 0.0};
+  int lock = 0;
+  void report(int64_t chain, int64_t step, double value) {
+    while (__atomic_exchange_n(&lock, 1, __ATOMIC_ACQUIRE)) {
+    }
+    if (first.chain < 0 || chain < first.chain) first = {chain, step, value};
+    __atomic_store_n(&lock, 0, __ATOMIC_RELEASE);
+  }
+  bool any() const { return first.chain >= 0; }
+};
+
+LFQ_NAMESPACE_END

@@ -1,0 +1,280 @@
+// Hybrid Monte Carlo on one group. One driver, two potentials: phi^4 itself, and phi^4 seen through a flow.
+#pragma once
+#include "cpu/flow_kernels.hpp"
+#include "cpu/phi4_kernels.hpp"
+
+LFQ_NAMESPACE_BEGIN
+
+template <class T>
+using lane_mask = typename native_vector<T>::bits;
+
+template <class T>
+LFQ_HD simd<T> blend(lane_mask<T> m, simd<T> a, simd<T> b) {
+  return from_bits<simd<T>>((to_bits(a) & m) | (to_bits(b) & ~m));
+}
+
+// The buffers of a chain group. z_old is the state a rejected trajectory returns to.
+template <class T>
+struct hmc_work {
+  using V = simd<T>;
+  V *z, *pi, *z_old;
+  V *phi, *phi_old, *g_old;  // with a flow only
+  V* scratch[2];
+  flow_work<T> flow;
+
+  void plan(arena& mem, int64_t volume, const flow_plan<T>* f) {
+    z = mem.take<V>(volume);
+    pi = mem.take<V>(volume);
+    z_old = mem.take<V>(volume);
+    scratch[0] = mem.take<V>(volume);
+    scratch[1] = mem.take<V>(volume);
+    phi = phi_old = g_old = nullptr;
+    if (!f) return;
+    phi = mem.take<V>(volume);
+    phi_old = mem.take<V>(volume);
+    g_old = mem.take<V>(volume);
+    flow.plan(mem, *f, true, false);
+  }
+};
+
+template <class T, int D>
+struct phi4_potential {
+  using V = simd<T>;
+  phi4_group<T, D> theory;
+  hmc_work<T>& w;
+
+  const V* field() const { return w.z; }
+  void start(lane_sum<T>& s) { theory.action(w.z, s); }
+  void save() {
+    for (int64_t i = 0; i < theory.lat.volume; ++i) w.z_old[i] = w.z[i];
+  }
+  void settle(lane_mask<T> accept) {
+    for (int64_t i = 0; i < theory.lat.volume; ++i) w.z[i] = blend<T>(accept, w.z[i], w.z_old[i]);
+  }
+  void kick_drift(double k, double d) { theory.kick_drift(w.z, w.pi, T(k), T(d)); }
+  void last_kick(double k, lane_sum<T>& s, lane_sum<T>& kinetic) { theory.kick_energy(w.z, w.pi, T(k), s, kinetic); }
+};
+
+// S~(z) = S(f(z)) - log|det df/dz|
+template <class T, int D>
+struct pulled_back_potential {
+  using V = simd<T>;
+  phi4_group<T, D> theory;
+  hmc_work<T>& w;
+  flow_group<T> flow;
+  bool gradient_known = false;  // work.flow.gz holds dS~/dz at w.z
+
+  pulled_back_potential(const lfq_phi4& t, hmc_work<T>& work, const flow_plan<T>& plan)
+      : theory(t), w(work), flow{plan, work.flow} {}
+
+  // dS~/dz into work.flow.gz; S~ without the flow's constant log-det is added to s.
+  template <bool KEEP_FIELD>
+  void gradient(const V* z, lane_sum<T>& s) {
+    lane_sum<T> log_det;
+    V* x = flow.template forward<true>(z, log_det);
+    theory.gradient(x, flow.work.g, s);
+    for (int i = 0; i < int(sizeof(s.a) / sizeof(simd<double>)); ++i) part(s, i) -= part(log_det, i);
+    if (KEEP_FIELD)
+      for (int64_t i = 0; i < theory.lat.volume; ++i) w.phi[i] = x[i];
+    flow.template backward<false>(z, x, V(T(-1)));
+  }
+  static simd<double>& part(lane_sum<double>& s, int) { return s.a; }
+  static simd<double>& part(lane_sum<float>& s, int i) { return s.a[i]; }
+
+  const V* field() const { return w.phi; }
+  void start(lane_sum<T>& s) {
+    gradient<true>(w.z, s);
+    gradient_known = true;
+  }
+  void save() {
+    for (int64_t i = 0; i < theory.lat.volume; ++i) {
+      w.z_old[i] = w.z[i];
+      w.phi_old[i] = w.phi[i];
+      w.g_old[i] = flow.work.gz[i];
+    }
+  }
+  void settle(lane_mask<T> accept) {
+    for (int64_t i = 0; i < theory.lat.volume; ++i) {
+      w.z[i] = blend<T>(accept, w.z[i], w.z_old[i]);
+      w.phi[i] = blend<T>(accept, w.phi[i], w.phi_old[i]);
+      flow.work.gz[i] = blend<T>(accept, flow.work.gz[i], w.g_old[i]);
+    }
+  }
+  void kick_drift(double k, double d) {
+    lane_sum<T> s;
+    if (!gradient_known) gradient<false>(w.z, s);
+    gradient_known = false;
+    const V vk = V(T(-k)), vd = V(T(d));
+    for (int64_t i = 0; i < theory.lat.volume; ++i) {
+      w.pi[i] = fma(vk, flow.work.gz[i], w.pi[i]);
+      w.z[i] = fma(vd, w.pi[i], w.z[i]);
+    }
+  }
+  void last_kick(double k, lane_sum<T>& s, lane_sum<T>& kinetic) {
+    gradient<true>(w.z, s);
+    gradient_known = true;
+    const V vk = V(T(-k)), half(T(0.5));
+    for (int64_t i = 0; i < theory.lat.volume; ++i) {
+      const V m = fma(vk, flow.work.gz[i], w.pi[i]);
+      w.pi[i] = m;
+      kinetic.add(half * m * m);
+    }
+  }
+};
+
+// One trajectory of the splitting: adjacent kicks merged, energies taken with the last.
+template <class T, class P>
+void trajectory(P& potential, const lfq_hmc& h, lane_sum<T>& s, lane_sum<T>& kinetic) {
+  const lfq_integrator& in = h.integrator;
+  double kick = in.kick[0];
+  for (int step = 0; step < h.n_steps; ++step) {
+    for (int stage = 0; stage < in.n_stages; ++stage) {
+      potential.kick_drift(kick * h.step_size, in.drift[stage] * h.step_size);
+      kick = in.kick[stage + 1];
+    }
+    if (step + 1 < h.n_steps) kick += in.kick[0];
+  }
+  potential.last_kick(kick * h.step_size, s, kinetic);
+}
+
+// The observables of lfq.h for each valid lane; scratch: two fields.
+template <class T, int D>
+void measure(const phi4_group<T, D>& theory, const simd<T>* phi, const double* smear, simd<T>* a, simd<T>* b,
+             const group<T>& g, double* out) {
+  using V = simd<T>;
+  const lattice& lat = theory.lat;
+  lane_sum<T> m, phi2, phi4, nn, smeared;
+  for (int64_t r = 0; r < lat.n_rows; ++r)
+    theory.row(phi, r, [&](int64_t, V p, V forward, V) LFQ_LAMBDA_INLINE {
+      const V p2 = p * p;
+      m.add(p);
+      phi2.add(p2);
+      phi4.add(p2 * p2);
+      nn.add(p * forward);
+    });
+
+  // Heat-kernel smearing: a circulant convolution along each axis; far entries below rounding are skipped.
+  const V* in = phi;
+  V *target = a, *other = b;
+  int64_t inner = lat.volume;
+  const double* kernel = smear;
+  for (int axis = 0; axis < D; ++axis) {
+    const int n = lat.extent[axis];
+    const int64_t outer = lat.volume / inner;
+    inner /= n;
+    for (int64_t o = 0; o < outer; ++o)
+      for (int x = 0; x < n; ++x) {
+        V* t = target + (o * n + x) * inner;
+        for (int64_t i = 0; i < inner; ++i) t[i] = V(T(0));
+        for (int d = 0; d < n; ++d) {
+          if (kernel[d] < 1e-17) continue;
+          const int64_t y = x + d < n ? x + d : x + d - n;
+          const V* src = in + (o * n + y) * inner;
+          const V k = V(T(kernel[d]));
+          for (int64_t i = 0; i < inner; ++i) t[i] = fma(k, src[i], t[i]);
+        }
+      }
+    kernel += n;
+    in = target;
+    V* swap = target;
+    target = other;
+    other = swap;
+  }
+  for (int64_t i = 0; i < lat.volume; ++i) smeared.add(in[i] * in[i]);
+
+  // |sum_x exp(2 pi i x_mu / L) phi_x|^2 from the sums over hyperplanes.
+  double power[V::width] = {};
+  inner = lat.volume;
+  for (int axis = 0; axis < D; ++axis) {
+    const int n = lat.extent[axis];
+    const int64_t outer = lat.volume / inner;
+    inner /= n;
+    lane_sum<T> re, im;
+    for (int x = 0; x < n; ++x) {
+      V plane(T(0));
+      for (int64_t o = 0; o < outer; ++o)
+        for (int64_t i = 0; i < inner; ++i) plane += phi[(o * n + x) * inner + i];
+      const double angle = 6.283185307179586476925287 * x / n;
+      re.add(plane * V(T(::cos(angle))));
+      im.add(plane * V(T(::sin(angle))));
+    }
+    for (int l = 0; l < V::width; ++l) power[l] += re[l] * re[l] + im[l] * im[l];
+  }
+
+  const double v = 1.0 / double(lat.volume);
+  for (int l = 0; l < g.n_valid; ++l) {
+    double* o = out + (g.first + l) * LFQ_N_OBSERVABLES;
+    o[0] = m[l] * v;
+    o[1] = phi2[l] * v;
+    o[2] = phi4[l] * v;
+    o[3] = nn[l] * v / D;
+    o[4] = smeared[l] * v;
+    o[5] = power[l] * v / D;
+  }
+}
+
+struct hmc_output {
+  double* dh;
+  uint8_t* accepted;
+  const double* smear;
+  double* observables;
+  int64_t n_chains;
+};
+
+// All trajectories of one group, from and to potential.w.z. False when dH became NaN or Inf: then w.z is
+// the state before that trajectory.
+template <class T, class P>
+bool run_hmc(P& potential, const lfq_hmc& h, const group<T>& g, const hmc_output& out, failures& failed) {
+  constexpr int W = simd<T>::width;
+  auto& w = potential.w;
+  const int64_t volume = potential.theory.lat.volume;
+  double s0[W];
+  {
+    lane_sum<T> s;
+    potential.start(s);
+    for (int l = 0; l < W; ++l) s0[l] = s[l];
+  }
+  int64_t n = 0;
+  for (int64_t sample = 0; sample < h.n_samples; ++sample) {
+    for (int t = 0; t < h.thin; ++t, ++n) {
+      const uint64_t number = h.first_trajectory + uint64_t(n);
+      const uint32_t chain = uint32_t(h.first_chain + uint64_t(g.first));
+      lane_sum<T> k0, k1, s1;
+      const simd<T> half(T(0.5));
+      normals<T>(stream{h.seed, number, LFQ_PURPOSE_MOMENTA}, chain, volume, [&](int64_t i, simd<T> p) {
+        w.pi[i] = p;
+        k0.add(half * p * p);
+      });
+      potential.save();
+      trajectory<T>(potential, h, s1, k1);
+      lane_mask<T> accept = {};
+      using mask_lane = typename real_traits<T>::bits;
+      const stream rng{h.seed, number, LFQ_PURPOSE_ACCEPT};
+      for (int l = 0; l < W; ++l) {
+        const double dh = (s1[l] - s0[l]) + (k1[l] - k0[l]);
+        if (!(dh - dh == 0.0)) {
+          if (l >= g.n_valid) continue;
+          failed.report(g.first + l, int64_t(number), dh);
+          for (int64_t i = 0; i < volume; ++i) w.z[i] = w.z_old[i];
+          return false;
+        }
+        uint32_t x0 = 0, x1 = rng.word1(), x2 = chain + uint32_t(l), x3 = rng.word3();
+        philox4x32(x0, x1, x2, x3, uint32_t(h.seed), uint32_t(h.seed >> 32));
+        const bool yes = dh <= 0.0 || uniform53(x0, x1) < ::exp(-dh);
+        accept[l] = yes ? ~mask_lane(0) : mask_lane(0);
+        if (yes) s0[l] = s1[l];
+        if (l >= g.n_valid) continue;
+        const int64_t at = n * out.n_chains + g.first + l;
+        if (out.dh) out.dh[at] = dh;
+        if (out.accepted) out.accepted[at] = yes;
+      }
+      potential.settle(accept);
+    }
+    if (out.observables)
+      measure(potential.theory, potential.field(), out.smear, w.scratch[0], w.scratch[1], g,
+              out.observables + sample * out.n_chains * LFQ_N_OBSERVABLES);
+  }
+  return true;
+}
+
+LFQ_NAMESPACE_END

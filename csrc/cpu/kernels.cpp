@@ -1,0 +1,367 @@
+// The kernel table of one instruction set. Compiled once for each, with LFQ_ISA set by CMake.
+#include "cpu/hmc_kernels.hpp"
+#include "cpu/table.hpp"
+
+using lfq_internal::for_tasks;
+
+LFQ_NAMESPACE_BEGIN
+
+template <class T>
+struct cpu_kernels {
+  using V = simd<T>;
+
+  static int status(const failures& f, lfq_failure* out) {
+    if (out) *out = f.first;
+    return f.any() ? LFQ_ERR_NOT_FINITE : LFQ_OK;
+  }
+  static int used_threads(int64_t n_tasks, int n_threads) {
+    return n_tasks < n_threads ? (n_tasks > 0 ? int(n_tasks) : 1) : n_threads;
+  }
+  // Loads a group; false, with the failure reported, when a value is NaN or Inf.
+  static bool load(const group<T>& g, const T* src, int64_t n, V* dst, failures& failed) {
+    int64_t site = -1;
+    const int lane = load_group(g, src, n, n, dst, &site);
+    if (lane >= 0) failed.report(g.first + lane, site, double(dst[site][lane]));
+    return lane < 0;
+  }
+  static void store_lanes(const group<T>& g, const lane_sum<T>& s, double constant, double* out) {
+    for (int l = 0; l < g.n_valid; ++l) out[g.first + l] = s[l] + constant;
+  }
+
+  static int normal(uint64_t seed, int32_t purpose, uint64_t trajectory, uint64_t first_chain, int64_t n_chains,
+                    int64_t n, T* out, int n_threads) {
+    auto body = [&](int64_t task, int) {
+      const group<T> g(task, n_chains);
+      normals<T>(stream{seed, trajectory, uint32_t(purpose)}, uint32_t(first_chain + uint64_t(g.first)), n,
+                 [&](int64_t i, V v) {
+                   for (int l = 0; l < g.n_valid; ++l) out[(g.first + l) * n + i] = v[l];
+                 });
+    };
+    for_tasks(group<T>::count(n_chains), n_threads, body);
+    return LFQ_OK;
+  }
+
+  // ---- phi^4 -----------------------------------------------------------------------------
+  struct field_work {
+    V* field[3];
+    void plan(arena& mem, int64_t volume) {
+      for (auto& f : field) f = mem.take<V>(volume);
+    }
+  };
+  // Per-thread work areas laid out one after another.
+  template <class W, class F>
+  static W thread_work(void* ws, size_t shared, int thread, F&& plan) {
+    arena count;
+    W w;
+    plan(w, count);
+    arena mem(ws);
+    mem.used = shared + size_t(thread) * count.used;
+    plan(w, mem);
+    return w;
+  }
+
+  static size_t phi4_workspace(const lfq_phi4& theory, int64_t n_chains, int n_threads) {
+    arena mem;
+    field_work w;
+    w.plan(mem, lattice(theory.ndim, theory.extent).volume);
+    return mem.bytes() + mem.used * size_t(used_threads(group<T>::count(n_chains), n_threads) - 1);
+  }
+  // body(theory, group, work) for every group whose field loads.
+  template <class F>
+  static int over_fields(const lfq_phi4& theory, int64_t n_chains, const T* phi, lfq_failure* failure, void* ws,
+                         int n_threads, F&& body) {
+    failures failed;
+    with_dimension(theory.ndim, [&](auto d) {
+      const phi4_group<T, decltype(d)::value> kernel(theory);
+      auto task = [&](int64_t index, int thread) {
+        const auto w = thread_work<field_work>(ws, 0, thread, [&](field_work& f, arena& mem) { f.plan(mem, kernel.lat.volume); });
+        const group<T> g(index, n_chains);
+        if (load(g, phi, kernel.lat.volume, w.field[0], failed)) body(kernel, g, w);
+      };
+      for_tasks(group<T>::count(n_chains), n_threads, task);
+    });
+    return status(failed, failure);
+  }
+  static int action(const lfq_phi4& theory, int64_t n_chains, const T* phi, double* s, lfq_failure* failure, void* ws,
+                    int n_threads) {
+    return over_fields(theory, n_chains, phi, failure, ws, n_threads, [&](const auto& k, const group<T>& g, const field_work& w) {
+      lane_sum<T> sum;
+      k.action(w.field[0], sum);
+      store_lanes(g, sum, 0.0, s);
+    });
+  }
+  static int force(const lfq_phi4& theory, int64_t n_chains, const T* phi, T* f, lfq_failure* failure, void* ws,
+                   int n_threads) {
+    return over_fields(theory, n_chains, phi, failure, ws, n_threads, [&](const auto& k, const group<T>& g, const field_work& w) {
+      k.force(w.field[0], w.field[1]);
+      store_group(g, w.field[1], k.lat.volume, f, k.lat.volume);
+    });
+  }
+  static int observables(const lfq_phi4& theory, int64_t n_chains, const T* phi, const double* smear, double* obs,
+                         lfq_failure* failure, void* ws, int n_threads) {
+    return over_fields(theory, n_chains, phi, failure, ws, n_threads, [&](const auto& k, const group<T>& g, const field_work& w) {
+      measure(k, w.field[0], smear, w.field[1], w.field[2], g, obs);
+    });
+  }
+
+  // ---- flows -----------------------------------------------------------------------------
+  // Groups of one slot sum their weight gradient in order; the number of slots does not depend on threads.
+  static constexpr int64_t max_slots = 32;
+  static int64_t slots(int64_t n_groups) { return n_groups < max_slots ? n_groups : max_slots; }
+
+  struct call_work {
+    V *z, *dz;
+    flow_work<T> flow;
+    void plan(arena& mem, const flow_plan<T>& f) {
+      z = mem.take<V>(f.volume);
+      dz = mem.take<V>(f.volume);
+      flow.plan(mem, f, true, true);
+    }
+  };
+  struct shared_work {
+    flow_plan<T> flow;
+    double* gradient;  // [slot][weight]
+    size_t bytes;
+    shared_work(void* ws, const lfq_flow& f, int64_t n_chains) {
+      arena mem(ws);
+      flow.plan(mem, f);
+      gradient = mem.take<double>(slots(group<T>::count(n_chains)) * f.n_weights);
+      bytes = mem.used;
+    }
+    call_work thread(void* ws, int thread) const {
+      return thread_work<call_work>(ws, bytes, thread, [&](call_work& w, arena& mem) { w.plan(mem, flow); });
+    }
+  };
+  static size_t flow_workspace(const lfq_flow& f, int64_t n_chains, int n_threads) {
+    const shared_work shared(nullptr, f, n_chains);
+    arena mem;
+    call_work w;
+    w.plan(mem, shared.flow);
+    return shared.bytes + mem.used * size_t(used_threads(group<T>::count(n_chains), n_threads)) + 64;
+  }
+
+  static int forward(const lfq_flow& f, int64_t n_chains, const T* z, T* x, double* log_det, lfq_failure* failure,
+                     void* ws, int n_threads) {
+    failures failed;
+    const shared_work shared(ws, f, n_chains);
+    auto task = [&](int64_t index, int thread) {
+      const call_work w = shared.thread(ws, thread);
+      const group<T> g(index, n_chains);
+      if (!load(g, z, f.volume, w.z, failed)) return;
+      lane_sum<T> sum;
+      const V* y = flow_group<T>{shared.flow, w.flow}.template forward<false>(w.z, sum);
+      store_group(g, y, f.volume, x, f.volume);
+      store_lanes(g, sum, shared.flow.log_det_constant, log_det);
+    };
+    for_tasks(group<T>::count(n_chains), n_threads, task);
+    return status(failed, failure);
+  }
+  static int inverse(const lfq_flow& f, int64_t n_chains, const T* x, T* z, double* log_det, lfq_failure* failure,
+                     void* ws, int n_threads) {
+    failures failed;
+    const shared_work shared(ws, f, n_chains);
+    auto task = [&](int64_t index, int thread) {
+      const call_work w = shared.thread(ws, thread);
+      const group<T> g(index, n_chains);
+      if (!load(g, x, f.volume, w.flow.x, failed)) return;
+      lane_sum<T> sum;
+      flow_group<T>{shared.flow, w.flow}.inverse(w.z, sum);
+      store_group(g, w.z, f.volume, z, f.volume);
+      store_lanes(g, sum, -shared.flow.log_det_constant, log_det);
+    };
+    for_tasks(group<T>::count(n_chains), n_threads, task);
+    return status(failed, failure);
+  }
+  static void sum_slots(const shared_work& shared, int64_t n_groups, double factor, double* dweights) {
+    const int64_t n = shared.flow.n_weights;
+    for (int64_t i = 0; i < n; ++i) {
+      double sum = 0;
+      for (int64_t s = 0; s < slots(n_groups); ++s) sum += shared.gradient[s * n + i];
+      dweights[i] = sum * factor;
+    }
+  }
+  // body(group, work, flow) for every group, slot by slot, with the weight gradient gathered when wanted.
+  template <class F>
+  static void over_slots(const shared_work& shared, int64_t n_chains, void* ws, int n_threads, bool weights, F&& body) {
+    const int64_t n_groups = group<T>::count(n_chains), n_slots = slots(n_groups), n = shared.flow.n_weights;
+    auto task = [&](int64_t slot, int thread) {
+      const call_work w = shared.thread(ws, thread);
+      const flow_group<T> flow{shared.flow, w.flow};
+      double* gradient = shared.gradient + slot * n;
+      for (int64_t i = 0; i < n; ++i) gradient[i] = 0;
+      for (int64_t index = slot * n_groups / n_slots; index < (slot + 1) * n_groups / n_slots; ++index) {
+        if (weights) flow.clear_weight_gradient();
+        if (!body(group<T>(index, n_chains), w, flow)) return;
+        if (weights) flow.add_weight_gradient(gradient);
+      }
+    };
+    for_tasks(n_slots, n_threads, task);
+  }
+  static int vjp(const lfq_flow& f, int64_t n_chains, const T* z, const T* dx, const double* dlog_det, T* dz,
+                 double* dweights, lfq_failure* failure, void* ws, int n_threads) {
+    failures failed;
+    const shared_work shared(ws, f, n_chains);
+    over_slots(shared, n_chains, ws, n_threads, dweights != nullptr,
+               [&](const group<T>& g, const call_work& w, const flow_group<T>& flow) {
+                 if (!load(g, z, f.volume, w.z, failed)) return false;
+                 lane_sum<T> sum;
+                 V* x = flow.template forward<true>(w.z, sum);
+                 if (!load(g, dx, f.volume, w.flow.g, failed)) return false;
+                 V gl(T(0));
+                 for (int l = 0; l < g.n_valid; ++l) gl.set(l, T(dlog_det[g.first + l]));
+                 if (dweights) {
+                   mask(g, w.flow.g, f.volume);
+                   flow.template backward<true>(w.z, x, gl);
+                 } else {
+                   flow.template backward<false>(w.z, x, gl);
+                 }
+                 store_group(g, w.flow.gz, f.volume, dz, f.volume);
+                 return true;
+               });
+    if (dweights) sum_slots(shared, group<T>::count(n_chains), 1.0, dweights);
+    return status(failed, failure);
+  }
+  // Lanes that are not chains must not enter sums over chains.
+  static void mask(const group<T>& g, V* v, int64_t n) {
+    if (g.n_valid == V::width) return;
+    V keep(T(0));
+    for (int l = 0; l < g.n_valid; ++l) keep.set(l, T(1));
+    for (int64_t i = 0; i < n; ++i) v[i] = v[i] * keep;
+  }
+  static int loss(const lfq_flow& f, const lfq_phi4& theory, int64_t n_chains, const T* z, double* action,
+                  double* log_det, double* dweights, lfq_failure* failure, void* ws, int n_threads) {
+    failures failed;
+    const shared_work shared(ws, f, n_chains);
+    with_dimension(theory.ndim, [&](auto d) {
+      const phi4_group<T, decltype(d)::value> kernel(theory);
+      over_slots(shared, n_chains, ws, n_threads, true,
+                 [&](const group<T>& g, const call_work& w, const flow_group<T>& flow) {
+                   if (!load(g, z, f.volume, w.z, failed)) return false;
+                   lane_sum<T> ld, s;
+                   V* x = flow.template forward<true>(w.z, ld);
+                   kernel.gradient(x, w.flow.g, s);
+                   store_lanes(g, s, 0.0, action);
+                   store_lanes(g, ld, shared.flow.log_det_constant, log_det);
+                   V gl(T(0));
+                   for (int l = 0; l < g.n_valid; ++l) gl.set(l, T(-1));
+                   mask(g, w.flow.g, f.volume);
+                   flow.template backward<true>(w.z, x, gl);
+                   return true;
+                 });
+    });
+    sum_slots(shared, group<T>::count(n_chains), 1.0 / double(n_chains), dweights);
+    return status(failed, failure);
+  }
+
+  // ---- HMC -------------------------------------------------------------------------------
+  struct hmc_shared {
+    flow_plan<T> flow;
+    size_t bytes = 0;
+    hmc_shared(void* ws, const lfq_flow* f) {
+      arena mem(ws);
+      if (f) flow.plan(mem, *f);
+      bytes = mem.used;
+    }
+  };
+  static size_t hmc_workspace(const lfq_flow* f, const lfq_phi4& theory, int64_t n_chains, int n_threads) {
+    const hmc_shared shared(nullptr, f);
+    arena mem;
+    hmc_work<T> w;
+    w.plan(mem, lattice(theory.ndim, theory.extent).volume, f ? &shared.flow : nullptr);
+    return shared.bytes + mem.used * size_t(used_threads(group<T>::count(n_chains), n_threads)) + 64;
+  }
+  // body(potential, group) for every group whose z loads.
+  template <class F>
+  static int over_potentials(const lfq_flow* f, const lfq_phi4& theory, int64_t n_chains, const T* z,
+                             lfq_failure* failure, void* ws, int n_threads, F&& body) {
+    failures failed;
+    const hmc_shared shared(ws, f);
+    with_dimension(theory.ndim, [&](auto d) {
+      constexpr int D = decltype(d)::value;
+      const int64_t volume = lattice(D, theory.extent).volume;
+      auto task = [&](int64_t index, int thread) {
+        auto w = thread_work<hmc_work<T>>(ws, shared.bytes, thread, [&](hmc_work<T>& h, arena& mem) {
+          h.plan(mem, volume, f ? &shared.flow : nullptr);
+        });
+        const group<T> g(index, n_chains);
+        if (!load(g, z, volume, w.z, failed)) return;
+        if (f) {
+          pulled_back_potential<T, D> p(theory, w, shared.flow);
+          body(p, g, shared, failed);
+        } else {
+          phi4_potential<T, D> p{phi4_group<T, D>(theory), w};
+          body(p, g, shared, failed);
+        }
+      };
+      for_tasks(group<T>::count(n_chains), n_threads, task);
+    });
+    return status(failed, failure);
+  }
+  static int pullback(const lfq_flow& f, const lfq_phi4& theory, int64_t n_chains, const T* z, double* action, T* force,
+                      lfq_failure* failure, void* ws, int n_threads) {
+    failures failed;
+    const shared_work shared(ws, f, n_chains);
+    with_dimension(theory.ndim, [&](auto d) {
+      const phi4_group<T, decltype(d)::value> kernel(theory);
+      auto task = [&](int64_t index, int thread) {
+        const call_work w = shared.thread(ws, thread);
+        const group<T> g(index, n_chains);
+        if (!load(g, z, f.volume, w.z, failed)) return;
+        const flow_group<T> flow{shared.flow, w.flow};
+        lane_sum<T> ld, s;
+        V* x = flow.template forward<true>(w.z, ld);
+        kernel.gradient(x, w.flow.g, s);
+        for (int l = 0; l < g.n_valid; ++l) action[g.first + l] = s[l] - (ld[l] + shared.flow.log_det_constant);
+        flow.template backward<false>(w.z, x, V(T(-1)));
+        for (int64_t i = 0; i < f.volume; ++i) w.flow.gz[i] = -w.flow.gz[i];
+        store_group(g, w.flow.gz, f.volume, force, f.volume);
+      };
+      for_tasks(group<T>::count(n_chains), n_threads, task);
+    });
+    return status(failed, failure);
+  }
+  static int evolve(const lfq_flow* f, const lfq_phi4& theory, const lfq_hmc& h, int64_t n_chains, T* z, T* momenta,
+                    lfq_failure* failure, void* ws, int n_threads) {
+    return over_potentials(f, theory, n_chains, z, failure, ws, n_threads,
+                           [&](auto& p, const group<T>& g, const hmc_shared&, failures& failed) {
+                             const int64_t volume = p.theory.lat.volume;
+                             if (!load(g, momenta, volume, p.w.pi, failed)) return;
+                             lane_sum<T> s, k;
+                             trajectory<T>(p, h, s, k);
+                             store_group(g, p.w.z, volume, z, volume);
+                             store_group(g, p.w.pi, volume, momenta, volume);
+                           });
+  }
+  static int hmc(const lfq_flow* f, const lfq_phi4& theory, const lfq_hmc& h, int64_t n_chains, T* z, T* phi,
+                 double* dh, uint8_t* accepted, const double* smear, double* obs, lfq_failure* failure, void* ws,
+                 int n_threads) {
+    const hmc_output out = {dh, accepted, smear, obs, n_chains};
+    return over_potentials(f, theory, n_chains, z, failure, ws, n_threads,
+                           [&](auto& p, const group<T>& g, const hmc_shared&, failures& failed) {
+                             const int64_t volume = p.theory.lat.volume;
+                             const bool good = run_hmc<T>(p, h, g, out, failed);
+                             store_group(g, p.w.z, volume, z, volume);
+                             if (phi && good) store_group(g, p.field(), volume, phi, volume);
+                           });
+  }
+
+  static const lfq_internal::kernels<T> table;
+};
+
+template <class T>
+const lfq_internal::kernels<T> cpu_kernels<T>::table = {
+    normal,  phi4_workspace, action, force,    observables,   flow_workspace, forward,
+    inverse, vjp,            loss,   pullback, hmc_workspace, evolve,         hmc};
+
+LFQ_NAMESPACE_END
+
+// table_<isa>_f32 and _f64, found by csrc/capi/isa.cpp.
+#define LFQ_PASTE(isa, type) table_##isa##_##type
+#define LFQ_TABLE(isa, type) LFQ_PASTE(isa, type)
+
+namespace lfq_internal {
+extern const kernels<float>* const LFQ_TABLE(LFQ_ISA, f32);
+extern const kernels<double>* const LFQ_TABLE(LFQ_ISA, f64);
+const kernels<float>* const LFQ_TABLE(LFQ_ISA, f32) = &lfq::LFQ_ISA::cpu_kernels<float>::table;
+const kernels<double>* const LFQ_TABLE(LFQ_ISA, f64) = &lfq::LFQ_ISA::cpu_kernels<double>::table;
+}  // namespace lfq_internal

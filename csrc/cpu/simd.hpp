@@ -1,0 +1,157 @@
+// One native vector of T, with the operations of lfq/real.hpp. Lanes are chains.
+#pragma once
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+#include "lfq/philox.hpp"
+
+LFQ_NAMESPACE_BEGIN
+
+#if defined(__AVX512F__)
+constexpr int simd_bytes = 64;
+#elif defined(__AVX2__)
+constexpr int simd_bytes = 32;
+#else
+constexpr int simd_bytes = 16;
+#endif
+
+template <class T>
+struct native_vector;
+template <>
+struct native_vector<double> {
+  typedef double real __attribute__((vector_size(simd_bytes)));
+  typedef uint64_t bits __attribute__((vector_size(simd_bytes)));
+};
+template <>
+struct native_vector<float> {
+  typedef float real __attribute__((vector_size(simd_bytes)));
+  typedef uint32_t bits __attribute__((vector_size(simd_bytes)));
+  typedef float half __attribute__((vector_size(simd_bytes / 2)));
+};
+
+template <class T>
+struct simd {
+  static constexpr int width = simd_bytes / int(sizeof(T));
+  using scalar = T;
+  using native = typename native_vector<T>::real;
+  using bits_t = typename native_vector<T>::bits;
+  native v;
+  simd() = default;
+  LFQ_HD simd(native x) : v(x) {}
+  LFQ_HD explicit simd(T x) : v(native{} + x) {}
+  LFQ_HD T operator[](int lane) const { return v[lane]; }
+  LFQ_HD void set(int lane, T x) { v[lane] = x; }
+  LFQ_HD simd& operator+=(simd o) { v += o.v; return *this; }
+  LFQ_HD simd& operator-=(simd o) { v -= o.v; return *this; }
+  friend LFQ_HD simd operator+(simd a, simd b) { return a.v + b.v; }
+  friend LFQ_HD simd operator-(simd a, simd b) { return a.v - b.v; }
+  friend LFQ_HD simd operator*(simd a, simd b) { return a.v * b.v; }
+  friend LFQ_HD simd operator/(simd a, simd b) { return a.v / b.v; }
+  friend LFQ_HD simd operator-(simd a) { return -a.v; }
+  friend LFQ_HD auto operator>(simd a, simd b) { return a.v > b.v; }
+  friend LFQ_HD auto operator<(simd a, simd b) { return a.v < b.v; }
+  friend LFQ_HD bits_t to_bits(simd a) { return (bits_t)a.v; }
+  template <class M>
+  friend LFQ_HD simd select(M m, simd a, simd b) { return m ? a.v : b.v; }
+};
+
+template <class T>
+struct real_traits<simd<T>> {
+  using scalar = T;
+  using bits = typename simd<T>::bits_t;
+  static LFQ_HD simd<T> from_bits(bits b) { return (typename simd<T>::native)b; }
+};
+
+#if defined(__AVX512F__)
+LFQ_HD simd<double> fma(simd<double> a, simd<double> b, simd<double> c) {
+  return (simd<double>::native)_mm512_fmadd_pd((__m512d)a.v, (__m512d)b.v, (__m512d)c.v);
+}
+LFQ_HD simd<float> fma(simd<float> a, simd<float> b, simd<float> c) {
+  return (simd<float>::native)_mm512_fmadd_ps((__m512)a.v, (__m512)b.v, (__m512)c.v);
+}
+LFQ_HD simd<double> sqrt(simd<double> a) { return (simd<double>::native)_mm512_sqrt_pd((__m512d)a.v); }
+LFQ_HD simd<float> sqrt(simd<float> a) { return (simd<float>::native)_mm512_sqrt_ps((__m512)a.v); }
+#elif defined(__AVX2__)
+LFQ_HD simd<double> fma(simd<double> a, simd<double> b, simd<double> c) {
+  return (simd<double>::native)_mm256_fmadd_pd((__m256d)a.v, (__m256d)b.v, (__m256d)c.v);
+}
+LFQ_HD simd<float> fma(simd<float> a, simd<float> b, simd<float> c) {
+  return (simd<float>::native)_mm256_fmadd_ps((__m256)a.v, (__m256)b.v, (__m256)c.v);
+}
+LFQ_HD simd<double> sqrt(simd<double> a) { return (simd<double>::native)_mm256_sqrt_pd((__m256d)a.v); }
+LFQ_HD simd<float> sqrt(simd<float> a) { return (simd<float>::native)_mm256_sqrt_ps((__m256)a.v); }
+#else
+template <class T>
+LFQ_HD simd<T> fma(simd<T> a, simd<T> b, simd<T> c) {
+#if defined(__ARM_FEATURE_FMA)
+  simd<T> r;
+  for (int l = 0; l < simd<T>::width; ++l) r.v[l] = lfq::fma(a.v[l], b.v[l], c.v[l]);
+  return r;
+#else
+  return a * b + c;
+#endif
+}
+template <class T>
+LFQ_HD simd<T> sqrt(simd<T> a) {
+  simd<T> r;
+  for (int l = 0; l < simd<T>::width; ++l) r.v[l] = lfq::sqrt(T(a.v[l]));
+  return r;
+}
+#endif
+
+// 64-bit lanes hold a word in their low half; Philox lets the high half fill with rubbish, which the
+// 32 x 32 -> 64 bit multiply ignores. Mask the words after the last round.
+using words64 = simd<double>::bits_t;
+template <>
+struct word_traits<words64> {
+  static LFQ_HD words64 broadcast(uint32_t w) { return words64{} + uint64_t(w); }
+  static LFQ_HD void multiply(words64 a, uint32_t m, words64& lo, words64& hi) {
+#if defined(__AVX512F__)
+    lo = (words64)_mm512_mul_epu32((__m512i)a, _mm512_set1_epi64(m));
+#elif defined(__AVX2__)
+    lo = (words64)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi64x(m));
+#elif defined(__SSE2__)
+    lo = (words64)_mm_mul_epu32((__m128i)a, _mm_set1_epi64x(m));
+#else
+    lo = (a & (words64{} + uint64_t(0xffffffffu))) * (words64{} + uint64_t(m));
+#endif
+    hi = lo >> 32;
+  }
+};
+
+using words32 = simd<float>::bits_t;
+template <>
+struct word_traits<words32> {
+  static LFQ_HD words32 broadcast(uint32_t w) { return words32{} + w; }
+  static LFQ_HD void multiply(words32 a, uint32_t m, words32& lo, words32& hi) {
+    words64 even, odd, rubbish;
+    word_traits<words64>::multiply((words64)a, m, even, rubbish);
+    word_traits<words64>::multiply((words64)a >> 32, m, odd, rubbish);
+    const words64 low = words64{} + uint64_t(0xffffffffu);
+    lo = (words32)((even & low) | (odd << 32));
+    hi = (words32)((even >> 32) | (odd & ~low));
+  }
+};
+
+// Per-lane sums in double, whatever the type of the terms.
+template <class T>
+struct lane_sum;
+template <>
+struct lane_sum<double> {
+  simd<double> a = simd<double>(0.0);
+  LFQ_HD void add(simd<double> x) { a += x; }
+  LFQ_HD double operator[](int lane) const { return a[lane]; }
+};
+template <>
+struct lane_sum<float> {
+  using half = native_vector<float>::half;
+  simd<double> a[2] = {simd<double>(0.0), simd<double>(0.0)};
+  LFQ_HD void add(simd<float> x) {
+    half h[2];
+    memcpy(h, &x.v, sizeof(h));
+    for (int i = 0; i < 2; ++i) a[i] += simd<double>(__builtin_convertvector(h[i], simd<double>::native));
+  }
+  LFQ_HD double operator[](int lane) const { return a[lane / simd<double>::width][lane % simd<double>::width]; }
+};
+
+LFQ_NAMESPACE_END

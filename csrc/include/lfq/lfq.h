@@ -1,0 +1,234 @@
+/* lfq.h: the C interface of liblfq. C99 and C++.
+ *
+ * Conventions that hold for every function:
+ *  - Fields are C-ordered arrays (n_chains, *extent); latents are (n_chains, volume).
+ *  - Buffers belong to the caller. Nothing here allocates memory that outlives a call or that
+ *    grows with the problem: functions that need scratch take (workspace, workspace_bytes),
+ *    and their *_workspace twin returns how many bytes that is for the same sizes. Workspaces
+ *    need no alignment and carry nothing from one call to the next.
+ *  - Suffix _f32 or _f64 is the type of fields and forces. Actions, log-determinants, energies,
+ *    observables, weights and their gradients are double in both.
+ *  - n_threads <= 0 means all the threads lfq_max_threads() reports. Results do not depend on it.
+ *  - The return value is LFQ_OK or a negative code; lfq_last_error() explains it (per thread).
+ *  - The action is S = sum_x [-beta sum_mu phi_x phi_{x+mu} + (1 - 2 lam) phi_x^2 + lam phi_x^4].
+ */
+#ifndef LFQ_H
+#define LFQ_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#if defined(_WIN32)
+#define LFQ_API __declspec(dllexport)
+#else
+#define LFQ_API __attribute__((visibility("default")))
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define LFQ_ABI_VERSION 1
+#define LFQ_MAX_DIM 4
+#define LFQ_MAX_HIDDEN 4
+#define LFQ_MAX_CHANNELS 64
+#define LFQ_MAX_STAGES 8
+#define LFQ_N_OBSERVABLES 6
+
+enum lfq_status {
+  LFQ_OK = 0,
+  LFQ_ERR_ARGUMENT = -1,   /* a size, pointer or parameter is out of range */
+  LFQ_ERR_WORKSPACE = -2,  /* workspace smaller than the *_workspace function asks for */
+  LFQ_ERR_NOT_FINITE = -3  /* NaN or Inf in a field, a weight or dH; see lfq_failure */
+};
+
+/* Random-number purposes: the last word of every Philox counter. One registry, so that no two
+ * uses of one (seed, chain, trajectory) can meet. Values are part of the format of saved runs. */
+enum lfq_purpose {
+  LFQ_PURPOSE_MOMENTA = 0,
+  LFQ_PURPOSE_ACCEPT = 1,
+  LFQ_PURPOSE_START = 2,
+  LFQ_PURPOSE_LATENT = 3,
+  LFQ_PURPOSE_WEIGHTS = 4,
+  LFQ_PURPOSE_USER = 128 /* 128..255 are free for callers */
+};
+
+enum lfq_layer_kind {
+  LFQ_LAYER_COUPLING = 0,  /* one half-update of the checkerboard */
+  LFQ_LAYER_RESCALE = 1,   /* y = exp(a) x */
+  LFQ_LAYER_INTERLEAVE = 2,/* 2^ndim copies of the coarse lattice onto the sublattices */
+  LFQ_LAYER_UPSAMPLE = 3   /* one coarse field + noise -> fine field */
+};
+enum lfq_activation { LFQ_TANH = 0, LFQ_LEAKY_RELU = 1 };
+enum lfq_scale { LFQ_SCALE_NEG_ABS = 0 /* exp(-|s|) */, LFQ_SCALE_EXP = 1 /* exp(s) */ };
+
+typedef struct lfq_phi4 {
+  int32_t ndim;                 /* 1..4 */
+  int32_t extent[LFQ_MAX_DIM];
+  double beta, lam;
+} lfq_phi4;
+
+/* One layer of a flow. `extent` is the lattice the layer writes. */
+typedef struct lfq_layer {
+  int32_t kind;
+  int32_t ndim;
+  int32_t extent[LFQ_MAX_DIM];
+  int32_t parity;               /* coupling: parity (sum of coordinates mod 2) of the sites it changes */
+  int32_t kernel_size;          /* coupling: odd, 3..9 */
+  int32_t n_hidden;             /* coupling: number of hidden layers of the net, 0..LFQ_MAX_HIDDEN */
+  int32_t hidden[LFQ_MAX_HIDDEN];
+  int32_t activation;           /* of the hidden layers */
+  int32_t bias;                 /* 0 or 1 */
+  int32_t scale;
+  int64_t weight_offset;        /* where this layer's weights begin in the flow's weight vector */
+} lfq_layer;
+
+/* A flow is a list of layers on a flat latent of `volume` entries. The first layer reads the
+ * leading entries as a field; layers that enlarge the lattice consume the following ones. */
+typedef struct lfq_flow {
+  int64_t volume;               /* entries of the latent = sites of the final lattice */
+  int64_t n_weights;
+  int32_t n_layers;
+  int32_t reserved;
+  const lfq_layer* layers;
+  const double* weights;
+} lfq_flow;
+
+/* A symmetric splitting: kick[0] drift[0] kick[1] ... drift[n_stages-1] kick[n_stages], in units
+ * of the step size. Leapfrog is n_stages = 1, kick = {1/2, 1/2}, drift = {1}. */
+typedef struct lfq_integrator {
+  int32_t n_stages;
+  int32_t reserved;
+  double kick[LFQ_MAX_STAGES + 1];
+  double drift[LFQ_MAX_STAGES];
+} lfq_integrator;
+
+typedef struct lfq_hmc {
+  lfq_integrator integrator;
+  double step_size;
+  int32_t n_steps;              /* integrator steps per trajectory, >= 1 */
+  int32_t thin;                 /* trajectories per sample, >= 1 */
+  int64_t n_samples;            /* >= 0 */
+  uint64_t seed;
+  uint64_t first_chain;         /* global number of the first chain, < 2^32 */
+  uint64_t first_trajectory;    /* number of the next trajectory, < 2^56 */
+} lfq_hmc;
+
+/* Where a NaN or Inf was found; -1 where it does not apply. */
+typedef struct lfq_failure {
+  int64_t chain;                /* within the call */
+  int64_t step;                 /* trajectory (hmc) or flat index (fields, weights) */
+  double value;
+} lfq_failure;
+
+/* ---- library --------------------------------------------------------------------------- */
+LFQ_API const char* lfq_version(void);
+LFQ_API int32_t lfq_abi_version(void);
+LFQ_API const char* lfq_last_error(void);
+LFQ_API const char* lfq_isa(void);          /* instruction set in use, e.g. "x86-64-v4" */
+LFQ_API const char* lfq_isas(void);         /* those this machine can run, comma separated */
+LFQ_API int lfq_set_isa(const char* name);  /* not while other threads are inside lfq */
+LFQ_API int32_t lfq_max_threads(void);      /* LFQ_NUM_THREADS, or the processors available */
+
+/* ---- random numbers -------------------------------------------------------------------- */
+/* Philox4x32-10 with key = seed (low word first) and counter =
+ * (block, trajectory low, chain, trajectory high | purpose << 24). */
+LFQ_API void lfq_philox4x32(const uint32_t counter[4], const uint32_t key[2], uint32_t out[4]);
+/* Unit normals, out[(i, j)] for chains first_chain + i, j < n_per_chain: block j / 4 of the stream
+ * makes entries 4 (j / 4) .. + 3. */
+LFQ_API int lfq_normal_f32(uint64_t seed, int32_t purpose, uint64_t trajectory, uint64_t first_chain,
+                           int64_t n_chains, int64_t n_per_chain, float* out, int32_t n_threads);
+LFQ_API int lfq_normal_f64(uint64_t seed, int32_t purpose, uint64_t trajectory, uint64_t first_chain,
+                           int64_t n_chains, int64_t n_per_chain, double* out, int32_t n_threads);
+
+/* ---- phi^4 ------------------------------------------------------------------------------- */
+LFQ_API size_t lfq_phi4_workspace_f32(const lfq_phi4* theory, int64_t n_chains, int32_t n_threads);
+LFQ_API size_t lfq_phi4_workspace_f64(const lfq_phi4* theory, int64_t n_chains, int32_t n_threads);
+LFQ_API int lfq_phi4_action_f32(const lfq_phi4* theory, int64_t n_chains, const float* phi,
+                                double* action, void* workspace,
+                               size_t workspace_bytes, int32_t n_threads);
+LFQ_API int lfq_phi4_action_f64(const lfq_phi4* theory, int64_t n_chains, const double* phi,
+                                double* action, void* workspace,
+                               size_t workspace_bytes, int32_t n_threads);
+/* force = -dS/dphi */
+LFQ_API int lfq_phi4_force_f32(const lfq_phi4* theory, int64_t n_chains, const float* phi,
+                               float* force, void* workspace,
+                               size_t workspace_bytes, int32_t n_threads);
+LFQ_API int lfq_phi4_force_f64(const lfq_phi4* theory, int64_t n_chains, const double* phi,
+                               double* force, void* workspace,
+                               size_t workspace_bytes, int32_t n_threads);
+/* observables[(i, :)] = M = mean phi, phi2, phi4, nn (mean over sites and directions of
+ * phi_x phi_{x+mu}), smeared phi2, G(p_min) = |sum_x exp(i p x) phi_x|^2 / V averaged over axes.
+ * smear: for each axis in turn, extent[mu] entries, the circulant kernel convolved along it. */
+LFQ_API int lfq_phi4_observables_f32(const lfq_phi4* theory, int64_t n_chains, const float* phi,
+                                     const double* smear, double* observables, void* workspace,
+                               size_t workspace_bytes, int32_t n_threads);
+LFQ_API int lfq_phi4_observables_f64(const lfq_phi4* theory, int64_t n_chains, const double* phi,
+                                     const double* smear, double* observables, void* workspace,
+                               size_t workspace_bytes, int32_t n_threads);
+
+/* ---- flows ------------------------------------------------------------------------------- */
+LFQ_API int64_t lfq_layer_n_weights(const lfq_layer* layer);
+LFQ_API int lfq_flow_check(const lfq_flow* flow);
+LFQ_API size_t lfq_flow_workspace_f32(const lfq_flow* flow, int64_t n_chains, int32_t n_threads);
+LFQ_API size_t lfq_flow_workspace_f64(const lfq_flow* flow, int64_t n_chains, int32_t n_threads);
+/* x = f(z), log_det[i] = log|det df/dz| */
+LFQ_API int lfq_flow_forward_f32(const lfq_flow* flow, int64_t n_chains, const float* z, float* x,
+                                 double* log_det, void* workspace, size_t workspace_bytes, int32_t n_threads);
+LFQ_API int lfq_flow_forward_f64(const lfq_flow* flow, int64_t n_chains, const double* z, double* x,
+                                 double* log_det, void* workspace, size_t workspace_bytes, int32_t n_threads);
+/* z = f^-1(x), log_det[i] = log|det df^-1/dx| */
+LFQ_API int lfq_flow_inverse_f32(const lfq_flow* flow, int64_t n_chains, const float* x, float* z,
+                                 double* log_det, void* workspace, size_t workspace_bytes, int32_t n_threads);
+LFQ_API int lfq_flow_inverse_f64(const lfq_flow* flow, int64_t n_chains, const double* x, double* z,
+                                 double* log_det, void* workspace, size_t workspace_bytes, int32_t n_threads);
+/* Given dL/dx and dL/dlog_det at x = f(z): dz = dL/dz and, unless null, dweights = dL/dweights
+ * summed over chains (n_weights doubles, overwritten). */
+LFQ_API int lfq_flow_vjp_f32(const lfq_flow* flow, int64_t n_chains, const float* z, const float* dx,
+                             const double* dlog_det, float* dz, double* dweights,
+                             void* workspace, size_t workspace_bytes, int32_t n_threads);
+LFQ_API int lfq_flow_vjp_f64(const lfq_flow* flow, int64_t n_chains, const double* z, const double* dx,
+                             const double* dlog_det, double* dz, double* dweights,
+                             void* workspace, size_t workspace_bytes, int32_t n_threads);
+/* The fused training step: action[i] = S(f(z_i)), log_det[i], and dweights = d/dweights of
+ * mean_i [S(f(z_i)) - log_det_i] (n_weights doubles, overwritten). */
+LFQ_API int lfq_flow_loss_f32(const lfq_flow* flow, const lfq_phi4* theory, int64_t n_chains, const float* z,
+                              double* action, double* log_det, double* dweights,
+                              void* workspace, size_t workspace_bytes, int32_t n_threads);
+LFQ_API int lfq_flow_loss_f64(const lfq_flow* flow, const lfq_phi4* theory, int64_t n_chains, const double* z,
+                              double* action, double* log_det, double* dweights,
+                              void* workspace, size_t workspace_bytes, int32_t n_threads);
+/* The pulled-back theory S~(z) = S(f(z)) - log|det df/dz| and force = -dS~/dz. */
+LFQ_API int lfq_pullback_force_f32(const lfq_flow* flow, const lfq_phi4* theory, int64_t n_chains,
+                                   const float* z, double* action, float* force,
+                                   void* workspace, size_t workspace_bytes, int32_t n_threads);
+LFQ_API int lfq_pullback_force_f64(const lfq_flow* flow, const lfq_phi4* theory, int64_t n_chains,
+                                   const double* z, double* action, double* force,
+                                   void* workspace, size_t workspace_bytes, int32_t n_threads);
+
+/* ---- hybrid Monte Carlo ------------------------------------------------------------------ */
+/* flow may be null: then z is the field itself. */
+LFQ_API size_t lfq_hmc_workspace_f32(const lfq_flow* flow, const lfq_phi4* theory, int64_t n_chains, int32_t n_threads);
+LFQ_API size_t lfq_hmc_workspace_f64(const lfq_flow* flow, const lfq_phi4* theory, int64_t n_chains, int32_t n_threads);
+/* Integrate (z, momenta) in place for hmc->n_steps steps: no refresh, no accept step. */
+LFQ_API int lfq_evolve_f32(const lfq_flow* flow, const lfq_phi4* theory, const lfq_hmc* hmc, int64_t n_chains,
+                           float* z, float* momenta, void* workspace, size_t workspace_bytes, int32_t n_threads);
+LFQ_API int lfq_evolve_f64(const lfq_flow* flow, const lfq_phi4* theory, const lfq_hmc* hmc, int64_t n_chains,
+                           double* z, double* momenta, void* workspace, size_t workspace_bytes, int32_t n_threads);
+/* n_samples x thin trajectories of every chain, starting from and ending in z.
+ * dh, accepted: (n_samples * thin, n_chains); observables: (n_samples, n_chains, LFQ_N_OBSERVABLES),
+ * each null when not wanted; phi: (n_chains, *extent), the final f(z), null when not wanted.
+ * On LFQ_ERR_NOT_FINITE, failure names the earliest chain; every chain's z is that of its last good trajectory. */
+LFQ_API int lfq_hmc_f32(const lfq_flow* flow, const lfq_phi4* theory, const lfq_hmc* hmc, int64_t n_chains,
+                        float* z, float* phi, double* dh, uint8_t* accepted, const double* smear,
+                        double* observables, lfq_failure* failure,
+                        void* workspace, size_t workspace_bytes, int32_t n_threads);
+LFQ_API int lfq_hmc_f64(const lfq_flow* flow, const lfq_phi4* theory, const lfq_hmc* hmc, int64_t n_chains,
+                        double* z, double* phi, double* dh, uint8_t* accepted, const double* smear,
+                        double* observables, lfq_failure* failure,
+                        void* workspace, size_t workspace_bytes, int32_t n_threads);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,0 +1,29 @@
+// Lattice phi^4 in the beta-lambda convention:
+//   S = sum_x [-beta sum_mu phi_x phi_{x+mu} + (1 - 2 lam) phi_x^2 + lam phi_x^4].
+#pragma once
+#include "lfq/real.hpp"
+
+LFQ_NAMESPACE_BEGIN
+
+template <class T>
+struct phi4_site {
+  T beta, quadratic, lam;
+  phi4_site() = default;
+  LFQ_HD phi4_site(double b, double l) : beta(T(b)), quadratic(T(1.0 - 2.0 * l)), lam(T(l)) {}
+
+  // The terms of S that belong to a site, given the sum over its forward neighbours.
+  template <class R>
+  LFQ_HD R action(R phi, R forward) const {
+    const R phi2 = phi * phi;
+    return fma(phi2, fma(phi2, R(lam), R(quadratic)), -(R(beta) * phi * forward));
+  }
+  // -dS/dphi, given the sum over all neighbours.
+  template <class R>
+  LFQ_HD R force(R phi, R neighbours) const {
+    const R phi2 = phi * phi;
+    const R local = fma(phi2, R(T(-4) * lam), R(T(-2) * quadratic));
+    return fma(phi, local, R(beta) * neighbours);
+  }
+};
+
+LFQ_NAMESPACE_END

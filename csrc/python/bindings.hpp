@@ -1,0 +1,64 @@
+// What the bind_*.cpp files share: arrays to pointers, status codes to exceptions.
+#pragma once
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+
+#include <memory>
+#include <string>
+
+#include "lfq/lfq.h"
+
+namespace py = pybind11;
+
+namespace lfq_python {
+
+template <class T>
+using array = py::array_t<T, py::array::c_style>;
+
+void raise(int code);  // throws for anything but LFQ_OK
+
+template <class T>
+T* out(array<T>& a, const char* name) {
+  if (!a.writeable()) throw py::value_error(std::string(name) + ": the array is read-only");
+  return a.mutable_data();
+}
+
+inline void check_size(py::ssize_t size, int64_t wanted, const char* name) {
+  if (size != wanted)
+    throw py::value_error(std::string(name) + ": has " + std::to_string(size) + " entries, must have " +
+                          std::to_string(wanted));
+}
+
+inline const lfq_phi4* theory_of(const array<lfq_phi4>& a) {
+  check_size(a.size(), 1, "theory");
+  return a.data();
+}
+inline int64_t volume_of(const lfq_phi4* t) {
+  int64_t v = 1;
+  for (int i = 0; i < t->ndim && i < LFQ_MAX_DIM; ++i) v *= t->extent[i];
+  return v > 0 ? v : 1;
+}
+inline int64_t chains_of(py::ssize_t size, int64_t volume, const char* name) {
+  if (volume < 1 || size % volume)
+    throw py::value_error(std::string(name) + ": " + std::to_string(size) + " entries are not a whole number of fields of " +
+                          std::to_string(volume) + " sites");
+  return size / volume;
+}
+
+// A flow over arrays that the caller keeps alive during the call.
+inline lfq_flow flow_of(int64_t volume, const array<lfq_layer>& layers, const array<double>& weights) {
+  return lfq_flow{volume, int64_t(weights.size()), int32_t(layers.size()), 0, layers.data(), weights.data()};
+}
+
+struct workspace {
+  size_t bytes;
+  std::unique_ptr<char[]> data;
+  explicit workspace(size_t n) : bytes(n), data(new char[n ? n : 1]) {}
+};
+
+void bind_library(py::module_& m);
+void bind_phi4(py::module_& m);
+void bind_flow(py::module_& m);
+void bind_hmc(py::module_& m);
+
+}  // namespace lfq_python

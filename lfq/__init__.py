@@ -1,0 +1,36 @@
+"""lfq: fast sampling of lattice phi^4, with HMC, trivializing flows and flow-HMC."""
+
+from ._core import NotFiniteError
+from ._kernels import info
+from ._version import __version__
+from .actions import Phi4, PulledBack
+from .flows import AffineFlow, Compose, Flow, InterleaveMap, UpsampleMap, load_flow
+from .hmc import HMC, INTEGRATORS, Integrator, Run, State
+from .priors import Gaussian, Interleave, Lattice, Upsample
+from .train import Fit, train, train_ladder
+
+__all__ = [
+    "HMC",
+    "INTEGRATORS",
+    "AffineFlow",
+    "Compose",
+    "Fit",
+    "Flow",
+    "Gaussian",
+    "Integrator",
+    "Interleave",
+    "InterleaveMap",
+    "Lattice",
+    "NotFiniteError",
+    "Phi4",
+    "PulledBack",
+    "Run",
+    "State",
+    "Upsample",
+    "UpsampleMap",
+    "__version__",
+    "info",
+    "load_flow",
+    "train",
+    "train_ladder",
+]

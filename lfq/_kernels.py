@@ -1,0 +1,140 @@
+"""The one place that knows which arrays the kernels take and where they run.
+
+Arrays are NumPy, float32 or float64, lattice axes last. Other real dtypes are converted to float64 and
+arrays that are not C-contiguous are copied; inputs are never written to.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import operator
+import os
+
+import numpy as np
+
+from . import _core
+
+__all__ = ["check_count", "check_seed", "check_shape", "check_threads", "fields", "info", "real_dtype"]
+
+
+def _from_gpu(array) -> bool:
+    return hasattr(array, "__cuda_array_interface__")
+
+
+def _missing_for_gpu() -> str:
+    if importlib.util.find_spec("cupy") is None:
+        return "CuPy is not installed, and this build of lfq has no CUDA kernels"
+    return "this build of lfq has no CUDA kernels"
+
+
+def fields(array, shape: tuple[int, ...], name: str) -> tuple[np.ndarray, tuple[int, ...]]:
+    """Check a batch of fields at the border.
+
+    Parameters
+    ----------
+    array : array_like, shape (..., *shape)
+    shape : tuple of int
+        The lattice.
+    name : str
+        The argument's name, for errors.
+
+    Returns
+    -------
+    array : ndarray, float32 or float64, C-contiguous
+    leading : tuple of int
+        The axes before the lattice.
+
+    Raises
+    ------
+    ValueError
+        The last axes are not the lattice.
+    TypeError
+        The entries are not real numbers, or the array lives on a GPU that lfq cannot use.
+    """
+    if _from_gpu(array):
+        raise TypeError(f"{name}: a GPU array was given, but {_missing_for_gpu()}")
+    array = np.asarray(array)
+    if array.dtype.kind not in "fiu":
+        raise TypeError(f"{name}: entries must be real numbers, got dtype {array.dtype}")
+    if array.dtype not in (np.float32, np.float64):
+        array = array.astype(np.float64)
+    if array.shape[max(array.ndim - len(shape), 0) :] != tuple(shape):
+        raise ValueError(f"{name}: shape {array.shape} does not end in the lattice {tuple(shape)}")
+    return np.ascontiguousarray(array), array.shape[: array.ndim - len(shape)]
+
+
+def real_dtype(dtype, name: str = "dtype") -> np.dtype:
+    """float32 or float64, or a ValueError."""
+    try:
+        found = np.dtype(dtype)
+    except TypeError:
+        found = None
+    if found not in (np.dtype(np.float32), np.dtype(np.float64)):
+        raise ValueError(f"{name}: must be float32 or float64, got {dtype!r}")
+    return found
+
+
+def check_shape(shape) -> tuple[int, ...]:
+    """A lattice shape as a tuple of positive ints, or a ValueError."""
+    try:
+        checked = tuple(operator.index(extent) for extent in shape)
+    except TypeError:
+        raise ValueError(f"shape: must be a tuple of integers, got {shape!r}") from None
+    if not 1 <= len(checked) <= 4:
+        raise ValueError(f"shape: {checked} has {len(checked)} axes, must have 1 to 4")
+    if min(checked) < 1:
+        raise ValueError(f"shape: {checked} has an extent that is not positive")
+    if math.prod(checked) >= 2**32:
+        raise ValueError(f"shape: {checked} has 2^32 sites or more")
+    return checked
+
+
+def check_count(value, name: str, least: int = 0, most: int = 2**62) -> int:
+    """An integer in [least, most], or an error naming it."""
+    try:
+        count = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name}: must be an integer, got {value!r}") from None
+    if not least <= count <= most:
+        raise ValueError(f"{name}: must be at least {least}, got {count}" if count < least else
+                         f"{name}: must be at most {most}, got {count}")
+    return count
+
+
+def check_seed(seed) -> int:
+    """A seed in [0, 2^64)."""
+    return check_count(seed, "seed", 0, 2**64 - 1)
+
+
+def check_threads(n_threads) -> int:
+    """The number of threads for a kernel: 0 stands for all."""
+    return 0 if n_threads is None else check_count(n_threads, "n_threads", 0, 1024)
+
+
+def info() -> dict[str, object]:
+    """What this installation of lfq can use.
+
+    Returns
+    -------
+    dict
+        ``version``, ``isa`` (in use), ``isas`` (available, best first), ``threads``, ``cuda_built``,
+        ``cupy`` (version or None), ``gpu`` (its name, or None where none is seen), ``library``.
+    """
+    cupy_version = gpu = None
+    if importlib.util.find_spec("cupy") is not None:
+        import cupy
+
+        cupy_version = cupy.__version__
+        if cupy.is_available():
+            gpu = cupy.cuda.runtime.getDeviceProperties(0)["name"].decode()
+    return {
+        "version": _core.version(),
+        "isa": _core.isa(),
+        "isas": tuple(_core.isas().split(",")),
+        "threads": _core.max_threads(),
+        "cuda_built": False,
+        "cupy": cupy_version,
+        "gpu": gpu,
+        "library": os.path.dirname(_core.__file__),
+    }

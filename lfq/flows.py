@@ -1,0 +1,470 @@
+"""Flows: invertible maps between latents and fields, composed of layers with hand-written gradients."""
+
+from __future__ import annotations
+
+import json
+import math
+from abc import ABC, abstractmethod
+
+import numpy as np
+
+from . import _core
+from ._kernels import check_count, check_seed, check_shape, check_threads, fields
+from .io import FileFormatError, load_tensors, save_tensors
+
+__all__ = ["AffineFlow", "Compose", "Flow", "InterleaveMap", "UpsampleMap", "load_flow"]
+
+_ACTIVATIONS = {"tanh": 0, "leaky_relu": 1}
+_SCALES = {"exp(-|s|)": 0, "exp(s)": 1}
+
+
+def _choice(value, table: dict[str, int], name: str) -> str:
+    if value not in table:
+        raise ValueError(f"{name}: must be one of {', '.join(map(repr, table))}, got {value!r}")
+    return value
+
+
+def _even(shape: tuple[int, ...], why: str) -> None:
+    if any(extent % 2 for extent in shape):
+        raise ValueError(f"shape: {shape} has an odd extent; {why}")
+
+
+class Flow(ABC):
+    """An invertible map x = f(z) with a known log-determinant.
+
+    Latents z and fields x are arrays (..., *lattice). Weights do not depend on the lattice: a flow runs
+    at any size its layers allow. A flow that enlarges lattices reads z as one flat vector, the coarsest
+    field first.
+
+    Attributes
+    ----------
+    ndim : int
+        Dimensions of the lattice.
+    n_weights : int
+    """
+
+    ndim: int
+
+    @property
+    @abstractmethod
+    def weights(self) -> np.ndarray:
+        """All weights, one float64 vector (a copy; assign to change)."""
+
+    @property
+    def n_weights(self) -> int:
+        return self.weights.size
+
+    @abstractmethod
+    def program(self, shape: tuple[int, ...]) -> np.ndarray:
+        """The layers for fields of this shape, as records for the kernels.
+
+        Raises
+        ------
+        ValueError
+            The flow has no form at this shape (an odd extent, the wrong number of axes).
+        """
+
+    @abstractmethod
+    def to_dict(self) -> dict:
+        """The structure of the flow without its weights, JSON-able."""
+
+    def _check_weights(self, weights) -> np.ndarray:
+        weights = np.array(weights, dtype=np.float64)
+        if weights.shape != (self.n_weights,):
+            raise ValueError(f"weights: shape {weights.shape}, must be ({self.n_weights},)")
+        if not np.isfinite(weights).all():
+            where = int(np.flatnonzero(~np.isfinite(weights))[0])
+            raise _core.NotFiniteError(f"weights: entry {where} is {weights[where]}")
+        return weights
+
+    def _arguments(self, array, name: str):
+        array = array if hasattr(array, "__cuda_array_interface__") else np.asarray(array)
+        if array.ndim < self.ndim:
+            raise ValueError(f"{name}: shape {array.shape} has fewer than the {self.ndim} axes of the lattice")
+        shape = tuple(array.shape[array.ndim - self.ndim :])
+        array, leading = fields(array, shape, name)
+        return array, leading, self.program(shape), math.prod(shape)
+
+    def forward(self, z, n_threads: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Map latents to fields.
+
+        Parameters
+        ----------
+        z : array_like, shape (..., *lattice)
+
+        Returns
+        -------
+        x : ndarray, shape and dtype of z
+        log_det : ndarray of float64, shape (...)
+            log|det df/dz|.
+
+        Raises
+        ------
+        ValueError
+            The lattice does not fit the layers.
+        NotFiniteError
+            z or a weight is NaN or Inf.
+        """
+        z, leading, layers, volume = self._arguments(z, "z")
+        x, log_det = np.empty_like(z), np.empty(leading)
+        _core.flow_forward(volume, layers, self.weights, z, x, log_det, check_threads(n_threads))
+        return x, log_det
+
+    def inverse(self, x, n_threads: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Map fields to latents; log_det is that of the inverse map, log|det dz/dx|. Otherwise as `forward`."""
+        x, leading, layers, volume = self._arguments(x, "x")
+        z, log_det = np.empty_like(x), np.empty(leading)
+        _core.flow_inverse(volume, layers, self.weights, x, z, log_det, check_threads(n_threads))
+        return z, log_det
+
+    def vjp(self, z, dx, dlog_det, weights: bool = False, n_threads: int | None = None):
+        """Pull cotangents back through the flow.
+
+        Parameters
+        ----------
+        z : array_like, shape (..., *lattice)
+            Where to differentiate.
+        dx : array_like, shape of z
+            dL/dx for a scalar function L of (x, log_det).
+        dlog_det : array_like, shape (...)
+            dL/dlog_det; broadcast.
+        weights : bool
+            Whether to return dL/dweights too.
+
+        Returns
+        -------
+        dz : ndarray, shape and dtype of z
+        dweights : ndarray of float64, shape (n_weights,)
+            Summed over the leading axes. Only with `weights`.
+        """
+        z, leading, layers, volume = self._arguments(z, "z")
+        dx = np.ascontiguousarray(np.broadcast_to(np.asarray(dx, dtype=z.dtype), z.shape))
+        dlog_det = np.ascontiguousarray(np.broadcast_to(np.asarray(dlog_det, dtype=np.float64), leading))
+        if not np.isfinite(dlog_det).all():
+            raise _core.NotFiniteError("dlog_det: holds NaN or Inf")
+        dz = np.empty_like(z)
+        dweights = np.zeros(self.n_weights) if weights else None
+        _core.flow_vjp(volume, layers, self.weights, z, dx, dlog_det, dz, dweights, check_threads(n_threads))
+        return (dz, dweights) if weights else dz
+
+    def copy(self) -> Flow:
+        """An independent copy."""
+        twin = _from_dict(self.to_dict())
+        twin.weights = self.weights
+        return twin
+
+    def save(self, path) -> None:
+        """Write the flow to a safetensors file.
+
+        The file holds one float64 tensor ``weights`` and, in its metadata, ``lfq_flow``: the JSON of
+        `to_dict`. It is written to a temporary file and renamed.
+        """
+        save_tensors(path, {"weights": self.weights}, {"lfq_flow": json.dumps(self.to_dict())})
+
+
+class AffineFlow(Flow):
+    """Checkerboard affine couplings (arXiv:2302.08408 sec. 3, arXiv:2310.03381).
+
+    Each block updates the even sites given the odd ones, then the odd sites given the updated even ones,
+    then rescales the field: y = x exp(-\\|s\\|) + t with (s, t) from a convolutional net of its own.
+
+    Parameters
+    ----------
+    kernel_size : int
+        3, 5, 7 or 9.
+    n_blocks : int
+    hidden : sequence of int
+        Channels of the hidden layers of each net, at most 4 layers; none in the papers.
+    activation : {"tanh", "leaky_relu"}
+        Of the hidden layers. The last layer always ends in tanh.
+    bias : bool
+        Biases break the symmetry phi -> -phi.
+    scale : {"exp(-|s|)", "exp(s)"}
+        With "exp(-|s|)", odd activations and no bias, f(-z) = -f(z).
+    rescale : bool
+        Whether a block ends in y = exp(a) x.
+    seed : int
+        Of the initial weights: normal of standard deviation 1/sqrt(fan-in), a tenth of that in the last
+        layer of a net that has hidden ones, a third where it has none.
+    ndim : int
+        Dimensions of the lattice, 1 to 4.
+
+    Examples
+    --------
+    >>> flow = AffineFlow(kernel_size=3, n_blocks=1)
+    >>> flow.n_weights
+    37
+    """
+
+    def __init__(
+        self, kernel_size=3, n_blocks=1, hidden=(), activation="tanh", bias=False, scale="exp(-|s|)",
+        rescale=True, seed=0, ndim=2,
+    ):  # fmt: skip
+        self.kernel_size = check_count(kernel_size, "kernel_size", 3, 9)
+        if self.kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size: must be odd, got {self.kernel_size}")
+        self.n_blocks = check_count(n_blocks, "n_blocks", 1, 10000)
+        self.hidden = tuple(check_count(c, "hidden", 1, _core.MAX_CHANNELS) for c in hidden)
+        if len(self.hidden) > _core.MAX_HIDDEN:
+            raise ValueError(f"hidden: at most {_core.MAX_HIDDEN} layers, got {len(self.hidden)}")
+        self.activation = _choice(activation, _ACTIVATIONS, "activation")
+        self.bias = bool(bias)
+        self.scale = _choice(scale, _SCALES, "scale")
+        self.rescale = bool(rescale)
+        self.ndim = check_count(ndim, "ndim", 1, 4)
+        self._weights = self._initial_weights(check_seed(seed))
+
+    def _net_shapes(self) -> list[tuple[int, int]]:
+        channels = (1, *self.hidden, 2)
+        return list(zip(channels[:-1], channels[1:], strict=True))
+
+    def _initial_weights(self, seed: int) -> np.ndarray:
+        taps = self.kernel_size**self.ndim
+        last = 0.1 if self.hidden else 1 / 3
+        net = [
+            part
+            for n, (c_in, c_out) in enumerate(self._net_shapes())
+            for part in (
+                np.full(taps * c_in * c_out, (last if n == len(self.hidden) else 1) / np.sqrt(taps * c_in)),
+                np.zeros(c_out * self.bias),
+            )
+        ]
+        widths = np.concatenate([*net, *net, np.zeros(int(self.rescale))])
+        widths = np.tile(widths, self.n_blocks)
+        normals = np.empty((1, widths.size))
+        _core.normal(seed, _core.PURPOSES["weights"], 0, 0, 1, normals, 1)
+        return widths * normals[0]
+
+    @property
+    def weights(self) -> np.ndarray:
+        return self._weights.copy()
+
+    @weights.setter
+    def weights(self, values):
+        self._weights = self._check_weights(values)
+
+    @property
+    def n_weights(self) -> int:
+        return self._weights.size
+
+    def program(self, shape) -> np.ndarray:
+        shape = check_shape(shape)
+        if len(shape) != self.ndim:
+            raise ValueError(f"shape: {shape} has {len(shape)} axes, the flow was made for {self.ndim}")
+        _even(shape, "the checkerboard needs even ones")
+        n = 2 + self.rescale
+        layers = np.zeros(n * self.n_blocks, dtype=_core.layer_dtype)
+        layers["ndim"] = self.ndim
+        layers["extent"][:, : self.ndim] = shape
+        layers["kind"] = np.tile([0, 0, 1][:n], self.n_blocks)
+        layers["parity"] = np.tile([0, 1, 0][:n], self.n_blocks)
+        couplings = layers["kind"] == _core.LAYERS["coupling"]
+        layers["kernel_size"] = np.where(couplings, self.kernel_size, 0)
+        layers["n_hidden"] = np.where(couplings, len(self.hidden), 0)
+        for i, channels in enumerate(self.hidden):
+            layers["hidden"][couplings, i] = channels
+        layers["activation"] = np.where(couplings, _ACTIVATIONS[self.activation], 0)
+        layers["bias"] = np.where(couplings, self.bias, 0)
+        layers["scale"] = np.where(couplings, _SCALES[self.scale], 0)
+        layers["weight_offset"] = _offsets(layers)
+        return layers
+
+    def to_dict(self) -> dict:
+        return {
+            "kind": "affine",
+            "kernel_size": self.kernel_size,
+            "n_blocks": self.n_blocks,
+            "hidden": list(self.hidden),
+            "activation": self.activation,
+            "bias": self.bias,
+            "scale": self.scale,
+            "rescale": self.rescale,
+            "ndim": self.ndim,
+        }
+
+    @classmethod
+    def from_dict(cls, structure: dict) -> AffineFlow:
+        """A flow of this structure with its initial weights."""
+        return cls(**{key: value for key, value in structure.items() if key != "kind"})
+
+    def __repr__(self) -> str:
+        arguments = ", ".join(f"{k}={v!r}" for k, v in self.to_dict().items() if k != "kind")
+        return f"AffineFlow({arguments})"
+
+
+def _offsets(layers: np.ndarray) -> np.ndarray:
+    sizes = _core.layer_n_weights(layers)
+    return np.cumsum(sizes) - sizes
+
+
+class _Enlarging(Flow):
+    _kind: str
+
+    def program(self, shape) -> np.ndarray:
+        shape = check_shape(shape)
+        if len(shape) != self.ndim:
+            raise ValueError(f"shape: {shape} has {len(shape)} axes, the flow was made for {self.ndim}")
+        _even(shape, "it cannot be halved")
+        layer = np.zeros(1, dtype=_core.layer_dtype)
+        layer["kind"] = _core.LAYERS[self._kind]
+        layer["ndim"] = self.ndim
+        layer["extent"][0, : self.ndim] = shape
+        return layer
+
+    def to_dict(self) -> dict:
+        return {"kind": self._kind, "ndim": self.ndim}
+
+
+class InterleaveMap(_Enlarging):
+    """2^D copies of a coarse field, laid on the sublattices of the fine one: no weights, unit Jacobian."""
+
+    _kind = "interleave"
+
+    def __init__(self, ndim: int = 2):
+        self.ndim = check_count(ndim, "ndim", 1, 4)
+
+    @property
+    def weights(self) -> np.ndarray:
+        return np.empty(0)
+
+    @weights.setter
+    def weights(self, values):
+        self._check_weights(values)
+
+
+class UpsampleMap(_Enlarging):
+    """A coarse field on the even sites; elsewhere the interpolation of its neighbours plus noise.
+
+    Parameters
+    ----------
+    scale : float
+        Of the coarse field, positive.
+    width : float or sequence of ndim floats
+        Standard deviation of the noise at sites with 1, ..., ndim odd coordinates, positive.
+    interpolation : float or sequence of ndim floats
+        Factor of the mean of the nearest coarse sites, likewise.
+    """
+
+    _kind = "upsample"
+
+    def __init__(self, scale: float = 1.0, width=0.1, interpolation=1.0, ndim: int = 2):
+        self.ndim = check_count(ndim, "ndim", 1, 4)
+        widths = np.array(np.broadcast_to(np.asarray(width, dtype=np.float64), (self.ndim,)))
+        means = np.array(np.broadcast_to(np.asarray(interpolation, dtype=np.float64), (self.ndim,)))
+        if not (np.isfinite(scale) and scale > 0):
+            raise ValueError(f"scale: must be positive, got {scale}")
+        if not (np.isfinite(widths).all() and (widths > 0).all()):
+            raise ValueError(f"width: must be positive, got {width}")
+        if not np.isfinite(means).all():
+            raise ValueError(f"interpolation: must be finite, got {interpolation}")
+        self._weights = np.empty(1 + 2 * self.ndim)
+        self._weights[0] = np.log(scale)
+        self._weights[1::2], self._weights[2::2] = means, np.log(widths)
+
+    @property
+    def weights(self) -> np.ndarray:
+        return self._weights.copy()
+
+    @weights.setter
+    def weights(self, values):
+        self._weights = self._check_weights(values)
+
+    @property
+    def n_weights(self) -> int:
+        return self._weights.size
+
+    @property
+    def scale(self) -> float:
+        return float(np.exp(self._weights[0]))
+
+    @property
+    def interpolation(self) -> np.ndarray:
+        return self._weights[1::2].copy()
+
+    @property
+    def width(self) -> np.ndarray:
+        return np.exp(self._weights[2::2])
+
+
+class Compose(Flow):
+    """Flows one after another, the first acting on the latent first.
+
+    Parameters
+    ----------
+    flows : sequence of Flow
+        Of equal `ndim`. Each works on the lattice the one after it reads.
+    """
+
+    def __init__(self, flows):
+        self.flows = tuple(flows)
+        if not self.flows:
+            raise ValueError("flows: must hold at least one flow")
+        if not all(isinstance(flow, Flow) for flow in self.flows):
+            raise TypeError("flows: must all be flows")
+        self.ndim = self.flows[0].ndim
+        if any(flow.ndim != self.ndim for flow in self.flows):
+            raise ValueError("flows: differ in ndim")
+
+    @property
+    def weights(self) -> np.ndarray:
+        return np.concatenate([flow.weights for flow in self.flows])
+
+    @weights.setter
+    def weights(self, values):
+        values = self._check_weights(values)
+        for flow in self.flows:
+            flow.weights, values = values[: flow.n_weights], values[flow.n_weights :]
+
+    @property
+    def n_weights(self) -> int:
+        return sum(flow.n_weights for flow in self.flows)
+
+    def program(self, shape) -> np.ndarray:
+        shape, parts = check_shape(shape), []
+        for flow in reversed(self.flows):
+            parts.append(flow.program(shape))
+            for layer in parts[-1]:
+                if layer["kind"] in (_core.LAYERS["interleave"], _core.LAYERS["upsample"]):
+                    shape = tuple(extent // 2 for extent in shape)
+        layers = np.concatenate(parts[::-1])
+        layers["weight_offset"] = _offsets(layers)
+        return layers
+
+    def to_dict(self) -> dict:
+        return {"kind": "compose", "flows": [flow.to_dict() for flow in self.flows]}
+
+
+def _from_dict(structure, depth: int = 0) -> Flow:
+    if not isinstance(structure, dict) or depth > 8:
+        raise ValueError("the flow's structure is not a table")
+    arguments = {key: value for key, value in structure.items() if key != "kind"}
+    kind = structure.get("kind")
+    if kind == "compose":
+        if set(arguments) != {"flows"} or not isinstance(arguments["flows"], list):
+            raise ValueError("a composition holds a list of flows")
+        return Compose([_from_dict(part, depth + 1) for part in arguments["flows"]])
+    makers = {"affine": AffineFlow, "interleave": InterleaveMap, "upsample": UpsampleMap}
+    if kind not in makers:
+        raise ValueError(f"unknown kind of flow {kind!r}")
+    return makers[kind](**arguments)
+
+
+def load_flow(path) -> Flow:
+    """Read a flow written by `Flow.save`.
+
+    Raises
+    ------
+    FileFormatError
+        The file is not a flow, or is damaged; nothing in it is ever executed.
+    OSError
+        It cannot be read.
+    """
+    tensors, metadata = load_tensors(path)
+    if set(tensors) != {"weights"} or "lfq_flow" not in metadata:
+        raise FileFormatError(f"{path}: not an lfq flow")
+    try:
+        flow = _from_dict(json.loads(metadata["lfq_flow"]))
+        flow.weights = tensors["weights"]
+    except (TypeError, ValueError, RecursionError, MemoryError) as error:
+        raise FileFormatError(f"{path}: not an lfq flow: {error}") from None
+    return flow

@@ -1,0 +1,756 @@
+"""The definition of every kernel of lfq in plain NumPy, slow and readable.
+
+Fields are arrays ``(..., *lattice)`` and everything is float64. The action is
+
+    S = sum_x [-beta sum_mu phi_x phi_{x+mu} + (1 - 2 lam) phi_x^2 + lam phi_x^4].
+
+Philox4x32-10 is the generator of Salmon et al., SC 2011; the flows are those of arXiv:2302.08408
+and arXiv:2310.03381.
+"""
+
+import itertools
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+PURPOSE_MOMENTA = 0
+PURPOSE_ACCEPT = 1
+
+
+def _axes(ndim):
+    """The trailing `ndim` axes, those of the lattice."""
+    return tuple(range(-ndim, 0))
+
+
+# ---- random numbers ------------------------------------------------------------------------
+
+
+def philox4x32(counter, key):
+    """Philox4x32-10.
+
+    Parameters
+    ----------
+    counter : (..., 4) array of 32-bit words
+    key : (..., 2) array of 32-bit words
+
+    Returns
+    -------
+    (..., 4) uint32 array
+    """
+    x0, x1, x2, x3 = np.moveaxis(np.asarray(counter, dtype=np.uint64), -1, 0)
+    key0, key1 = np.moveaxis(np.asarray(key, dtype=np.uint64), -1, 0)
+    low, word = np.uint64(0xFFFFFFFF), np.uint64(32)
+    for _ in range(10):
+        product0 = x0 * np.uint64(0xD2511F53)
+        product1 = x2 * np.uint64(0xCD9E8D57)
+        x0, x1 = (product1 >> word) ^ x1 ^ key0, product1 & low
+        x2, x3 = (product0 >> word) ^ x3 ^ key1, product0 & low
+        key0 = (key0 + np.uint64(0x9E3779B9)) & low
+        key1 = (key1 + np.uint64(0xBB67AE85)) & low
+    return np.stack(np.broadcast_arrays(x0, x1, x2, x3), axis=-1).astype(np.uint32)
+
+
+def _blocks(seed, purpose, trajectory, chains, n_blocks):
+    """The first blocks of the streams of `chains`: (n_chains, n_blocks, 4) words held in uint64."""
+    chains = np.asarray(chains, dtype=np.uint64)
+    counter = np.zeros((len(chains), n_blocks, 4), dtype=np.uint64)
+    counter[..., 0] = np.arange(n_blocks)
+    counter[..., 1] = trajectory & 0xFFFFFFFF
+    counter[..., 2] = chains[:, np.newaxis]
+    counter[..., 3] = (trajectory >> 32) | (purpose << 24)
+    return philox4x32(counter, [seed & 0xFFFFFFFF, seed >> 32]).astype(np.uint64)
+
+
+def normals(seed, purpose, trajectory, chains, n_per_chain, dtype=np.float64):
+    """Unit normals by Box-Muller; block b of a stream makes its entries 4 b .. 4 b + 3.
+
+    A pair of words (a, b) makes r cos(angle), r sin(angle) with r = sqrt(-2 ln u),
+    u = (a 2^8 + (b >> 24) + 1/2) 2^-40 (float32: u = (a + 1/2) 2^-32) and
+    angle = 2 pi (b & 0xffffff) 2^-24.
+
+    Parameters
+    ----------
+    seed : int
+        64 bits.
+    purpose : int
+        8 bits; the registry is enum lfq_purpose.
+    trajectory : int
+        56 bits.
+    chains : (n_chains,) array of int
+        Global chain numbers, 32 bits.
+    n_per_chain : int
+    dtype : float64 or float32
+
+    Returns
+    -------
+    (n_chains, n_per_chain) array of `dtype`
+    """
+    words = _blocks(seed, purpose, trajectory, chains, -(-n_per_chain // 4))
+    a, b = words[..., 0::2], words[..., 1::2]
+    if np.dtype(dtype) == np.float64:
+        u = ((a << np.uint64(8) | b >> np.uint64(24)) + 0.5) * 2.0**-40
+    else:
+        # Rounded as a float32 must be: near u = 1 this decides the radius.
+        u = ((a + 0.5) * 2.0**-32).astype(np.float32).astype(np.float64)
+    radius = np.sqrt(-2.0 * np.log(u))
+    angle = 2.0 * np.pi * (b & np.uint64(0xFFFFFF)) * 2.0**-24
+    pairs = np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=-1)
+    return pairs.reshape(len(words), -1)[:, :n_per_chain].astype(dtype)
+
+
+def accept_uniform(seed, trajectory, chains):
+    """The uniform ((x0 << 21 | x1 >> 11) + 1/2) 2^-53 of the accept step, (n_chains,) float64."""
+    x0, x1, _, _ = _blocks(seed, PURPOSE_ACCEPT, trajectory, chains, 1)[:, 0].T
+    return ((x0 << np.uint64(21) | x1 >> np.uint64(11)) + 0.5) * 2.0**-53
+
+
+# ---- phi^4 ---------------------------------------------------------------------------------
+
+
+def phi4_action(phi, beta, lam, ndim):
+    """S = sum_x [-beta sum_mu phi_x phi_{x+mu} + (1 - 2 lam) phi_x^2 + lam phi_x^4].
+
+    Parameters
+    ----------
+    phi : (..., *lattice) array
+    beta, lam : float
+    ndim : int
+        Number of lattice axes.
+
+    Returns
+    -------
+    (...) array
+    """
+    forward = sum(np.roll(phi, -1, axis) for axis in _axes(ndim))
+    site = -beta * phi * forward + (1 - 2 * lam) * phi**2 + lam * phi**4
+    return site.sum(axis=_axes(ndim))
+
+
+def phi4_force(phi, beta, lam, ndim):
+    """F_x = -dS/dphi_x = beta sum_{+-mu} phi_{x+mu} - 2 phi_x (1 - 2 lam + 2 lam phi_x^2).
+
+    Parameters
+    ----------
+    phi : (..., *lattice) array
+    beta, lam : float
+    ndim : int
+
+    Returns
+    -------
+    (..., *lattice) array
+    """
+    neighbours = sum(np.roll(phi, -1, axis) + np.roll(phi, 1, axis) for axis in _axes(ndim))
+    return beta * neighbours - 2 * phi * (1 - 2 * lam + 2 * lam * phi**2)
+
+
+def observables(phi, ndim):
+    """Observables of every field, in the order of lfq.h.
+
+    M = mean phi; mean phi^2; mean phi^4; nn = mean over sites and directions of phi_x phi_{x+mu};
+    mean phi_t^2 with phi_t(p) = exp(-p^2 t) phi(p), p^2 = 4 sum_mu sin^2(p_mu / 2), t = 1;
+    G(p_min) = |sum_x exp(i p x) phi_x|^2 / V with p = 2 pi / extent along one axis, averaged over axes.
+
+    Parameters
+    ----------
+    phi : (..., *lattice) array
+    ndim : int
+
+    Returns
+    -------
+    (..., 6) array
+    """
+    axes = _axes(ndim)
+    extent = phi.shape[-ndim:]
+    nn = sum(phi * np.roll(phi, -1, axis) for axis in axes) / ndim
+    momentum = np.meshgrid(*[2 * np.pi * np.fft.fftfreq(n) for n in extent], indexing="ij")
+    p2 = sum(4 * np.sin(p / 2) ** 2 for p in momentum)
+    phi_p = np.fft.fftn(phi, axes=axes)
+    smeared = np.fft.ifftn(np.exp(-p2) * phi_p, axes=axes).real
+    power = np.abs(phi_p) ** 2 / math.prod(extent)
+    unit = np.eye(ndim, dtype=int)
+    g_min = sum(power[(..., *(unit[mu] % extent))] for mu in range(ndim)) / ndim
+    means = [field.mean(axis=axes) for field in (phi, phi**2, phi**4, nn, smeared**2)]
+    return np.stack([*means, g_min], axis=-1)
+
+
+# ---- layers of a flow ----------------------------------------------------------------------
+#
+# Every layer has `shape` (the lattice it writes), `input_shape`, `n_weights` and
+#   forward(z, weights) -> x, log|det dx/dz|
+#   inverse(x, weights) -> z, log|det dz/dx|
+#   vjp(z, weights, dx, dlog_det) -> dz, dweights
+# for z (..., *input_shape), x (..., *shape), log-determinants (...), weights (n_weights,), where vjp
+# takes dL/dx and dL/dlog_det to dL/dz and dL/dweights, the latter summed over the leading axes.
+
+
+def _taps(kernel):
+    """Index and offset from the centre of every tap of a kernel (c_out, c_in, k, ..., k)."""
+    radius = kernel.shape[-1] // 2
+    for tap in np.ndindex(kernel.shape[2:]):
+        yield tap, np.array(tap) - radius
+
+
+def correlate(x, kernel):
+    """Circular cross-correlation out[c, r] = sum_{i, o} kernel[c, i, o] x[i, r + o].
+
+    Parameters
+    ----------
+    x : (c_in, ..., *lattice) array
+    kernel : (c_out, c_in, k, ..., k) array
+        k is odd, o runs from -(k - 1)/2 to (k - 1)/2 and r + o is taken modulo the extents.
+
+    Returns
+    -------
+    (c_out, ..., *lattice) array
+    """
+    axes = _axes(kernel.ndim - 2)
+    return sum(
+        np.tensordot(kernel[(..., *tap)], np.roll(x, -offset, axes), axes=1) for tap, offset in _taps(kernel)
+    )
+
+
+def correlate_vjp(x, kernel, dout):
+    """Backward pass of `correlate`.
+
+    dx[i, r] = sum_{c, o} kernel[c, i, o] dout[c, r - o] and
+    dkernel[c, i, o] = sum_r dout[c, r] x[i, r + o], r over the leading axes too.
+
+    Parameters
+    ----------
+    x : (c_in, ..., *lattice) array
+    kernel : (c_out, c_in, k, ..., k) array
+    dout : (c_out, ..., *lattice) array
+
+    Returns
+    -------
+    dx : (c_in, ..., *lattice) array
+    dkernel : (c_out, c_in, k, ..., k) array
+    """
+    axes = _axes(kernel.ndim - 2)
+    rest = range(1, x.ndim)
+    dx = np.zeros(x.shape)
+    dkernel = np.zeros(kernel.shape)
+    for tap, offset in _taps(kernel):
+        dx += np.tensordot(kernel[(..., *tap)].T, np.roll(dout, offset, axes), axes=1)
+        dkernel[(..., *tap)] = np.tensordot(dout, np.roll(x, -offset, axes), axes=(rest, rest))
+    return dx, dkernel
+
+
+def activate(kind, u):
+    """tanh(u), or leaky ReLU: u where u > 0, else 0.01 u."""
+    return np.tanh(u) if kind == "tanh" else np.where(u > 0, u, 0.01 * u)
+
+
+def activation_slope(kind, value):
+    """The derivative of `activate` in terms of its value."""
+    return 1 - value**2 if kind == "tanh" else np.where(value > 0, 1.0, 0.01)
+
+
+@dataclass(frozen=True)
+class Coupling:
+    """One half-update of the checkerboard.
+
+    On active sites, sum(coordinates) % 2 == parity, x = z e^q + t with q = -|s| or q = s and
+    log-det sum q over the active sites; frozen sites stay. (s, t) is the output of a convolutional
+    net that sees the field with active sites set to zero. The derivative of |s| at s = 0 is 0.
+
+    Weights, in order of the net's layers: kernel[out][in][k]..[k], then bias[out] if any.
+
+    Parameters
+    ----------
+    shape : tuple of int
+        Even extents.
+    parity : int
+    kernel_size : int
+        Odd.
+    hidden : tuple of int
+        Channels of the hidden layers; the last layer has 2 channels and is followed by tanh.
+    activation : "tanh" or "leaky_relu"
+        Of the hidden layers.
+    bias : bool
+    scale : "exp(-|s|)" or "exp(s)"
+    """
+
+    shape: tuple
+    parity: int
+    kernel_size: int
+    hidden: tuple = ()
+    activation: str = "tanh"
+    bias: bool = False
+    scale: str = "exp(-|s|)"
+
+    @property
+    def input_shape(self):
+        return self.shape
+
+    @property
+    def kernel_shapes(self):
+        """(c_out, c_in, k, ..., k) of every layer of the net."""
+        channels = (1, *self.hidden, 2)
+        taps = (self.kernel_size,) * len(self.shape)
+        return [(c_out, c_in, *taps) for c_in, c_out in itertools.pairwise(channels)]
+
+    @property
+    def n_weights(self):
+        return sum(math.prod(shape) + self.bias * shape[0] for shape in self.kernel_shapes)
+
+    @property
+    def active(self):
+        """(*shape) bool array."""
+        return np.indices(self.shape).sum(axis=0) % 2 == self.parity
+
+    def _net_layers(self, weights):
+        """(activation, kernel, bias) of every layer of the net."""
+        activations = [self.activation] * len(self.hidden) + ["tanh"]
+        layers, begin = [], 0
+        for activation, shape in zip(activations, self.kernel_shapes, strict=True):
+            middle = begin + math.prod(shape)
+            end = middle + self.bias * shape[0]
+            bias = weights[middle:end] if self.bias else np.zeros(shape[0])
+            layers.append((activation, weights[begin:middle].reshape(shape), bias))
+            begin = end
+        return layers
+
+    def _net(self, z, weights):
+        """The net's input, the values of its hidden layers, and (s, t), each (channels, ..., *shape)."""
+        values = [np.where(self.active, 0.0, z)[np.newaxis]]
+        for activation, kernel, bias in self._net_layers(weights):
+            u = correlate(values[-1], kernel) + bias.reshape(-1, *[1] * z.ndim)
+            values.append(activate(activation, u))
+        return values
+
+    def _net_vjp(self, values, weights, doutput):
+        """From dL/d(s, t) to dL/dz through the net, and dL/dweights."""
+        dvalue, dweights = doutput, []
+        for i, (activation, kernel, _) in reversed(list(enumerate(self._net_layers(weights)))):
+            du = dvalue * activation_slope(activation, values[i + 1])
+            dvalue, dkernel = correlate_vjp(values[i], kernel, du)
+            dbias = du.reshape(len(du), -1).sum(axis=1)
+            dweights = [dkernel.ravel(), *([dbias] if self.bias else []), *dweights]
+        return np.where(self.active, 0.0, dvalue[0]), np.concatenate(dweights)
+
+    def _log_scale(self, s):
+        """q and dq/ds."""
+        return (-np.abs(s), -np.sign(s)) if self.scale == "exp(-|s|)" else (s, np.ones(s.shape))
+
+    def forward(self, z, weights):
+        s, t = self._net(z, weights)[-1]
+        q = np.where(self.active, self._log_scale(s)[0], 0.0)
+        return np.where(self.active, z * np.exp(q) + t, z), q.sum(axis=_axes(len(self.shape)))
+
+    def inverse(self, x, weights):
+        s, t = self._net(x, weights)[-1]
+        q = np.where(self.active, self._log_scale(s)[0], 0.0)
+        return np.where(self.active, (x - t) * np.exp(-q), x), -q.sum(axis=_axes(len(self.shape)))
+
+    def vjp(self, z, weights, dx, dlog_det):
+        values = self._net(z, weights)
+        s, _ = values[-1]
+        q, slope = self._log_scale(s)
+        dlog_det = np.expand_dims(dlog_det, _axes(len(self.shape)))
+        ds = (dx * z * np.exp(q) + dlog_det) * slope
+        doutput = np.where(self.active, np.stack([ds, dx]), 0.0)
+        dz_net, dweights = self._net_vjp(values, weights, doutput)
+        return np.where(self.active, dx * np.exp(q), dx) + dz_net, dweights
+
+
+@dataclass(frozen=True)
+class Rescale:
+    """x = e^a z, log-det V a. One weight, a.
+
+    Parameters
+    ----------
+    shape : tuple of int
+    """
+
+    shape: tuple
+    n_weights = 1
+
+    @property
+    def input_shape(self):
+        return self.shape
+
+    def forward(self, z, weights):
+        (a,) = weights
+        return np.exp(a) * z, np.full(z.shape[: -len(self.shape)], math.prod(self.shape) * a)
+
+    def inverse(self, x, weights):
+        return self.forward(x, np.negative(weights))
+
+    def vjp(self, z, weights, dx, dlog_det):
+        (a,) = weights
+        da = (dx * np.exp(a) * z).sum() + math.prod(self.shape) * np.sum(dlog_det)
+        return np.exp(a) * dx, np.array([da])
+
+
+def _sublattices(shape):
+    """Offset bits (the most significant is the first axis) and index of sublattices 0 .. 2^ndim - 1."""
+    for bits in np.ndindex(*[2] * len(shape)):
+        yield bits, (..., *[slice(bit, None, 2) for bit in bits])
+
+
+@dataclass(frozen=True)
+class Interleave:
+    """2^D copies of the coarse field, copy a on sublattice a: phi(2 i + bits of a) = z_a(i).
+
+    The input is flat, copy after copy; the log-determinant is 0 and there are no weights.
+
+    Parameters
+    ----------
+    shape : tuple of int
+        Even extents, those of the fine lattice.
+    """
+
+    shape: tuple
+    n_weights = 0
+
+    @property
+    def input_shape(self):
+        return (math.prod(self.shape),)
+
+    def forward(self, z, weights):
+        copies = z.reshape(*z.shape[:-1], 2 ** len(self.shape), *[n // 2 for n in self.shape])
+        x = np.empty((*z.shape[:-1], *self.shape))
+        for a, (_, sublattice) in enumerate(_sublattices(self.shape)):
+            x[sublattice] = copies[(..., a, *[slice(None)] * len(self.shape))]
+        return x, np.zeros(z.shape[:-1])
+
+    def inverse(self, x, weights):
+        lead = x.shape[: -len(self.shape)]
+        copies = [x[sublattice].reshape(*lead, -1) for _, sublattice in _sublattices(self.shape)]
+        return np.concatenate(copies, axis=-1), np.zeros(lead)
+
+    def vjp(self, z, weights, dx, dlog_det):
+        # A permutation: its transpose is its inverse.
+        return self.inverse(dx, weights)[0], np.zeros(0)
+
+
+@dataclass(frozen=True)
+class Upsample:
+    """One coarse field z_c on sublattice 0, noise around its interpolation on the others.
+
+    phi(2 i) = e^{w_0} z_c(i); on sublattice a with c odd coordinates phi = g_c mean + e^{h_c} noise_a, mean =
+    the average of e^{w_0} z_c over the 2^c nearest coarse sites (i and i + 1 for each odd coordinate).
+    log-det = V_c w_0 + sum_c n_c h_c, n_c = V_c binomial(D, c), V_c the coarse volume.
+
+    The input is flat: z_c, then noise_a for a = 1 .. 2^D - 1. Weights: w_0, then (g_c, h_c) for c = 1 .. D.
+
+    Parameters
+    ----------
+    shape : tuple of int
+        Even extents, those of the fine lattice.
+    """
+
+    shape: tuple
+
+    @property
+    def n_weights(self):
+        return 1 + 2 * len(self.shape)
+
+    @property
+    def input_shape(self):
+        return (math.prod(self.shape),)
+
+    def _interpolate(self, coarse, bits):
+        for axis, bit in zip(_axes(len(bits)), bits, strict=True):
+            if bit:
+                coarse = (coarse + np.roll(coarse, -1, axis)) / 2
+        return coarse
+
+    def _interpolate_transposed(self, dmean, bits):
+        for axis, bit in zip(_axes(len(bits)), bits, strict=True):
+            if bit:
+                dmean = (dmean + np.roll(dmean, 1, axis)) / 2
+        return dmean
+
+    def _log_det(self, weights):
+        ndim = len(self.shape)
+        h = weights[2::2]
+        per_coarse_site = weights[0] + sum(math.comb(ndim, c) * h[c - 1] for c in range(1, ndim + 1))
+        return math.prod(self.shape) // 2**ndim * per_coarse_site
+
+    def forward(self, z, weights):
+        w_0, g, h = weights[0], weights[1::2], weights[2::2]
+        # Interleaved, so that sublattice a holds block a of the latent.
+        latent, _ = Interleave(self.shape).forward(z, [])
+        x = np.empty(latent.shape)
+        for bits, sublattice in _sublattices(self.shape):
+            c = sum(bits)
+            if c == 0:
+                coarse = x[sublattice] = np.exp(w_0) * latent[sublattice]
+            else:
+                mean = self._interpolate(coarse, bits)
+                x[sublattice] = g[c - 1] * mean + np.exp(h[c - 1]) * latent[sublattice]
+        return x, np.full(z.shape[:-1], self._log_det(weights))
+
+    def inverse(self, x, weights):
+        w_0, g, h = weights[0], weights[1::2], weights[2::2]
+        latent = np.empty(x.shape)
+        for bits, sublattice in _sublattices(self.shape):
+            c = sum(bits)
+            if c == 0:
+                coarse = x[sublattice]
+                latent[sublattice] = np.exp(-w_0) * coarse
+            else:
+                mean = self._interpolate(coarse, bits)
+                latent[sublattice] = np.exp(-h[c - 1]) * (x[sublattice] - g[c - 1] * mean)
+        z, zero = Interleave(self.shape).inverse(latent, [])
+        return z, zero - self._log_det(weights)
+
+    def vjp(self, z, weights, dx, dlog_det):
+        w_0, g, h = weights[0], weights[1::2], weights[2::2]
+        ndim = len(self.shape)
+        n_coarse = math.prod(self.shape) // 2**ndim
+        latent, _ = Interleave(self.shape).forward(z, [])
+        dlatent = np.empty(latent.shape)
+        even = (..., *[slice(0, None, 2)] * ndim)
+        coarse = np.exp(w_0) * latent[even]
+        dcoarse = dx[even]
+        dg = np.zeros(ndim)
+        dh = np.array([n_coarse * math.comb(ndim, c) * np.sum(dlog_det) for c in range(1, ndim + 1)])
+        for bits, sublattice in _sublattices(self.shape):
+            c = sum(bits)
+            if c > 0:
+                dphi = dx[sublattice]
+                dg[c - 1] += (dphi * self._interpolate(coarse, bits)).sum()
+                dh[c - 1] += (dphi * np.exp(h[c - 1]) * latent[sublattice]).sum()
+                dcoarse = dcoarse + g[c - 1] * self._interpolate_transposed(dphi, bits)
+                dlatent[sublattice] = np.exp(h[c - 1]) * dphi
+        dlatent[even] = np.exp(w_0) * dcoarse
+        dw_0 = (dcoarse * coarse).sum() + n_coarse * np.sum(dlog_det)
+        dweights = np.concatenate([[dw_0], np.stack([dg, dh], axis=1).ravel()])
+        return Interleave(self.shape).inverse(dlatent, [])[0], dweights
+
+
+# ---- flows ---------------------------------------------------------------------------------
+#
+# A flow is a list of layers on flat latents (n, volume), `volume` that of the last layer's lattice.
+# A layer works on the leading entries; those behind wait for a layer that enlarges the lattice.
+
+
+def _split_weights(layers, weights):
+    ends = np.cumsum([layer.n_weights for layer in layers])
+    return np.split(np.asarray(weights, dtype=np.float64), ends[:-1])
+
+
+def _leading(latent, shape):
+    return latent[:, : math.prod(shape)].reshape(len(latent), *shape)
+
+
+def _with_leading(latent, values):
+    values = values.reshape(len(latent), -1)
+    return np.concatenate([values, latent[:, values.shape[1] :]], axis=1)
+
+
+def flow_forward(layers, weights, z):
+    """x = f(z) and log|det df/dz|.
+
+    Parameters
+    ----------
+    layers : sequence of layers
+        At least one.
+    weights : (n_weights,) array
+        The weights of all layers, in order of layers.
+    z : (n, volume) array
+
+    Returns
+    -------
+    x : (n, *shape) array
+    log_det : (n,) array
+    """
+    latent, log_det = z, np.zeros(len(z))
+    for layer, w in zip(layers, _split_weights(layers, weights), strict=True):
+        values, term = layer.forward(_leading(latent, layer.input_shape), w)
+        latent = _with_leading(latent, values)
+        log_det = log_det + term
+    return latent.reshape(len(z), *layers[-1].shape), log_det
+
+
+def flow_inverse(layers, weights, x):
+    """z = f^-1(x) and log|det df^-1/dx|.
+
+    Parameters
+    ----------
+    layers, weights : see `flow_forward`
+    x : (n, *shape) array
+
+    Returns
+    -------
+    z : (n, volume) array
+    log_det : (n,) array
+    """
+    latent, log_det = x.reshape(len(x), -1), np.zeros(len(x))
+    for layer, w in reversed(list(zip(layers, _split_weights(layers, weights), strict=True))):
+        values, term = layer.inverse(_leading(latent, layer.shape), w)
+        latent = _with_leading(latent, values)
+        log_det = log_det + term
+    return latent, log_det
+
+
+def flow_vjp(layers, weights, z, dx, dlog_det):
+    """Backward pass of `flow_forward`.
+
+    Parameters
+    ----------
+    layers, weights, z : see `flow_forward`
+    dx : (n, *shape) array
+        dL/dx at x = f(z).
+    dlog_det : (n,) array
+        dL/dlog_det.
+
+    Returns
+    -------
+    dz : (n, volume) array
+    dweights : (n_weights,) array
+        Summed over the n latents.
+    """
+    split = _split_weights(layers, weights)
+    latents = [z]
+    for layer, w in zip(layers, split, strict=True):
+        values, _ = layer.forward(_leading(latents[-1], layer.input_shape), w)
+        latents.append(_with_leading(latents[-1], values))
+    dlatent, dweights = dx.reshape(len(z), -1), []
+    for layer, w, latent in reversed(list(zip(layers, split, latents[:-1], strict=True))):
+        dvalues = _leading(dlatent, layer.shape)
+        dvalues, dw = layer.vjp(_leading(latent, layer.input_shape), w, dvalues, dlog_det)
+        dlatent = _with_leading(dlatent, dvalues)
+        dweights = [dw, *dweights]
+    return dlatent, np.concatenate(dweights)
+
+
+def pullback(layers, weights, z, beta, lam):
+    """The pulled-back theory S~(z) = S(f(z)) - log|det df/dz| and its force -dS~/dz.
+
+    Parameters
+    ----------
+    layers, weights, z : see `flow_forward`
+    beta, lam : float
+
+    Returns
+    -------
+    action : (n,) array
+    force : (n, volume) array
+    """
+    ndim = len(layers[-1].shape)
+    x, log_det = flow_forward(layers, weights, z)
+    force, _ = flow_vjp(layers, weights, z, phi4_force(x, beta, lam, ndim), np.ones(len(z)))
+    return phi4_action(x, beta, lam, ndim) - log_det, force
+
+
+def loss(layers, weights, z, beta, lam):
+    """The training step: S(f(z)), log|det df/dz| and d/dweights of mean [S(f(z)) - log|det df/dz|].
+
+    Parameters
+    ----------
+    layers, weights, z : see `flow_forward`
+    beta, lam : float
+
+    Returns
+    -------
+    action : (n,) array
+    log_det : (n,) array
+    dweights : (n_weights,) array
+    """
+    ndim = len(layers[-1].shape)
+    x, log_det = flow_forward(layers, weights, z)
+    dx = -phi4_force(x, beta, lam, ndim) / len(z)
+    _, dweights = flow_vjp(layers, weights, z, dx, np.full(len(z), -1 / len(z)))
+    return phi4_action(x, beta, lam, ndim), log_det, dweights
+
+
+# ---- hybrid Monte Carlo --------------------------------------------------------------------
+
+
+def evolve(force, z, momenta, kick, drift, step_size, n_steps):
+    """Integrate Hamilton's equations with the splitting kick[0] drift[0] kick[1] ... kick[n].
+
+    Parameters
+    ----------
+    force : callable
+        z -> -dS/dz, of the shape of z.
+    z, momenta : arrays of one shape
+    kick : (n_stages + 1,) sequence
+        In units of the step size, as is `drift`. Leapfrog is kick = (1/2, 1/2), drift = (1,).
+    drift : (n_stages,) sequence
+    step_size : float
+    n_steps : int
+
+    Returns
+    -------
+    z, momenta : arrays
+    """
+    for _ in range(n_steps):
+        for k, d in zip(kick[:-1], drift, strict=True):
+            momenta = momenta + k * step_size * force(z)
+            z = z + d * step_size * momenta
+        momenta = momenta + kick[-1] * step_size * force(z)
+    return z, momenta
+
+
+def hmc(
+    z,
+    beta,
+    lam,
+    kick,
+    drift,
+    step_size,
+    n_steps,
+    n_trajectories,
+    seed,
+    layers=(),
+    weights=(),
+    first_chain=0,
+    first_trajectory=0,
+):
+    """Hybrid Monte Carlo of independent chains, H = 1/2 sum momenta^2 + S.
+
+    A trajectory is accepted where accept_uniform < exp(-dH). Chain i draws from the streams of chain
+    first_chain + i, trajectory j from those of first_trajectory + j.
+
+    Parameters
+    ----------
+    z : (n_chains, *shape) array, or (n_chains, volume) with layers
+        Where the chains start.
+    beta, lam : float
+    kick, drift, step_size, n_steps : see `evolve`
+    n_trajectories : int
+    seed : int
+    layers, weights : see `flow_forward`
+        Without layers S is the action of the field z, with layers that of the pulled-back theory.
+    first_chain, first_trajectory : int
+
+    Returns
+    -------
+    z : (n_trajectories, *z.shape) array
+        After each trajectory.
+    dh : (n_trajectories, n_chains) array
+        H at the end minus H at the start of each trajectory, accepted or not.
+    accepted : (n_trajectories, n_chains) bool array
+    """
+
+    def action(z):
+        return pullback(layers, weights, z, beta, lam)[0] if layers else phi4_action(z, beta, lam, z.ndim - 1)
+
+    def force(z):
+        return pullback(layers, weights, z, beta, lam)[1] if layers else phi4_force(z, beta, lam, z.ndim - 1)
+
+    def energy(z, momenta):
+        return action(z) + (momenta**2).reshape(len(z), -1).sum(axis=1) / 2
+
+    z = np.array(z, dtype=np.float64)
+    chains = first_chain + np.arange(len(z))
+    volume = math.prod(z.shape[1:])
+    history = np.empty((n_trajectories, *z.shape))
+    dh = np.empty((n_trajectories, len(z)))
+    accepted = np.empty((n_trajectories, len(z)), dtype=bool)
+    for i in range(n_trajectories):
+        trajectory = first_trajectory + i
+        momenta = normals(seed, PURPOSE_MOMENTA, trajectory, chains, volume).reshape(z.shape)
+        new_z, new_momenta = evolve(force, z, momenta, kick, drift, step_size, n_steps)
+        dh[i] = energy(new_z, new_momenta) - energy(z, momenta)
+        with np.errstate(over="ignore"):
+            accepted[i] = accept_uniform(seed, trajectory, chains) < np.exp(-dh[i])
+        z[accepted[i]] = new_z[accepted[i]]
+        history[i] = z
+    return history, dh, accepted

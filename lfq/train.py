@@ -1,0 +1,396 @@
+"""Training: reverse Kullback-Leibler divergence with the prior's normalisation dropped, and Adam.
+
+The loop over steps runs inside Numba and calls the kernels of liblfq by name, so Python costs nothing
+per step.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numba import njit
+
+from . import _core
+from ._kernels import check_count, check_seed, check_threads, real_dtype
+from ._native import KERNELS
+from .actions import Phi4
+from .flows import Compose, Flow
+from .hmc import HMC
+from .priors import Interleave, Lattice, Prior, Upsample
+
+__all__ = ["Fit", "effective_sample_size", "independence_acceptance", "train", "train_ladder"]
+
+_FIRST_TRAJECTORY = _core.hmc_dtype.fields["first_trajectory"][1] // 8
+_HISTORY = ("loss", "ess", "std_log_w", "learning_rate")
+_DONE, _FAILED_KERNEL, _FAILED_LOSS = 0, 1, 2
+
+
+@njit(cache=True, nogil=True)
+def effective_sample_size(log_w):
+    """ESS per sample, (sum w)^2 / (N sum w^2), of unnormalised log-weights (N,); in (0, 1]."""
+    largest = log_w.max()
+    total = square = 0.0
+    for value in log_w:
+        w = math.exp(value - largest)
+        total += w
+        square += w * w
+    return total * total / (log_w.size * square)
+
+
+def _make_loop(suffix: str):
+    hmc = KERNELS[f"lfq_hmc_{suffix}"]
+    normal = KERNELS[f"lfq_normal_{suffix}"]
+    action = KERNELS[f"lfq_phi4_action_{suffix}"]
+    loss = KERNELS[f"lfq_flow_loss_{suffix}"]
+
+    @njit(cache=True, nogil=True)
+    def loop(
+        flow, weights, first_moment, second_moment, target, n_steps, first_step, total_steps, learning_rate,
+        coarse, chains, hmc_settings, hmc_words, n_between, coarse_action,
+        noise, seed, latent, target_action, log_det, gradient,
+        hmc_space, action_space, flow_space, n_threads, history,
+    ):  # fmt: skip
+        n, volume = latent.shape
+        n_coarse = volume - noise.shape[1]
+        copies = coarse_action.size // n
+        for step in range(first_step, first_step + n_steps):
+            # The next batch of the base: chains move on, noise is new.
+            if n_coarse > 0:
+                status = hmc(
+                    0, coarse, hmc_settings, coarse_action.size, chains.ctypes.data, 0, 0, 0, 0, 0, 0,
+                    hmc_space.ctypes.data, hmc_space.size, n_threads,
+                )  # fmt: skip
+                if status != 0:
+                    return step, _FAILED_KERNEL
+                hmc_words[_FIRST_TRAJECTORY] += n_between
+                status = action(
+                    coarse, coarse_action.size, chains.ctypes.data, coarse_action.ctypes.data,
+                    action_space.ctypes.data, action_space.size, n_threads,
+                )  # fmt: skip
+                if status != 0:
+                    return step, _FAILED_KERNEL
+            if n_coarse < volume:
+                status = normal(seed, 3, step, 0, n, noise.shape[1], noise.ctypes.data, n_threads)
+                if status != 0:
+                    return step, _FAILED_KERNEL
+            if n_coarse > 0:
+                latent[:, :n_coarse] = chains.reshape((n, n_coarse))
+            if n_coarse < volume:
+                latent[:, n_coarse:] = noise
+
+            status = loss(
+                flow, target, n, latent.ctypes.data, target_action.ctypes.data, log_det.ctypes.data,
+                gradient.ctypes.data, flow_space.ctypes.data, flow_space.size, n_threads,
+            )  # fmt: skip
+            if status != 0:
+                return step, _FAILED_KERNEL
+
+            log_w = np.empty(n)
+            for i in range(n):
+                log_r = -0.5 * noise.shape[1] * math.log(2 * math.pi)
+                for j in range(copies):
+                    log_r -= coarse_action[i * copies + j]
+                for j in range(noise.shape[1]):
+                    log_r -= 0.5 * float(noise[i, j]) ** 2
+                log_w[i] = log_det[i] - target_action[i] - log_r
+            if not (np.isfinite(log_w).all() and np.isfinite(gradient).all()):
+                return step, _FAILED_LOSS
+            rate = 0.5 * learning_rate * (1 + math.cos(math.pi * step / total_steps))
+            history[0, step] = -log_w.mean()
+            history[1, step] = effective_sample_size(log_w)
+            history[2, step] = log_w.std()
+            history[3, step] = rate
+
+            # Adam (arXiv:1412.6980) with its default moments.
+            correction1 = 1 - 0.9 ** (step + 1)
+            correction2 = 1 - 0.999 ** (step + 1)
+            for i in range(weights.size):
+                g = gradient[i]
+                first_moment[i] = 0.9 * first_moment[i] + 0.1 * g
+                second_moment[i] = 0.999 * second_moment[i] + 0.001 * g * g
+                weights[i] -= rate * (first_moment[i] / correction1) / (
+                    math.sqrt(second_moment[i] / correction2) + 1e-8
+                )
+        return first_step + n_steps, _DONE
+
+    return loop
+
+
+_LOOPS = {np.dtype(np.float32): _make_loop("f32"), np.dtype(np.float64): _make_loop("f64")}
+
+_FLOW_RECORD = np.dtype(
+    [("volume", "i8"), ("n_weights", "i8"), ("n_layers", "i4"), ("reserved", "i4"), ("layers", "u8"), ("weights", "u8")]
+)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A trained flow.
+
+    Attributes
+    ----------
+    flow : Flow
+        From the prior's samples to the target's fields.
+    prior : Prior
+        With its trained width and scale, where it has them.
+    target : Phi4
+    ess, acceptance, std_log_w : float
+        Effective sample size per sample, acceptance of the independence Metropolis chain and standard
+        deviation of log w, on fresh samples.
+    history : dict of str to ndarray, shape (n_steps,)
+        loss (up to the constant of a lattice prior), ess and std_log_w of each batch, learning_rate, and
+        seconds since the start.
+    seconds : float
+        Wall time of the training, the prior's chains and their thermalisation included.
+    """
+
+    flow: Flow
+    prior: Prior
+    target: Phi4
+    ess: float
+    acceptance: float
+    std_log_w: float
+    history: dict[str, np.ndarray]
+    seconds: float
+
+
+def independence_acceptance(log_w, seed: int = 0) -> float:
+    """Acceptance of the Metropolis chain that proposes each sample in turn.
+
+    Parameters
+    ----------
+    log_w : array_like, shape (N,)
+        log w = -S(f(z)) - log r(z) + log|det df/dz|, N >= 2.
+    """
+    log_w = np.asarray(log_w, dtype=np.float64)
+    if log_w.ndim != 1 or log_w.size < 2:
+        raise ValueError(f"log_w: must hold at least two weights, got shape {log_w.shape}")
+    thresholds = np.log(np.random.default_rng(seed).random(log_w.size))
+    current, accepted = log_w[0], 0
+    for proposed, threshold in zip(log_w[1:], thresholds[1:], strict=True):
+        if threshold < proposed - current:
+            current, accepted = proposed, accepted + 1
+    return accepted / (log_w.size - 1)
+
+
+def train(
+    flow: Flow,
+    prior: Prior,
+    target: Phi4,
+    n_steps: int = 1000,
+    batch_size: int = 500,
+    learning_rate: float = 0.01,
+    seed: int = 0,
+    dtype="float64",
+    n_threads: int | None = None,
+    n_evaluation: int | None = None,
+    progress: bool | Callable[[int, int, float, float], None] = False,
+) -> Fit:
+    """Train a flow to map samples of a prior to those of a theory.
+
+    Minimises < log r(z) - log|det J| + S(f(z)) > over z ~ r with Adam and a cosine schedule
+    (arXiv:2302.08408 sec. 3, arXiv:2310.03381). Samples are new in every step.
+
+    Parameters
+    ----------
+    flow : Flow
+        Where to start; not changed.
+    prior : Prior
+    target : Phi4
+        Of the prior's shape.
+    n_steps, batch_size : int
+    learning_rate : float
+        At the first step; falls to zero as (1 + cos) / 2.
+    seed : int
+    dtype : {"float64", "float32"}
+        Of fields; weights, log-determinants and actions are double in both.
+    n_threads : int, optional
+    n_evaluation : int, optional
+        Fresh samples behind ess, acceptance and std_log_w; by default ten batches.
+    progress : bool or callable
+        True for a line on stderr, or called as progress(step, n_steps, loss, ess).
+
+    Returns
+    -------
+    Fit
+
+    Raises
+    ------
+    ValueError, TypeError
+        Bad arguments, before any work.
+    NotFiniteError
+        The loss became NaN or Inf; names the step.
+    """
+    if not isinstance(flow, Flow):
+        raise TypeError(f"flow: must be a Flow, got {type(flow).__name__}")
+    if not isinstance(prior, Prior):
+        raise TypeError(f"prior: must be a Prior, got {type(prior).__name__}")
+    if not isinstance(target, Phi4):
+        raise TypeError(f"target: must be a Phi4, got {type(target).__name__}")
+    if prior.shape != target.shape:
+        raise ValueError(f"prior: its lattice is {prior.shape}, the target's is {target.shape}")
+    n_steps = check_count(n_steps, "n_steps", 1, 10**8)
+    n = check_count(batch_size, "batch_size", 2, 10**8)
+    if not (isinstance(learning_rate, (int, float)) and math.isfinite(learning_rate) and learning_rate > 0):
+        raise ValueError(f"learning_rate: must be positive, got {learning_rate!r}")
+    seed, dtype, threads = check_seed(seed), real_dtype(dtype), check_threads(n_threads)
+    n_evaluation = 10 * n if n_evaluation is None else check_count(n_evaluation, "n_evaluation", 2)
+    report = _progress_line if progress is True else progress or None
+
+    base = prior.base
+    whole = flow.copy() if prior.map is None else Compose([prior.map.copy(), flow.copy()])
+    program, weights = whole.program(target.shape), whole.weights
+    volume = target.volume
+    flow_record = np.zeros(1, dtype=_FLOW_RECORD)
+    flow_record["volume"], flow_record["n_weights"], flow_record["n_layers"] = volume, weights.size, program.size
+    flow_record["layers"], flow_record["weights"] = program.ctypes.data, weights.ctypes.data
+    theory = target._record()
+
+    suffix = {4: "f32", 8: "f64"}[dtype.itemsize]
+    coarse = (base.theory or target)._record()
+    chain_count = n * base.n_copies
+    settings = (base.hmc(dtype, n_threads) if base.theory else HMC(target))._settings(1, base.n_between, seed)
+    loop = _LOOPS[dtype]
+    history = np.zeros((len(_HISTORY), n_steps))
+    seconds = np.zeros(n_steps)
+    sizes = KERNELS.sizes(suffix, flow_record, theory, coarse, n, chain_count, threads)
+    spaces = [np.empty(size, dtype=np.uint8) for size in sizes]
+    buffers = {
+        "chains": np.empty((chain_count, base.theory.volume if base.theory else 0), dtype=dtype),
+        "coarse_action": np.zeros(chain_count),
+        "noise": np.empty((n, base.n_noise), dtype=dtype),
+        "latent": np.empty((n, volume), dtype=dtype),
+    }
+
+    def run(count: int, first: int) -> tuple[int, int]:
+        return loop(
+            flow_record.ctypes.data, weights, moments[0], moments[1], theory.ctypes.data, count, first, n_steps,
+            float(learning_rate), coarse.ctypes.data, buffers["chains"], settings.ctypes.data,
+            settings.view(np.uint64), base.n_between, buffers["coarse_action"],
+            buffers["noise"], seed, buffers["latent"], np.empty(n), np.empty(n), np.empty(weights.size),
+            *spaces, threads, history,
+        )  # fmt: skip
+
+    moments = np.zeros((2, weights.size))
+    run(0, 0)  # compiles the loop outside the clock
+    begin = time.perf_counter()
+    state = base.start(n, seed, dtype, n_threads)
+    if state is not None:
+        buffers["chains"][:] = state.latent.reshape(chain_count, -1)
+        settings["first_trajectory"] = state.trajectory
+    step, chunk = 0, 1
+    while step < n_steps:
+        before = time.perf_counter()
+        count = min(chunk, n_steps - step)
+        reached, status = run(count, step)
+        if status != _DONE:
+            reason = _core_message() if status == _FAILED_KERNEL else "the loss is NaN or Inf"
+            raise _core.NotFiniteError(f"training step {reached}: {reason}; try a smaller learning rate")
+        now = time.perf_counter()
+        seconds[step:reached] = (before - begin) + (now - before) * np.arange(1, count + 1) / count
+        step = reached
+        chunk = max(1, min(4 * chunk, int(count * 0.25 / max(now - before, 1e-6))))
+        if report:
+            report(step, n_steps, float(history[0, step - 1]), float(history[1, step - 1]))
+    elapsed = time.perf_counter() - begin
+
+    whole.weights = weights
+    trained, map_weights = whole, np.empty(0)
+    if prior.map is not None:
+        trained, map_weights = whole.flows[1], whole.flows[0].weights
+    log_w = _evaluate(whole, prior, target, n, n_evaluation, seed, dtype, n_threads, buffers, settings, n_steps)
+    found = dict(zip(_HISTORY, history, strict=True))
+    return Fit(
+        flow=trained,
+        prior=prior.with_map_weights(map_weights),
+        target=target,
+        ess=float(effective_sample_size(log_w)),
+        acceptance=independence_acceptance(log_w, seed),
+        std_log_w=float(log_w.std()),
+        history=found | {"seconds": seconds},
+        seconds=elapsed,
+    )
+
+
+def _evaluate(whole, prior, target, n, n_samples, seed, dtype, n_threads, buffers, settings, first_step):
+    """log w of fresh samples: the prior's chains move on as in training."""
+    base, parts = prior.base, []
+    chains, trajectory = buffers["chains"], int(settings["first_trajectory"][0])
+    for batch in range(-(-n_samples // n)):
+        latent = base.noise(n, seed, first_step + batch, dtype, n_threads)
+        if base.theory is not None:
+            hmc = base.hmc(dtype, n_threads)
+            state = hmc.start(len(chains), seed, phi=chains.reshape(-1, *base.theory.shape))
+            block = hmc.advance(_at(state, trajectory), 1, base.n_between)
+            chains, trajectory = block.state.latent, block.state.trajectory
+            latent = np.concatenate([chains.reshape(n, -1), latent], axis=1)
+        x, log_det = whole.forward(latent.reshape(n, *target.shape), n_threads)
+        parts.append(log_det - target.action(x, n_threads) - base.log_prob(latent, n_threads))
+    return np.concatenate(parts)[:n_samples]
+
+
+def _at(state, trajectory):
+    from dataclasses import replace
+
+    return replace(state, trajectory=trajectory)
+
+
+def _core_message() -> str:
+    return KERNELS.last_error()
+
+
+def _progress_line(step: int, n_steps: int, loss: float, ess: float) -> None:
+    end = "\n" if step == n_steps else ""
+    print(f"\rstep {step}/{n_steps}, loss {loss:.3f}, ESS {ess:.3f}", end=end, file=sys.stderr, flush=True)
+
+
+def train_ladder(
+    flow: Flow,
+    theories: Sequence[Phi4],
+    prior: str = "interleave",
+    chain: dict | None = None,
+    progress: bool | Callable[[int, int, float, float], None] = False,
+    **training,
+) -> list[Fit]:
+    """Train level by level up a ladder of ever finer lattices.
+
+    Level i maps configurations of theories[i] (made by HMC) to theories[i + 1], starting from the
+    weights of the level below.
+
+    Parameters
+    ----------
+    flow : Flow
+        Where the first level starts.
+    theories : sequence of Phi4
+        Coarsest first, each of half the extents of the next ("lattice": of the same extents).
+    prior : {"interleave", "upsample", "lattice"}
+    chain : dict, optional
+        Keywords of the priors' chains.
+    progress, **training
+        Passed to `train`. The seed of level i is seed + i.
+
+    Returns
+    -------
+    list of Fit
+        One for each theory but the first.
+    """
+    kinds = {"interleave": Interleave, "upsample": Upsample, "lattice": Lattice}
+    if prior not in kinds:
+        raise ValueError(f"prior: must be one of {', '.join(kinds)}, got {prior!r}")
+    theories = list(theories)
+    if len(theories) < 2 or not all(isinstance(theory, Phi4) for theory in theories):
+        raise ValueError("theories: a ladder needs at least two theories")
+    priors = [kinds[prior](theory, **(chain or {})) for theory in theories[:-1]]
+    for below, target in zip(priors, theories[1:], strict=True):
+        if below.shape != target.shape:
+            raise ValueError(f"theories: {target.shape} does not follow from the level below, which makes {below.shape}")
+    seed, fits = check_seed(training.pop("seed", 0)), []
+    for level, (below, target) in enumerate(zip(priors, theories[1:], strict=True)):
+        fits.append(train(flow, below, target, seed=seed + level, progress=progress, **training))
+        flow = fits[-1].flow
+    return fits

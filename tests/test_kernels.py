@@ -1,0 +1,225 @@
+"""Every kernel against lfq/reference.py: every instruction set, both dtypes, forward and backward.
+
+Tolerances: rounding of n operations on numbers of size s is taken as 40 eps s sqrt(n); a wrong term is
+orders of magnitude above that.
+"""
+
+import numpy as np
+import pytest
+
+import lfq
+from lfq import _core, reference
+
+SHAPES = [(8,), (6, 10), (16, 16), (4, 6, 8), (4, 2, 6, 4)]
+
+FLOWS = {
+    "paper": dict(kernel_size=3, n_blocks=1),
+    "three blocks, exp(s)": dict(kernel_size=3, n_blocks=3, scale="exp(s)"),
+    "wide kernel": dict(kernel_size=5, n_blocks=1),
+    "kernel 9 with bias": dict(kernel_size=9, n_blocks=1, bias=True),
+    "hidden 8-8": dict(kernel_size=3, n_blocks=2, hidden=(8, 8), activation="leaky_relu", bias=True, scale="exp(s)"),
+    "hidden 5": dict(kernel_size=3, n_blocks=1, hidden=(5,)),
+    "hidden 3-11-2, kernel 5": dict(kernel_size=5, n_blocks=1, hidden=(3, 11, 2), activation="leaky_relu", rescale=False),
+}
+
+
+def reference_layers(flow, shape):
+    """The reference's layers for a flow."""
+    if isinstance(flow, lfq.Compose):
+        return [layer for part in flow.flows for layer in reference_layers(part, shape)]
+    if isinstance(flow, lfq.InterleaveMap):
+        return [reference.Interleave(shape)]
+    if isinstance(flow, lfq.UpsampleMap):
+        return [reference.Upsample(shape)]
+    layers = []
+    for _ in range(flow.n_blocks):
+        for parity in (0, 1):
+            layers.append(
+                reference.Coupling(
+                    shape, parity, flow.kernel_size, hidden=flow.hidden, activation=flow.activation, bias=flow.bias,
+                    scale=flow.scale,
+                )  # fmt: skip
+            )
+        if flow.rescale:
+            layers.append(reference.Rescale(shape))
+    return layers
+
+
+def make_flow(name, ndim, rng, size=0.25):
+    flow = lfq.AffineFlow(ndim=ndim, **FLOWS[name])
+    flow.weights = rng.normal(size=flow.n_weights) * size
+    return flow
+
+
+def close(actual, wanted, dtype, n=1, scale=None):
+    actual, wanted = np.asarray(actual, np.float64), np.asarray(wanted, np.float64)
+    scale = max(1.0, np.abs(wanted).max()) if scale is None else scale
+    tolerance = 40 * np.finfo(dtype).eps * scale * np.sqrt(n)
+    worst = np.abs(actual - wanted).max()
+    assert worst <= tolerance, f"differs by {worst:.3g}, rounding allows {tolerance:.3g}"
+
+
+def field(rng, shape, dtype, n=11):
+    """n chains: not a multiple of any vector width."""
+    return rng.normal(size=(n, *shape)).astype(dtype)
+
+
+# ---- random numbers -------------------------------------------------------------------------
+
+
+def test_philox_known_answers():
+    # The vectors published with Random123 (Salmon et al., SC 2011).
+    for counter, key, wanted in [
+        ([0] * 4, [0] * 2, [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
+        ([0xFFFFFFFF] * 4, [0xFFFFFFFF] * 2, [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]),
+        (
+            [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344],
+            [0xA4093822, 0x299F31D0],
+            [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1],
+        ),
+    ]:
+        found = _core.philox4x32(np.array(counter, np.uint32), np.array(key, np.uint32))
+        assert found.tolist() == wanted
+
+
+def test_normals_match_the_reference(isa, dtype):
+    seed, trajectory, n = 0x123456789ABCDEF0, (1 << 40) + 7, 37
+    out = np.empty((19, n), dtype=dtype)
+    _core.normal(seed, 3, trajectory, 5, 19, out)
+    wanted = reference.normals(seed, 3, trajectory, np.arange(5, 24), n, dtype)
+    close(out, wanted, dtype, scale=8)
+
+
+# ---- phi^4 ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_action_force_and_observables(isa, dtype, shape, rng):
+    theory = lfq.Phi4(shape, beta=0.31, lam=0.7)
+    phi = field(rng, shape, dtype)
+    exact = phi.astype(np.float64)
+    action = reference.phi4_action(exact, 0.31, 0.7, len(shape))
+    close(theory.action(phi), action, dtype, n=theory.volume, scale=5)
+    close(theory.force(phi), reference.phi4_force(exact, 0.31, 0.7, len(shape)), dtype)
+    found, wanted = theory.measure(phi), reference.observables(exact, len(shape))
+    for i, name in enumerate(lfq.observables.OBSERVABLES):
+        close(found[name], wanted[..., i], dtype, n=10)
+
+
+# ---- flows ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(6,), (8, 6), (2, 2), (4, 6, 4)], ids=str)
+@pytest.mark.parametrize("name", FLOWS)
+def test_flow_forward_inverse_and_vjp(isa, dtype, name, shape, rng):
+    flow = make_flow(name, len(shape), rng, 0.25 if len(shape) < 3 else 0.05)
+    layers = reference_layers(flow, shape)
+    check_flow(flow, layers, shape, dtype, rng)
+
+
+@pytest.mark.parametrize("shape", [(8,), (8, 4), (4, 4, 8)], ids=str)
+@pytest.mark.parametrize("kind", ["interleave", "upsample", "multiscale"])
+def test_enlarging_flows(isa, dtype, kind, shape, rng):
+    ndim = len(shape)
+    maps = {
+        "interleave": [lfq.InterleaveMap(ndim)],
+        "upsample": [lfq.UpsampleMap(1.3, np.linspace(0.3, 0.6, ndim), np.linspace(0.9, 0.7, ndim), ndim)],
+    }
+    affine = make_flow("paper", ndim, rng, 0.1)
+    flow = lfq.Compose([*maps.get(kind, []), affine])
+    layers = reference_layers(flow, shape)
+    if kind == "multiscale":
+        coarse = tuple(extent // 2 for extent in shape)
+        first, up = make_flow("hidden 5", ndim, rng, 0.1), maps["upsample"][0]
+        flow = lfq.Compose([first, up, affine])
+        layers = reference_layers(first, coarse) + reference_layers(lfq.Compose([up, affine]), shape)
+    check_flow(flow, layers, shape, dtype, rng)
+
+
+def check_flow(flow, layers, shape, dtype, rng):
+    n, volume = 11, int(np.prod(shape))
+    assert flow.n_weights == sum(layer.n_weights for layer in layers)
+    z = field(rng, shape, dtype, n)
+    flat = z.astype(np.float64).reshape(n, volume)
+    x, log_det = flow.forward(z)
+    wanted_x, wanted_log_det = reference.flow_forward(layers, flow.weights, flat)
+    depth = 20 * len(layers)
+    close(x, wanted_x, dtype, depth)
+    close(log_det, wanted_log_det, dtype, depth * volume)
+
+    back, inverse_log_det = flow.inverse(x)
+    close(back, z, dtype, 100 * depth)
+    close(inverse_log_det, -log_det, dtype, 100 * depth * volume)
+
+    dx, dlog_det = rng.normal(size=z.shape).astype(dtype), rng.normal(size=n).astype(dtype).astype(np.float64)
+    dz, dweights = flow.vjp(z, dx, dlog_det, weights=True)
+    wanted_dz, wanted_dweights = reference.flow_vjp(
+        layers, flow.weights, flat, dx.astype(np.float64), dlog_det
+    )
+    close(dz.reshape(n, volume), wanted_dz, dtype, 20 * depth)
+    close(dweights, wanted_dweights, dtype, 20 * depth * n)
+    np.testing.assert_array_equal(flow.vjp(z, dx, dlog_det), dz)
+
+
+@pytest.mark.parametrize("name", ["paper", "hidden 8-8"])
+def test_pullback_and_loss(isa, dtype, name, rng):
+    theory = lfq.Phi4((6, 8), beta=0.5, lam=0.5)
+    flow = make_flow(name, 2, rng, 0.2)
+    layers, z = reference_layers(flow, theory.shape), field(rng, theory.shape, dtype)
+    flat = z.astype(np.float64).reshape(len(z), -1)
+    pulled = theory.pullback(flow)
+    action, force = reference.pullback(layers, flow.weights, flat, 0.5, 0.5)
+    close(pulled.action(z), action, dtype, 2000)
+    close(pulled.force(z).reshape(flat.shape), force, dtype, 400)
+
+    found = [np.empty(len(z)), np.empty(len(z)), np.empty(flow.n_weights)]
+    _core.flow_loss(theory.volume, flow.program(theory.shape), flow.weights, theory._record(), z, *found)
+    for value, wanted in zip(found, reference.loss(layers, flow.weights, flat, 0.5, 0.5), strict=True):
+        close(value, wanted, dtype, 4000)
+
+
+# ---- dynamics -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("integrator", lfq.INTEGRATORS)
+@pytest.mark.parametrize("with_flow", [False, True], ids=["plain", "flow"])
+def test_evolution_matches_the_reference(isa, dtype, integrator, with_flow, rng):
+    shape = (6, 4)
+    theory = lfq.Phi4(shape, beta=0.5, lam=0.5)
+    flow = make_flow("paper", 2, rng, 0.2)
+    scheme = lfq.INTEGRATORS[integrator]
+    hmc = lfq.HMC(theory.pullback(flow) if with_flow else theory, tau=0.5, n_steps=3, integrator=integrator)
+    z, momenta = field(rng, shape, dtype), field(rng, shape, dtype)
+
+    def force(z):
+        if not with_flow:
+            return reference.phi4_force(z, 0.5, 0.5, 2)
+        flat = z.reshape(len(z), -1)
+        return reference.pullback(reference_layers(flow, shape), flow.weights, flat, 0.5, 0.5)[1].reshape(z.shape)
+
+    wanted = reference.evolve(
+        force, z.astype(np.float64), momenta.astype(np.float64), scheme.kick, scheme.drift, hmc.step_size, 3
+    )
+    for found, exact in zip(hmc.evolve(z, momenta), wanted, strict=True):
+        close(found, exact, dtype, 500)
+
+
+@pytest.mark.parametrize("shape", [(8,), (4, 6), (4, 2, 4)], ids=str)
+@pytest.mark.parametrize("with_flow", [False, True], ids=["plain", "flow"])
+def test_hmc_chain_matches_the_reference(isa, shape, with_flow, rng):
+    """Ten trajectories of the same chains, accept decisions included, from another program."""
+    theory, scheme = lfq.Phi4(shape, beta=0.3, lam=0.4), lfq.INTEGRATORS["leapfrog"]
+    flow = make_flow("paper", len(shape), rng, 0.15)
+    hmc = lfq.HMC(theory.pullback(flow) if with_flow else theory, tau=1.0, n_steps=2)
+    start = hmc.start(9, seed=77, first_chain=4)
+    block = hmc.advance(start, 10)
+    z = start.latent.reshape(9, -1) if with_flow else start.latent
+    states, dh, accepted = reference.hmc(
+        z, 0.3, 0.4, scheme.kick, scheme.drift, 0.5, 2, 10, seed=77, first_chain=4, first_trajectory=start.trajectory,
+        layers=reference_layers(flow, shape) if with_flow else (), weights=flow.weights,
+    )  # fmt: skip
+    close(block.dh, dh, np.float64, 1e4)
+    np.testing.assert_array_equal(block.accepted, accepted)
+    assert 0 < accepted.mean() < 1
+    close(block.state.latent.reshape(z.shape), states[-1], np.float64, 1e4)
+    close(block.phi, theory.pullback(flow).field(block.state.latent) if with_flow else states[-1], np.float64, 1e4)
