@@ -11,6 +11,8 @@ import lfq
 from lfq import _core, reference
 
 SHAPES = [(8,), (6, 10), (16, 16), (4, 6, 8), (4, 2, 6, 4)]
+# Lattices whose chains are spread over the lanes, slab by slab (on some instruction sets).
+SPLIT = [(64, 64), (32, 8, 16), (32, 4, 6, 8)]
 
 FLOWS = {
     "paper": dict(kernel_size=3, n_blocks=1),
@@ -93,13 +95,13 @@ def test_normals_match_the_reference(isa, dtype):
 # ---- phi^4 ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES + SPLIT, ids=str)
 def test_action_force_and_observables(isa, dtype, shape, rng):
     theory = lfq.Phi4(shape, beta=0.31, lam=0.7)
     phi = field(rng, shape, dtype)
     exact = phi.astype(np.float64)
     action = reference.phi4_action(exact, 0.31, 0.7, len(shape))
-    close(theory.action(phi), action, dtype, n=theory.volume, scale=5)
+    close(theory.action(phi), action, dtype)
     close(theory.force(phi), reference.phi4_force(exact, 0.31, 0.7, len(shape)), dtype)
     found, wanted = theory.measure(phi), reference.observables(exact, len(shape))
     for i, name in enumerate(lfq.observables.OBSERVABLES):
@@ -184,7 +186,16 @@ def test_pullback_and_loss(isa, dtype, name, rng):
 @pytest.mark.parametrize("integrator", lfq.INTEGRATORS)
 @pytest.mark.parametrize("with_flow", [False, True], ids=["plain", "flow"])
 def test_evolution_matches_the_reference(isa, dtype, integrator, with_flow, rng):
-    shape = (6, 4)
+    check_evolution((6, 4), integrator, with_flow, dtype, rng)
+
+
+@pytest.mark.parametrize("shape", SPLIT, ids=str)
+def test_evolution_of_split_chains(isa, dtype, shape, rng):
+    check_evolution(shape, "leapfrog", False, dtype, rng)
+
+
+def check_evolution(shape, integrator, with_flow, dtype, rng):
+    ndim = len(shape)
     theory = lfq.Phi4(shape, beta=0.5, lam=0.5)
     flow = make_flow("paper", 2, rng, 0.2)
     scheme = lfq.INTEGRATORS[integrator]
@@ -193,7 +204,7 @@ def test_evolution_matches_the_reference(isa, dtype, integrator, with_flow, rng)
 
     def force(z):
         if not with_flow:
-            return reference.phi4_force(z, 0.5, 0.5, 2)
+            return reference.phi4_force(z, 0.5, 0.5, ndim)
         flat = z.reshape(len(z), -1)
         return reference.pullback(reference_layers(flow, shape), flow.weights, flat, 0.5, 0.5)[1].reshape(z.shape)
 
@@ -204,22 +215,27 @@ def test_evolution_matches_the_reference(isa, dtype, integrator, with_flow, rng)
         close(found, exact, dtype, 500)
 
 
-@pytest.mark.parametrize("shape", [(8,), (4, 6), (4, 2, 4)], ids=str)
+@pytest.mark.parametrize("shape", [(8,), (4, 6), (4, 2, 4), (64, 64), (32, 8, 16)], ids=str)
 @pytest.mark.parametrize("with_flow", [False, True], ids=["plain", "flow"])
 def test_hmc_chain_matches_the_reference(isa, shape, with_flow, rng):
     """Ten trajectories of the same chains, accept decisions included, from another program."""
     theory, scheme = lfq.Phi4(shape, beta=0.3, lam=0.4), lfq.INTEGRATORS["leapfrog"]
     flow = make_flow("paper", len(shape), rng, 0.15)
-    hmc = lfq.HMC(theory.pullback(flow) if with_flow else theory, tau=1.0, n_steps=2)
+    n_steps = 2 if theory.volume < 1000 else 6
+    if with_flow and theory.volume > 1000:
+        flow.weights = flow.weights / 5
+    hmc = lfq.HMC(theory.pullback(flow) if with_flow else theory, tau=1.0, n_steps=n_steps)
     start = hmc.start(9, seed=77, first_chain=4)
     block = hmc.advance(start, 10)
     z = start.latent.reshape(9, -1) if with_flow else start.latent
     states, dh, accepted = reference.hmc(
-        z, 0.3, 0.4, scheme.kick, scheme.drift, 0.5, 2, 10, seed=77, first_chain=4, first_trajectory=start.trajectory,
+        z, 0.3, 0.4, scheme.kick, scheme.drift, 1 / n_steps, n_steps, 10, seed=77, first_chain=4, first_trajectory=start.trajectory,
         layers=reference_layers(flow, shape) if with_flow else (), weights=flow.weights,
     )  # fmt: skip
-    close(block.dh, dh, np.float64, 1e4)
+    close(block.dh, dh, np.float64, 1e5)
     np.testing.assert_array_equal(block.accepted, accepted)
-    assert 0 < accepted.mean() < 1
-    close(block.state.latent.reshape(z.shape), states[-1], np.float64, 1e4)
-    close(block.phi, theory.pullback(flow).field(block.state.latent) if with_flow else states[-1], np.float64, 1e4)
+    assert accepted.any()
+    assert theory.volume > 1000 or not accepted.all()
+    close(block.state.latent.reshape(z.shape), states[-1], np.float64, 1e5)
+    phi = theory.pullback(flow).field(block.state.latent) if with_flow else states[-1]
+    close(block.phi, phi, np.float64, 1e5)

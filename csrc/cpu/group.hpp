@@ -29,33 +29,56 @@ struct arena {
   size_t bytes() const { return used + 64; }
 };
 
+// How chains fill the lanes of a vector. Small lattices: lane l is chain first + l. Large ones: all lanes
+// hold one chain, lane l the l-th slab along the first axis, so that a field is 1/W as large in cache and
+// few chains suffice. The choice depends on the theory alone: results cannot depend on the batch.
 template <class T>
 struct group {
   static constexpr int width = simd<T>::width;
+  bool slabs;
   int64_t first;  // first chain, within the call
-  int n_valid;    // lanes that are chains; the rest repeat the first lane and are dropped
+  int n_valid;    // lanes that stand for a chain in outputs; other lanes repeat one and are dropped
 
-  group(int64_t index, int64_t n_chains)
-      : first(index * width), n_valid(int(n_chains - first < width ? n_chains - first : width)) {}
+  group(int64_t index, int64_t n_chains, bool split = false)
+      : slabs(split),
+        first(split ? index : index * width),
+        n_valid(split ? 1 : int(n_chains - first < width ? n_chains - first : width)) {}
 
-  static int64_t count(int64_t n_chains) { return (n_chains + width - 1) / width; }
+  static int64_t count(int64_t n_chains, bool split = false) {
+    return split ? n_chains : (n_chains + width - 1) / width;
+  }
+  static int64_t sites(int64_t volume, bool split) { return split ? volume / width : volume; }
+  int64_t chain(int lane) const { return first + (slabs || lane >= n_valid ? 0 : lane); }
+  // Where a lane's first site lies in an array of fields.
+  int64_t offset(int lane, int64_t volume) const {
+    return chain(lane) * volume + (slabs ? lane * (volume / width) : 0);
+  }
+  int stored_lanes() const { return slabs ? width : n_valid; }
+  // Per-lane sums to per-chain ones: every lane of a split chain receives the chain's.
+  void totals(const lane_sum<T>& s, double* out) const {
+    double all = 0;
+    for (int l = 0; l < width; ++l) all += out[l] = s[l];
+    if (slabs)
+      for (int l = 0; l < width; ++l) out[l] = all;
+  }
 };
 
-// Returns the lane of the first NaN or Inf, or -1; site receives its place.
+// Returns the lane of the first NaN or Inf, or -1; site receives its place in the chain's field.
 template <class T>
-int load_group(const group<T>& g, const T* src, int64_t stride, int64_t n, simd<T>* dst, int64_t* site) {
+int load_group(const group<T>& g, const T* src, int64_t volume, simd<T>* dst, int64_t* site) {
   constexpr int W = simd<T>::width, block = 64;
+  const int64_t n = g.sites(volume, g.slabs);
   simd<T> zeros(T(0));
   for (int64_t s0 = 0; s0 < n; s0 += block) {
     const int64_t s1 = s0 + block < n ? s0 + block : n;
     for (int l = 0; l < W; ++l) {
-      const T* p = src + (g.first + (l < g.n_valid ? l : 0)) * stride;
+      const T* p = src + g.offset(l, volume);
       T* q = reinterpret_cast<T*>(dst) + l;
       for (int64_t s = s0; s < s1; ++s) q[s * W] = p[s];
     }
     for (int64_t s = s0; s < s1; ++s) zeros += dst[s] * simd<T>(T(0));  // 0 * Inf and 0 * NaN are NaN
   }
-  for (int l = 0; l < g.n_valid; ++l) {
+  for (int l = 0; l < g.stored_lanes(); ++l) {
     if (zeros[l] == T(0)) continue;
     for (int64_t s = 0; s < n; ++s) {
       if (!(dst[s][l] * T(0) == T(0))) {
@@ -68,12 +91,13 @@ int load_group(const group<T>& g, const T* src, int64_t stride, int64_t n, simd<
 }
 
 template <class T>
-void store_group(const group<T>& g, const simd<T>* src, int64_t n, T* dst, int64_t stride) {
+void store_group(const group<T>& g, const simd<T>* src, int64_t volume, T* dst) {
   constexpr int W = simd<T>::width, block = 64;
+  const int64_t n = g.sites(volume, g.slabs);
   for (int64_t s0 = 0; s0 < n; s0 += block) {
     const int64_t s1 = s0 + block < n ? s0 + block : n;
-    for (int l = 0; l < g.n_valid; ++l) {
-      T* p = dst + (g.first + l) * stride;
+    for (int l = 0; l < g.stored_lanes(); ++l) {
+      T* p = dst + g.offset(l, volume);
       const T* q = reinterpret_cast<const T*>(src) + l;
       for (int64_t s = s0; s < s1; ++s) p[s] = q[s * W];
     }

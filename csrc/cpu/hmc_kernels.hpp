@@ -21,8 +21,11 @@ struct hmc_work {
   V *phi, *phi_old, *g_old;  // with a flow only
   V* scratch[2];
   flow_work<T> flow;
+  halo<T> edge;
 
-  void plan(arena& mem, int64_t volume, const flow_plan<T>* f) {
+  void plan(arena& mem, const lfq_phi4& theory, bool split, const flow_plan<T>* f) {
+    const int64_t volume = group<T>::sites(lattice(theory.ndim, theory.extent).volume, split);
+    edge.plan(mem, theory, split);
     z = mem.take<V>(volume);
     pi = mem.take<V>(volume);
     z_old = mem.take<V>(volume);
@@ -65,7 +68,7 @@ struct pulled_back_potential {
   bool gradient_known = false;  // work.flow.gz holds dS~/dz at w.z
 
   pulled_back_potential(const lfq_phi4& t, hmc_work<T>& work, const flow_plan<T>& plan)
-      : theory(t), w(work), flow{plan, work.flow} {}
+      : theory(t, false, work.edge), w(work), flow{plan, work.flow} {}
 
   // dS~/dz into work.flow.gz; S~ without the flow's constant log-det is added to s.
   template <bool KEEP_FIELD>
@@ -144,6 +147,7 @@ void measure(const phi4_group<T, D>& theory, const simd<T>* phi, const double* s
   using V = simd<T>;
   const lattice& lat = theory.lat;
   lane_sum<T> m, phi2, phi4, nn, smeared;
+  theory.exchange(phi);
   for (int64_t r = 0; r < lat.n_rows; ++r)
     theory.row(phi, r, [&](int64_t, V p, V forward, V) LFQ_LAMBDA_INLINE {
       const V p2 = p * p;
@@ -153,28 +157,34 @@ void measure(const phi4_group<T, D>& theory, const simd<T>* phi, const double* s
       nn.add(p * forward);
     });
 
-  // Heat-kernel smearing: a circulant convolution along each axis; far entries below rounding are skipped.
+  // Heat-kernel smearing: a circulant convolution along each axis; entries below rounding are skipped.
   const V* in = phi;
   V *target = a, *other = b;
   int64_t inner = lat.volume;
   const double* kernel = smear;
   for (int axis = 0; axis < D; ++axis) {
-    const int n = lat.extent[axis];
+    const int n = lat.extent[axis], n_whole = theory.whole.extent[axis];
     const int64_t outer = lat.volume / inner;
     inner /= n;
-    for (int64_t o = 0; o < outer; ++o)
+    for (int64_t i = 0; i < lat.volume; ++i) target[i] = V(T(0));
+    for (int d = 0; d < n_whole; ++d) {
+      if (kernel[d] < 1e-17) continue;
+      const V k = V(T(kernel[d]));
       for (int x = 0; x < n; ++x) {
-        V* t = target + (o * n + x) * inner;
-        for (int64_t i = 0; i < inner; ++i) t[i] = V(T(0));
-        for (int d = 0; d < n; ++d) {
-          if (kernel[d] < 1e-17) continue;
-          const int64_t y = x + d < n ? x + d : x + d - n;
+        // Across a slab's edge the neighbour lies in another lane.
+        const int y = (x + d) % n, lanes = theory.split && axis == 0 ? (x + d) / n : 0;
+        const rotation<T> turn(lanes);
+        for (int64_t o = 0; o < outer; ++o) {
+          V* t = target + (o * n + x) * inner;
           const V* src = in + (o * n + y) * inner;
-          const V k = V(T(kernel[d]));
-          for (int64_t i = 0; i < inner; ++i) t[i] = fma(k, src[i], t[i]);
+          if (lanes)
+            for (int64_t i = 0; i < inner; ++i) t[i] = fma(k, turn(src[i]), t[i]);
+          else
+            for (int64_t i = 0; i < inner; ++i) t[i] = fma(k, src[i], t[i]);
         }
       }
-    kernel += n;
+    }
+    kernel += n_whole;
     in = target;
     V* swap = target;
     target = other;
@@ -186,31 +196,38 @@ void measure(const phi4_group<T, D>& theory, const simd<T>* phi, const double* s
   double power[V::width] = {};
   inner = lat.volume;
   for (int axis = 0; axis < D; ++axis) {
-    const int n = lat.extent[axis];
+    const int n = lat.extent[axis], n_whole = theory.whole.extent[axis];
     const int64_t outer = lat.volume / inner;
     inner /= n;
     lane_sum<T> re, im;
     for (int x = 0; x < n; ++x) {
-      V plane(T(0));
+      V plane(T(0)), cosine, sine;
       for (int64_t o = 0; o < outer; ++o)
         for (int64_t i = 0; i < inner; ++i) plane += phi[(o * n + x) * inner + i];
-      const double angle = 6.283185307179586476925287 * x / n;
-      re.add(plane * V(T(::cos(angle))));
-      im.add(plane * V(T(::sin(angle))));
+      for (int l = 0; l < V::width; ++l) {
+        const int place = theory.split && axis == 0 ? l * n + x : x;
+        const double angle = 6.283185307179586476925287 * place / n_whole;
+        cosine.set(l, T(::cos(angle)));
+        sine.set(l, T(::sin(angle)));
+      }
+      re.add(plane * cosine);
+      im.add(plane * sine);
     }
-    for (int l = 0; l < V::width; ++l) power[l] += re[l] * re[l] + im[l] * im[l];
+    double r[V::width], i[V::width];
+    g.totals(re, r);
+    g.totals(im, i);
+    for (int l = 0; l < V::width; ++l) power[l] += r[l] * r[l] + i[l] * i[l];
   }
 
-  const double v = 1.0 / double(lat.volume);
-  for (int l = 0; l < g.n_valid; ++l) {
-    double* o = out + (g.first + l) * LFQ_N_OBSERVABLES;
-    o[0] = m[l] * v;
-    o[1] = phi2[l] * v;
-    o[2] = phi4[l] * v;
-    o[3] = nn[l] * v / D;
-    o[4] = smeared[l] * v;
-    o[5] = power[l] * v / D;
+  const double v = 1.0 / double(theory.whole.volume);
+  const lane_sum<T>* sums[] = {&m, &phi2, &phi4, &nn, &smeared};
+  for (int k = 0; k < 5; ++k) {
+    double total[V::width];
+    g.totals(*sums[k], total);
+    for (int l = 0; l < g.n_valid; ++l)
+      out[(g.first + l) * LFQ_N_OBSERVABLES + k] = total[l] * v / (k == 3 ? D : 1);
   }
+  for (int l = 0; l < g.n_valid; ++l) out[(g.first + l) * LFQ_N_OBSERVABLES + 5] = power[l] * v / D;
 }
 
 struct hmc_output {
@@ -232,21 +249,24 @@ bool run_hmc(P& potential, const lfq_hmc& h, const group<T>& g, const hmc_output
   {
     lane_sum<T> s;
     potential.start(s);
-    for (int l = 0; l < W; ++l) s0[l] = s[l];
+    g.totals(s, s0);
   }
   int64_t n = 0;
   for (int64_t sample = 0; sample < h.n_samples; ++sample) {
     for (int t = 0; t < h.thin; ++t, ++n) {
       const uint64_t number = h.first_trajectory + uint64_t(n);
-      const uint32_t chain = uint32_t(h.first_chain + uint64_t(g.first));
-      lane_sum<T> k0, k1, s1;
+      lane_sum<T> sum_k0, sum_k1, sum_s1;
       const simd<T> half(T(0.5));
-      normals<T>(stream{h.seed, number, LFQ_PURPOSE_MOMENTA}, chain, volume, [&](int64_t i, simd<T> p) {
+      normals<T>(stream{h.seed, number, LFQ_PURPOSE_MOMENTA}, h.first_chain, g, volume, [&](int64_t i, simd<T> p) {
         w.pi[i] = p;
-        k0.add(half * p * p);
+        sum_k0.add(half * p * p);
       });
       potential.save();
-      trajectory<T>(potential, h, s1, k1);
+      trajectory<T>(potential, h, sum_s1, sum_k1);
+      double k0[W], k1[W], s1[W];
+      g.totals(sum_k0, k0);
+      g.totals(sum_k1, k1);
+      g.totals(sum_s1, s1);
       lane_mask<T> accept = {};
       using mask_lane = typename real_traits<T>::bits;
       const stream rng{h.seed, number, LFQ_PURPOSE_ACCEPT};
@@ -258,7 +278,7 @@ bool run_hmc(P& potential, const lfq_hmc& h, const group<T>& g, const hmc_output
           for (int64_t i = 0; i < volume; ++i) w.z[i] = w.z_old[i];
           return false;
         }
-        uint32_t x0 = 0, x1 = rng.word1(), x2 = chain + uint32_t(l), x3 = rng.word3();
+        uint32_t x0 = 0, x1 = rng.word1(), x2 = uint32_t(h.first_chain + uint64_t(g.chain(l))), x3 = rng.word3();
         philox4x32(x0, x1, x2, x3, uint32_t(h.seed), uint32_t(h.seed >> 32));
         const bool yes = dh <= 0.0 || uniform53(x0, x1) < ::exp(-dh);
         accept[l] = yes ? ~mask_lane(0) : mask_lane(0);

@@ -20,19 +20,22 @@ struct cpu_kernels {
   // Loads a group; false, with the failure reported, when a value is NaN or Inf.
   static bool load(const group<T>& g, const T* src, int64_t n, V* dst, failures& failed) {
     int64_t site = -1;
-    const int lane = load_group(g, src, n, n, dst, &site);
-    if (lane >= 0) failed.report(g.first + lane, site, double(dst[site][lane]));
+    const int lane = load_group(g, src, n, dst, &site);
+    if (lane >= 0)
+      failed.report(g.chain(lane), site + (g.slabs ? lane * g.sites(n, true) : 0), double(dst[site][lane]));
     return lane < 0;
   }
   static void store_lanes(const group<T>& g, const lane_sum<T>& s, double constant, double* out) {
-    for (int l = 0; l < g.n_valid; ++l) out[g.first + l] = s[l] + constant;
+    double total[V::width];
+    g.totals(s, total);
+    for (int l = 0; l < g.n_valid; ++l) out[g.first + l] = total[l] + constant;
   }
 
   static int normal(uint64_t seed, int32_t purpose, uint64_t trajectory, uint64_t first_chain, int64_t n_chains,
                     int64_t n, T* out, int n_threads) {
     auto body = [&](int64_t task, int) {
       const group<T> g(task, n_chains);
-      normals<T>(stream{seed, trajectory, uint32_t(purpose)}, uint32_t(first_chain + uint64_t(g.first)), n,
+      normals<T>(stream{seed, trajectory, uint32_t(purpose)}, first_chain, g, n,
                  [&](int64_t i, V v) {
                    for (int l = 0; l < g.n_valid; ++l) out[(g.first + l) * n + i] = v[l];
                  });
@@ -44,8 +47,11 @@ struct cpu_kernels {
   // ---- phi^4 -----------------------------------------------------------------------------
   struct field_work {
     V* field[3];
-    void plan(arena& mem, int64_t volume) {
-      for (auto& f : field) f = mem.take<V>(volume);
+    halo<T> edge;
+    void plan(arena& mem, const lfq_phi4& theory) {
+      const bool split = splits<T>(theory);
+      for (auto& f : field) f = mem.take<V>(group<T>::sites(lattice(theory.ndim, theory.extent).volume, split));
+      edge.plan(mem, theory, split);
     }
   };
   // Per-thread work areas laid out one after another.
@@ -63,22 +69,23 @@ struct cpu_kernels {
   static size_t phi4_workspace(const lfq_phi4& theory, int64_t n_chains, int n_threads) {
     arena mem;
     field_work w;
-    w.plan(mem, lattice(theory.ndim, theory.extent).volume);
-    return mem.bytes() + mem.used * size_t(used_threads(group<T>::count(n_chains), n_threads) - 1);
+    w.plan(mem, theory);
+    return mem.bytes() + mem.used * size_t(used_threads(group<T>::count(n_chains, splits<T>(theory)), n_threads) - 1);
   }
   // body(theory, group, work) for every group whose field loads.
   template <class F>
   static int over_fields(const lfq_phi4& theory, int64_t n_chains, const T* phi, lfq_failure* failure, void* ws,
                          int n_threads, F&& body) {
     failures failed;
+    const bool split = splits<T>(theory);
     with_dimension(theory.ndim, [&](auto d) {
-      const phi4_group<T, decltype(d)::value> kernel(theory);
       auto task = [&](int64_t index, int thread) {
-        const auto w = thread_work<field_work>(ws, 0, thread, [&](field_work& f, arena& mem) { f.plan(mem, kernel.lat.volume); });
-        const group<T> g(index, n_chains);
-        if (load(g, phi, kernel.lat.volume, w.field[0], failed)) body(kernel, g, w);
+        const auto w = thread_work<field_work>(ws, 0, thread, [&](field_work& f, arena& mem) { f.plan(mem, theory); });
+        const phi4_group<T, decltype(d)::value> kernel(theory, split, w.edge);
+        const group<T> g(index, n_chains, split);
+        if (load(g, phi, kernel.whole.volume, w.field[0], failed)) body(kernel, g, w);
       };
-      for_tasks(group<T>::count(n_chains), n_threads, task);
+      for_tasks(group<T>::count(n_chains, split), n_threads, task);
     });
     return status(failed, failure);
   }
@@ -94,7 +101,7 @@ struct cpu_kernels {
                    int n_threads) {
     return over_fields(theory, n_chains, phi, failure, ws, n_threads, [&](const auto& k, const group<T>& g, const field_work& w) {
       k.force(w.field[0], w.field[1]);
-      store_group(g, w.field[1], k.lat.volume, f, k.lat.volume);
+      store_group(g, w.field[1], k.whole.volume, f);
     });
   }
   static int observables(const lfq_phi4& theory, int64_t n_chains, const T* phi, const double* smear, double* obs,
@@ -150,7 +157,7 @@ struct cpu_kernels {
       if (!load(g, z, f.volume, w.z, failed)) return;
       lane_sum<T> sum;
       const V* y = flow_group<T>{shared.flow, w.flow}.template forward<false>(w.z, sum);
-      store_group(g, y, f.volume, x, f.volume);
+      store_group(g, y, f.volume, x);
       store_lanes(g, sum, shared.flow.log_det_constant, log_det);
     };
     for_tasks(group<T>::count(n_chains), n_threads, task);
@@ -166,7 +173,7 @@ struct cpu_kernels {
       if (!load(g, x, f.volume, w.flow.x, failed)) return;
       lane_sum<T> sum;
       flow_group<T>{shared.flow, w.flow}.inverse(w.z, sum);
-      store_group(g, w.z, f.volume, z, f.volume);
+      store_group(g, w.z, f.volume, z);
       store_lanes(g, sum, -shared.flow.log_det_constant, log_det);
     };
     for_tasks(group<T>::count(n_chains), n_threads, task);
@@ -215,7 +222,7 @@ struct cpu_kernels {
                  } else {
                    flow.template backward<false>(w.z, x, gl);
                  }
-                 store_group(g, w.flow.gz, f.volume, dz, f.volume);
+                 store_group(g, w.flow.gz, f.volume, dz);
                  return true;
                });
     if (dweights) sum_slots(shared, group<T>::count(n_chains), 1.0, dweights);
@@ -233,7 +240,7 @@ struct cpu_kernels {
     failures failed;
     const shared_work shared(ws, f, n_chains);
     with_dimension(theory.ndim, [&](auto d) {
-      const phi4_group<T, decltype(d)::value> kernel(theory);
+      const phi4_group<T, decltype(d)::value> kernel(theory, false, halo<T>());
       over_slots(shared, n_chains, ws, n_threads, true,
                  [&](const group<T>& g, const call_work& w, const flow_group<T>& flow) {
                    if (!load(g, z, f.volume, w.z, failed)) return false;
@@ -267,8 +274,9 @@ struct cpu_kernels {
     const hmc_shared shared(nullptr, f);
     arena mem;
     hmc_work<T> w;
-    w.plan(mem, lattice(theory.ndim, theory.extent).volume, f ? &shared.flow : nullptr);
-    return shared.bytes + mem.used * size_t(used_threads(group<T>::count(n_chains), n_threads)) + 64;
+    const bool split = !f && splits<T>(theory);
+    w.plan(mem, theory, split, f ? &shared.flow : nullptr);
+    return shared.bytes + mem.used * size_t(used_threads(group<T>::count(n_chains, split), n_threads)) + 64;
   }
   // body(potential, group) for every group whose z loads.
   template <class F>
@@ -276,24 +284,24 @@ struct cpu_kernels {
                              lfq_failure* failure, void* ws, int n_threads, F&& body) {
     failures failed;
     const hmc_shared shared(ws, f);
+    const bool split = !f && splits<T>(theory);
     with_dimension(theory.ndim, [&](auto d) {
       constexpr int D = decltype(d)::value;
-      const int64_t volume = lattice(D, theory.extent).volume;
       auto task = [&](int64_t index, int thread) {
         auto w = thread_work<hmc_work<T>>(ws, shared.bytes, thread, [&](hmc_work<T>& h, arena& mem) {
-          h.plan(mem, volume, f ? &shared.flow : nullptr);
+          h.plan(mem, theory, split, f ? &shared.flow : nullptr);
         });
-        const group<T> g(index, n_chains);
-        if (!load(g, z, volume, w.z, failed)) return;
+        const group<T> g(index, n_chains, split);
+        if (!load(g, z, lattice(D, theory.extent).volume, w.z, failed)) return;
         if (f) {
           pulled_back_potential<T, D> p(theory, w, shared.flow);
           body(p, g, shared, failed);
         } else {
-          phi4_potential<T, D> p{phi4_group<T, D>(theory), w};
+          phi4_potential<T, D> p{phi4_group<T, D>(theory, split, w.edge), w};
           body(p, g, shared, failed);
         }
       };
-      for_tasks(group<T>::count(n_chains), n_threads, task);
+      for_tasks(group<T>::count(n_chains, split), n_threads, task);
     });
     return status(failed, failure);
   }
@@ -302,7 +310,7 @@ struct cpu_kernels {
     failures failed;
     const shared_work shared(ws, f, n_chains);
     with_dimension(theory.ndim, [&](auto d) {
-      const phi4_group<T, decltype(d)::value> kernel(theory);
+      const phi4_group<T, decltype(d)::value> kernel(theory, false, halo<T>());
       auto task = [&](int64_t index, int thread) {
         const call_work w = shared.thread(ws, thread);
         const group<T> g(index, n_chains);
@@ -314,7 +322,7 @@ struct cpu_kernels {
         for (int l = 0; l < g.n_valid; ++l) action[g.first + l] = s[l] - (ld[l] + shared.flow.log_det_constant);
         flow.template backward<false>(w.z, x, V(T(-1)));
         for (int64_t i = 0; i < f.volume; ++i) w.flow.gz[i] = -w.flow.gz[i];
-        store_group(g, w.flow.gz, f.volume, force, f.volume);
+        store_group(g, w.flow.gz, f.volume, force);
       };
       for_tasks(group<T>::count(n_chains), n_threads, task);
     });
@@ -324,12 +332,12 @@ struct cpu_kernels {
                     lfq_failure* failure, void* ws, int n_threads) {
     return over_potentials(f, theory, n_chains, z, failure, ws, n_threads,
                            [&](auto& p, const group<T>& g, const hmc_shared&, failures& failed) {
-                             const int64_t volume = p.theory.lat.volume;
+                             const int64_t volume = p.theory.whole.volume;
                              if (!load(g, momenta, volume, p.w.pi, failed)) return;
                              lane_sum<T> s, k;
                              trajectory<T>(p, h, s, k);
-                             store_group(g, p.w.z, volume, z, volume);
-                             store_group(g, p.w.pi, volume, momenta, volume);
+                             store_group(g, p.w.z, volume, z);
+                             store_group(g, p.w.pi, volume, momenta);
                            });
   }
   static int hmc(const lfq_flow* f, const lfq_phi4& theory, const lfq_hmc& h, int64_t n_chains, T* z, T* phi,
@@ -338,10 +346,10 @@ struct cpu_kernels {
     const hmc_output out = {dh, accepted, smear, obs, n_chains};
     return over_potentials(f, theory, n_chains, z, failure, ws, n_threads,
                            [&](auto& p, const group<T>& g, const hmc_shared&, failures& failed) {
-                             const int64_t volume = p.theory.lat.volume;
+                             const int64_t volume = p.theory.whole.volume;
                              const bool good = run_hmc<T>(p, h, g, out, failed);
-                             store_group(g, p.w.z, volume, z, volume);
-                             if (phi && good) store_group(g, p.field(), volume, phi, volume);
+                             store_group(g, p.w.z, volume, z);
+                             if (phi && good) store_group(g, p.field(), volume, phi);
                            });
   }
 

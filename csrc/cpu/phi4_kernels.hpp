@@ -5,13 +5,57 @@
 
 LFQ_NAMESPACE_BEGIN
 
+// Fewer sites fit a core's cache with one chain a lane.
+constexpr int64_t smallest_split = 4096;
+
+// Whether HMC spreads one chain over the lanes: see group. With a flow lanes are always chains.
+template <class T>
+bool splits(const lfq_phi4& theory) {
+  constexpr int W = simd<T>::width;
+  const lattice lat(theory.ndim, theory.extent);
+  return lat.ndim >= 2 && lat.extent[0] % W == 0 && lat.extent[0] / W >= 2 && lat.volume / W % 4 == 0 &&
+         lat.volume >= smallest_split;
+}
+
+// The first and last slice of the slabs, as their neighbours see them.
+template <class T>
+struct halo {
+  simd<T>* below = nullptr;  // under slice 0: the last slice of the slab before
+  simd<T>* above = nullptr;  // over the last slice: slice 0 of the slab after
+  void plan(arena& mem, const lfq_phi4& theory, bool split) {
+    if (!split) return;
+    const lattice lat(theory.ndim, theory.extent);
+    below = mem.take<simd<T>>(lat.volume / lat.extent[0]);
+    above = mem.take<simd<T>>(lat.volume / lat.extent[0]);
+  }
+};
+
 template <class T, int D>
 struct phi4_group {
   using V = simd<T>;
-  lattice lat;
+  bool split;
+  lattice whole;  // the chain's lattice
+  lattice lat;    // a lane's part of it
   phi4_site<T> site;
+  halo<T> edge;
 
-  explicit phi4_group(const lfq_phi4& theory) : lat(D, theory.extent), site(theory.beta, theory.lam) {}
+  phi4_group(const lfq_phi4& theory, bool split_lanes, const halo<T>& h)
+      : split(split_lanes), whole(D, theory.extent), lat(whole), site(theory.beta, theory.lam), edge(h) {
+    if (!split) return;
+    int32_t extent[LFQ_MAX_DIM];
+    for (int i = 0; i < D; ++i) extent[i] = whole.extent[i];
+    extent[0] /= V::width;
+    lat = lattice(D, extent);
+  }
+
+  // Before a pass over phi: what the outermost slices of each slab see across its edges.
+  void exchange(const V* phi) const {
+    if (!split) return;
+    const rotation<T> before(-1), after(1);
+    const int64_t n = lat.volume / lat.extent[0];
+    for (int64_t i = 0; i < n; ++i) edge.below[i] = before(phi[lat.volume - n + i]);
+    for (int64_t i = 0; i < n; ++i) edge.above[i] = after(phi[i]);
+  }
 
   // Calls f(index, phi, sum over forward neighbours, sum over all neighbours) along a row.
   template <class F>
@@ -29,6 +73,11 @@ struct phi4_group {
         down[i] = self + (c[i] > 0 ? -stride : stride * (lat.extent[i] - 1));
         stride *= lat.extent[i];
       }
+      if (split) {
+        const int64_t in_slice = r * n % (lat.volume / lat.extent[0]);
+        if (c[0] == 0) down[0] = edge.below + in_slice;
+        if (c[0] + 1 == lat.extent[0]) up[0] = edge.above + in_slice;
+      }
     }
     V left = self[n - 1], here = self[0];
     const auto visit = [&](int x, V right) LFQ_LAMBDA_INLINE {
@@ -45,15 +94,18 @@ struct phi4_group {
   }
 
   void action(const V* phi, lane_sum<T>& s) const {
+    exchange(phi);
     for (int64_t r = 0; r < lat.n_rows; ++r)
       row(phi, r, [&](int64_t, V p, V forward, V) LFQ_LAMBDA_INLINE { s.add(site.action(p, forward)); });
   }
   void force(const V* phi, V* f) const {
+    exchange(phi);
     for (int64_t r = 0; r < lat.n_rows; ++r)
       row(phi, r, [&](int64_t i, V p, V, V all) LFQ_LAMBDA_INLINE { f[i] = site.force(p, all); });
   }
   // g = dS/dphi and the action, in one pass
   void gradient(const V* phi, V* g, lane_sum<T>& s) const {
+    exchange(phi);
     for (int64_t r = 0; r < lat.n_rows; ++r)
       row(phi, r, [&](int64_t i, V p, V forward, V all) LFQ_LAMBDA_INLINE {
         g[i] = -site.force(p, all);
@@ -63,6 +115,7 @@ struct phi4_group {
   // pi += k F(phi), then phi += d pi, a slice of the first axis behind: a slice may move once the kicks
   // of both its neighbours have seen it.
   void kick_drift(V* phi, V* pi, T k, T d) const {
+    exchange(phi);
     const V vk(k), vd(d);
     const int slices = D > 1 ? lat.extent[0] : 1;
     const int64_t rows = lat.n_rows / slices, sites = rows * lat.length;
@@ -81,6 +134,7 @@ struct phi4_group {
     drift(0);
   }
   void kick_energy(const V* phi, V* pi, T k, lane_sum<T>& s, lane_sum<T>& kinetic) const {
+    exchange(phi);
     const V vk(k), half(T(0.5));
     for (int64_t r = 0; r < lat.n_rows; ++r)
       row(phi, r, [&](int64_t i, V p, V forward, V all) LFQ_LAMBDA_INLINE {
@@ -103,17 +157,21 @@ LFQ_HD void with_dimension(int ndim, F&& f) {
   }
 }
 
-// Normals for entries 0 .. n - 1 of the streams of chains chain, chain + 1, ... ; sink(i, value).
+// Normals for the n sites of each lane; sink(i, value). Lane l draws from chain g.chain(l)'s stream, from
+// the block where its part of the field begins.
 template <class T, class F>
-void normals(const stream& rng, uint32_t chain, int64_t n, F&& sink) {
+void normals(const stream& rng, uint64_t first_chain, const group<T>& g, int64_t n, F&& sink) {
   using V = simd<T>;
   using B = typename V::bits_t;
   using U = typename real_traits<T>::bits;
-  B chains;
-  for (int l = 0; l < V::width; ++l) chains[l] = U(chain) + U(l);
+  B chains, first_block;
+  for (int l = 0; l < V::width; ++l) {
+    chains[l] = U(uint32_t(first_chain + uint64_t(g.chain(l))));
+    first_block[l] = g.slabs ? U(l * (n / 4)) : U(0);
+  }
   const B low = B{} + U(0xffffffffu);
   for (int64_t b = 0; b < (n + 3) / 4; ++b) {
-    B x0 = B{} + U(uint32_t(b)), x1 = B{} + U(rng.word1()), x2 = chains, x3 = B{} + U(rng.word3());
+    B x0 = first_block + U(uint32_t(b)), x1 = B{} + U(rng.word1()), x2 = chains, x3 = B{} + U(rng.word3());
     philox4x32(x0, x1, x2, x3, uint32_t(rng.seed), uint32_t(rng.seed >> 32));
     V z[4];
     box_muller(x0 & low, x1 & low, z[0], z[1]);

@@ -62,6 +62,25 @@ struct real_traits<simd<T>> {
   static LFQ_HD simd<T> from_bits(bits b) { return (typename simd<T>::native)b; }
 };
 
+// Lane l of the result is lane (l + shift) mod W.
+template <class T>
+struct rotation {
+  typename simd<T>::bits_t from;
+  explicit rotation(int shift) {
+    constexpr int W = simd<T>::width;
+    for (int l = 0; l < W; ++l) from[l] = typename real_traits<T>::bits(((l + shift) % W + W) % W);
+  }
+  LFQ_HD simd<T> operator()(simd<T> a) const {
+#if defined(__GNUC__) && !defined(__clang__)
+    return __builtin_shuffle(a.v, from);
+#else
+    simd<T> r;
+    for (int l = 0; l < simd<T>::width; ++l) r.v[l] = a.v[from[l]];
+    return r;
+#endif
+  }
+};
+
 #if defined(__AVX512F__)
 LFQ_HD simd<double> fma(simd<double> a, simd<double> b, simd<double> c) {
   return (simd<double>::native)_mm512_fmadd_pd((__m512d)a.v, (__m512d)b.v, (__m512d)c.v);
