@@ -20,7 +20,12 @@ class CMakeBuild(build_ext):
         prefix = ROOT if self.inplace else Path(self.build_lib).resolve()
         build.mkdir(parents=True, exist_ok=True)
         configure = [
-            "cmake", "-S", str(ROOT), "-B", str(build), "-DCMAKE_BUILD_TYPE=Release",
+            "cmake",
+            "-S",
+            str(ROOT),
+            "-B",
+            str(build),
+            "-DCMAKE_BUILD_TYPE=Release",
             f"-DCMAKE_INSTALL_PREFIX={prefix}",
             f"-DPython_EXECUTABLE={sys.executable}",
             # Given every time: a kept cache points into the deleted environment of an earlier isolated build.

@@ -97,8 +97,11 @@ def check_count(value, name: str, least: int = 0, most: int = 2**62) -> int:
     except TypeError:
         raise TypeError(f"{name}: must be an integer, got {value!r}") from None
     if not least <= count <= most:
-        raise ValueError(f"{name}: must be at least {least}, got {count}" if count < least else
-                         f"{name}: must be at most {most}, got {count}")
+        raise ValueError(
+            f"{name}: must be at least {least}, got {count}"
+            if count < least
+            else f"{name}: must be at most {most}, got {count}"
+        )
     return count
 
 

@@ -80,7 +80,9 @@ class Flow(ABC):
     def _arguments(self, array, name: str):
         array = array if hasattr(array, "__cuda_array_interface__") else np.asarray(array)
         if array.ndim < self.ndim:
-            raise ValueError(f"{name}: shape {array.shape} has fewer than the {self.ndim} axes of the lattice")
+            raise ValueError(
+                f"{name}: shape {array.shape} has fewer than the {self.ndim} axes of the lattice"
+            )
         shape = tuple(array.shape[array.ndim - self.ndim :])
         array, leading = fields(array, shape, name)
         return array, leading, self.program(shape), math.prod(shape)

@@ -147,11 +147,16 @@ class HMC:
         real_dtype(self.dtype)
         if isinstance(self.integrator, str):
             if self.integrator not in INTEGRATORS:
-                raise ValueError(f"integrator: must be one of {', '.join(INTEGRATORS)}, got {self.integrator!r}")
+                raise ValueError(
+                    f"integrator: must be one of {', '.join(INTEGRATORS)}, got {self.integrator!r}"
+                )
             object.__setattr__(self, "integrator", INTEGRATORS[self.integrator])
         elif not isinstance(self.integrator, Integrator):
             raise TypeError(f"integrator: must be a name or an Integrator, got {self.integrator!r}")
-        if not 1 <= self.integrator.n_stages <= _core.MAX_STAGES or len(self.integrator.kick) != len(self.integrator.drift) + 1:
+        if (
+            not 1 <= self.integrator.n_stages <= _core.MAX_STAGES
+            or len(self.integrator.kick) != len(self.integrator.drift) + 1
+        ):
             raise ValueError("integrator: needs 1 to 8 drifts and one kick more")
 
     @property
@@ -170,7 +175,12 @@ class HMC:
         h["integrator"]["n_stages"] = i.n_stages
         h["integrator"]["kick"][0, : len(i.kick)] = i.kick
         h["integrator"]["drift"][0, : len(i.drift)] = i.drift
-        h["step_size"], h["n_steps"], h["thin"], h["n_samples"] = self.step_size, self.n_steps, thin, n_samples
+        h["step_size"], h["n_steps"], h["thin"], h["n_samples"] = (
+            self.step_size,
+            self.n_steps,
+            thin,
+            n_samples,
+        )
         h["seed"], h["first_chain"], h["first_trajectory"] = seed, first_chain, trajectory
         return h
 
@@ -198,7 +208,13 @@ class HMC:
             h["step_size"] *= -1
         layers, weights = self.theory._program()
         _core.evolve(
-            layers, weights, self.theory._physical._record(), h, latent, momenta, check_threads(self.n_threads)
+            layers,
+            weights,
+            self.theory._physical._record(),
+            h,
+            latent,
+            momenta,
+            check_threads(self.n_threads),
         )
         return latent, momenta
 
@@ -222,7 +238,9 @@ class HMC:
         if phi is None and pulled_back:
             plain = replace(self, theory=self.theory.theory, tau=1.0, n_steps=20, integrator="leapfrog")
             rough = plain.advance(plain.start(n_chains, seed, first_chain=first_chain), 1, 20)
-            return State(self.theory.latent(rough.phi, self.n_threads), rough.state.trajectory, seed, first_chain)
+            return State(
+                self.theory.latent(rough.phi, self.n_threads), rough.state.trajectory, seed, first_chain
+            )
         if phi is None:
             latent = np.empty((n_chains, *self.theory.shape), dtype=self.dtype)
             _core.normal(
@@ -231,7 +249,9 @@ class HMC:
         else:
             phi, leading = fields(phi, self.theory.shape, "phi")
             if leading != (n_chains,):
-                raise ValueError(f"phi: shape {phi.shape} is not {n_chains} fields of shape {self.theory.shape}")
+                raise ValueError(
+                    f"phi: shape {phi.shape} is not {n_chains} fields of shape {self.theory.shape}"
+                )
             if not np.isfinite(phi).all():
                 raise _core.NotFiniteError(
                     f"phi: chain {int(np.argwhere(~np.isfinite(phi))[0][0])} holds NaN or Inf"
@@ -275,7 +295,9 @@ class HMC:
             phi=phi,
         )
 
-    def blocks(self, state: State, n_samples: int, thin: int = 1, block_size: int | None = None) -> Iterator[Block]:
+    def blocks(
+        self, state: State, n_samples: int, thin: int = 1, block_size: int | None = None
+    ) -> Iterator[Block]:
         """Advance in blocks of `block_size` samples; by default of about a fifth of a second.
 
         The chain does not depend on the block size, and each block's state restarts it exactly.

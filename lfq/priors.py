@@ -48,7 +48,9 @@ class Base:
             self.hmc()
 
     def hmc(self, dtype="float64", n_threads=None) -> HMC:
-        return HMC(self.theory, tau=self.tau, n_steps=self.n_steps, dtype=str(np.dtype(dtype)), n_threads=n_threads)
+        return HMC(
+            self.theory, tau=self.tau, n_steps=self.n_steps, dtype=str(np.dtype(dtype)), n_threads=n_threads
+        )
 
     @property
     def volume(self) -> int:

@@ -10,7 +10,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numba import njit
@@ -113,8 +113,10 @@ def _make_loop(suffix: str):
                 g = gradient[i]
                 first_moment[i] = 0.9 * first_moment[i] + 0.1 * g
                 second_moment[i] = 0.999 * second_moment[i] + 0.001 * g * g
-                weights[i] -= rate * (first_moment[i] / correction1) / (
-                    math.sqrt(second_moment[i] / correction2) + 1e-8
+                weights[i] -= (
+                    rate
+                    * (first_moment[i] / correction1)
+                    / (math.sqrt(second_moment[i] / correction2) + 1e-8)
                 )
         return first_step + n_steps, _DONE
 
@@ -124,7 +126,14 @@ def _make_loop(suffix: str):
 _LOOPS = {np.dtype(np.float32): _make_loop("f32"), np.dtype(np.float64): _make_loop("f64")}
 
 _FLOW_RECORD = np.dtype(
-    [("volume", "i8"), ("n_weights", "i8"), ("n_layers", "i4"), ("reserved", "i4"), ("layers", "u8"), ("weights", "u8")]
+    [
+        ("volume", "i8"),
+        ("n_weights", "i8"),
+        ("n_layers", "i4"),
+        ("reserved", "i4"),
+        ("layers", "u8"),
+        ("weights", "u8"),
+    ]
 )
 
 
@@ -247,7 +256,11 @@ def train(
     program, weights = whole.program(target.shape), whole.weights
     volume = target.volume
     flow_record = np.zeros(1, dtype=_FLOW_RECORD)
-    flow_record["volume"], flow_record["n_weights"], flow_record["n_layers"] = volume, weights.size, program.size
+    flow_record["volume"], flow_record["n_weights"], flow_record["n_layers"] = (
+        volume,
+        weights.size,
+        program.size,
+    )
     flow_record["layers"], flow_record["weights"] = program.ctypes.data, weights.ctypes.data
     theory = target._record()
 
@@ -289,7 +302,7 @@ def train(
         count = min(chunk, n_steps - step)
         reached, status = run(count, step)
         if status != _DONE:
-            reason = _core_message() if status == _FAILED_KERNEL else "the loss is NaN or Inf"
+            reason = KERNELS.last_error() if status == _FAILED_KERNEL else "the loss is NaN or Inf"
             raise _core.NotFiniteError(f"training step {reached}: {reason}; try a smaller learning rate")
         now = time.perf_counter()
         seconds[step:reached] = (before - begin) + (now - before) * np.arange(1, count + 1) / count
@@ -303,7 +316,9 @@ def train(
     trained, map_weights = whole, np.empty(0)
     if prior.map is not None:
         trained, map_weights = whole.flows[1], whole.flows[0].weights
-    log_w = _evaluate(whole, prior, target, n, n_evaluation, seed, dtype, n_threads, buffers, settings, n_steps)
+    log_w = _evaluate(
+        whole, prior, target, n, n_evaluation, seed, dtype, n_threads, buffers, settings, n_steps
+    )
     found = dict(zip(_HISTORY, history, strict=True))
     return Fit(
         flow=trained,
@@ -326,22 +341,12 @@ def _evaluate(whole, prior, target, n, n_samples, seed, dtype, n_threads, buffer
         if base.theory is not None:
             hmc = base.hmc(dtype, n_threads)
             state = hmc.start(len(chains), seed, phi=chains.reshape(-1, *base.theory.shape))
-            block = hmc.advance(_at(state, trajectory), 1, base.n_between)
+            block = hmc.advance(replace(state, trajectory=trajectory), 1, base.n_between)
             chains, trajectory = block.state.latent, block.state.trajectory
             latent = np.concatenate([chains.reshape(n, -1), latent], axis=1)
         x, log_det = whole.forward(latent.reshape(n, *target.shape), n_threads)
         parts.append(log_det - target.action(x, n_threads) - base.log_prob(latent, n_threads))
     return np.concatenate(parts)[:n_samples]
-
-
-def _at(state, trajectory):
-    from dataclasses import replace
-
-    return replace(state, trajectory=trajectory)
-
-
-def _core_message() -> str:
-    return KERNELS.last_error()
 
 
 def _progress_line(step: int, n_steps: int, loss: float, ess: float) -> None:
@@ -388,7 +393,9 @@ def train_ladder(
     priors = [kinds[prior](theory, **(chain or {})) for theory in theories[:-1]]
     for below, target in zip(priors, theories[1:], strict=True):
         if below.shape != target.shape:
-            raise ValueError(f"theories: {target.shape} does not follow from the level below, which makes {below.shape}")
+            raise ValueError(
+                f"theories: {target.shape} does not follow from the level below, which makes {below.shape}"
+            )
     seed, fits = check_seed(training.pop("seed", 0)), []
     for level, (below, target) in enumerate(zip(priors, theories[1:], strict=True)):
         fits.append(train(flow, below, target, seed=seed + level, progress=progress, **training))

@@ -19,9 +19,13 @@ FLOWS = {
     "three blocks, exp(s)": dict(kernel_size=3, n_blocks=3, scale="exp(s)"),
     "wide kernel": dict(kernel_size=5, n_blocks=1),
     "kernel 9 with bias": dict(kernel_size=9, n_blocks=1, bias=True),
-    "hidden 8-8": dict(kernel_size=3, n_blocks=2, hidden=(8, 8), activation="leaky_relu", bias=True, scale="exp(s)"),
+    "hidden 8-8": dict(
+        kernel_size=3, n_blocks=2, hidden=(8, 8), activation="leaky_relu", bias=True, scale="exp(s)"
+    ),
     "hidden 5": dict(kernel_size=3, n_blocks=1, hidden=(5,)),
-    "hidden 3-11-2, kernel 5": dict(kernel_size=5, n_blocks=1, hidden=(3, 11, 2), activation="leaky_relu", rescale=False),
+    "hidden 3-11-2, kernel 5": dict(
+        kernel_size=5, n_blocks=1, hidden=(3, 11, 2), activation="leaky_relu", rescale=False
+    ),
 }
 
 
@@ -38,7 +42,12 @@ def reference_layers(flow, shape):
         for parity in (0, 1):
             layers.append(
                 reference.Coupling(
-                    shape, parity, flow.kernel_size, hidden=flow.hidden, activation=flow.activation, bias=flow.bias,
+                    shape,
+                    parity,
+                    flow.kernel_size,
+                    hidden=flow.hidden,
+                    activation=flow.activation,
+                    bias=flow.bias,
                     scale=flow.scale,
                 )  # fmt: skip
             )
@@ -206,7 +215,9 @@ def check_evolution(shape, integrator, with_flow, dtype, rng):
         if not with_flow:
             return reference.phi4_force(z, 0.5, 0.5, ndim)
         flat = z.reshape(len(z), -1)
-        return reference.pullback(reference_layers(flow, shape), flow.weights, flat, 0.5, 0.5)[1].reshape(z.shape)
+        return reference.pullback(reference_layers(flow, shape), flow.weights, flat, 0.5, 0.5)[1].reshape(
+            z.shape
+        )
 
     wanted = reference.evolve(
         force, z.astype(np.float64), momenta.astype(np.float64), scheme.kick, scheme.drift, hmc.step_size, 3
@@ -229,7 +240,8 @@ def test_hmc_chain_matches_the_reference(isa, shape, with_flow, rng):
     block = hmc.advance(start, 10)
     z = start.latent.reshape(9, -1) if with_flow else start.latent
     states, dh, accepted = reference.hmc(
-        z, 0.3, 0.4, scheme.kick, scheme.drift, 1 / n_steps, n_steps, 10, seed=77, first_chain=4, first_trajectory=start.trajectory,
+        z, 0.3, 0.4, scheme.kick, scheme.drift, 1 / n_steps, n_steps, 10, seed=77, first_chain=4,
+        first_trajectory=start.trajectory,
         layers=reference_layers(flow, shape) if with_flow else (), weights=flow.weights,
     )  # fmt: skip
     close(block.dh, dh, np.float64, 1e5)

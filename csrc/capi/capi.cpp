@@ -141,7 +141,7 @@ int check_hmc(const lfq_hmc* h, int64_t n_chains) {
   if (h->thin < 1) return fail(LFQ_ERR_ARGUMENT, "thin is %d, must be positive", int(h->thin));
   if (h->n_samples < 0) return fail(LFQ_ERR_ARGUMENT, "n_samples is %lld, must not be negative", (long long)h->n_samples);
   if (h->first_chain + uint64_t(n_chains) > (uint64_t(1) << 32)) return fail(LFQ_ERR_ARGUMENT, "first_chain: chains are numbered below 2^32");
-  if (h->first_trajectory >> 55) return fail(LFQ_ERR_ARGUMENT, "first_trajectory: trajectories are numbered below 2^55");
+  if (h->first_trajectory >> 56) return fail(LFQ_ERR_ARGUMENT, "first_trajectory: trajectories are numbered below 2^56");
   return LFQ_OK;
 }
 

@@ -65,7 +65,7 @@ LFQ_HD void box_muller(typename real_traits<R>::bits a, typename real_traits<R>:
   n1 = r * s;
 }
 
-// A double in (0, 1) for accept steps.
+// A double in (0, 1] for accept steps.
 LFQ_HD double uniform53(uint32_t a, uint32_t b) {
   return (double((uint64_t(a) << 21) | (b >> 11)) + 0.5) * 0x1p-53;
 }

@@ -1,0 +1,179 @@
+"""The command line: `lfq run`, `lfq info`, `lfq selftest`, `lfq default`."""
+
+import contextlib
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated
+
+from ._optional import load
+
+DEFAULT_OUT = Path("lfq-run")
+
+
+@contextlib.contextmanager
+def _progress_bars() -> Iterator:
+    """A callback as `lfq.experiment` wants it that draws one bar per stage."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[remark]}", style="dim"),
+    )
+    bars = Progress(*columns, refresh_per_second=5)
+    tasks: dict = {}
+
+    def report(stage: str, done: int, total: int, remark: str) -> None:
+        if stage not in tasks:
+            bars.start()
+            tasks[stage] = bars.add_task(stage, total=total, remark=remark)
+        bars.update(tasks[stage], completed=done, remark=remark)
+
+    try:
+        yield report
+    finally:
+        if tasks:
+            bars.stop()
+
+
+def _print_results(results: dict, out: Path) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from .report import COLUMNS, footnotes, table_rows
+
+    lines = [list(COLUMNS), *table_rows(results)]
+    columns = zip(*lines, strict=True)
+    widths = [max(len(word) for word in (*heading.split(), *cells)) for heading, *cells in columns]
+    n_labels, needed = 2, sum(widths) + 2 * len(widths)
+    console = Console()
+    if not console.is_terminal:
+        console.width = max(console.width, needed)
+    if console.width < needed:
+        lines, n_labels = [list(line) for line in zip(*lines, strict=True)], 1
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
+    for index, heading in enumerate(lines[0]):
+        justify = "left" if index < n_labels else "right"
+        table.add_column(Text(heading), justify=justify, vertical="bottom", min_width=widths[index])
+    for line in lines[1:]:
+        table.add_row(*map(Text, line))
+    console.print(table)
+    for note in footnotes(results):
+        console.print(Text(note, style="dim"))
+    console.print(Text(f"\nresults.json, run.h5, flows and report.html are in {out}"))
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(str, value))
+    return "none" if value is None else str(value)
+
+
+def _application():
+    typer = load("typer", "the command line")
+    load("rich", "the command line")
+    app = typer.Typer(
+        help="Lattice phi^4: HMC, trivializing flows learned from coarser lattices, flow-HMC.",
+        add_completion=False,
+        pretty_exceptions_enable=False,
+    )
+    config_argument = typer.Argument(help="Configuration file; the paper's example without one.")
+
+    @app.command()
+    def run(
+        config: Annotated[Path | None, config_argument] = None,
+        out: Annotated[Path, typer.Option(help="Directory of the results, new or empty.")] = DEFAULT_OUT,
+        resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
+    ) -> int:
+        """Train flows from coarser lattices and compare flow-HMC with HMC."""
+        from .config import load_config
+        from .experiment import run_experiment
+
+        loaded = None if resume and config is None else load_config(config)
+        try:
+            with _progress_bars() as progress:
+                results = run_experiment(loaded, out, resume=resume, progress=progress)
+        except KeyboardInterrupt:
+            print(f"lfq: interrupted; to continue: lfq run --resume --out {out}", file=sys.stderr)
+            return 130
+        _print_results(results, out)
+        return 0
+
+    @app.command()
+    def info() -> int:
+        """Print the version, the instruction set, the threads, and whether a GPU can be used."""
+        import lfq
+
+        for key, value in lfq.info().items():
+            print(f"{key.replace('_', ' '):<24}{_shown(value)}")
+        return 0
+
+    @app.command()
+    def selftest(config: Annotated[Path | None, config_argument] = None) -> int:
+        """Check the physics on the parameters of a configuration, in seconds."""
+        from .config import load_config
+        from .selftest import checks
+
+        n_failed = 0
+        for check in checks(load_config(config)):
+            n_failed += not check.passed
+            print(check, flush=True)
+        print(f"{n_failed} failed" if n_failed else "all passed")
+        return 1 if n_failed else 0
+
+    @app.command()
+    def default() -> int:
+        """Print the default configuration, a commented TOML file to start from."""
+        from .config import default_toml
+
+        print(default_toml(), end="")
+        return 0
+
+    return app
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Parameters
+    ----------
+    arguments : sequence of str, optional
+        Without the program's name; those of the process by default.
+
+    Returns
+    -------
+    int
+        0; 1 where a self-test failed; 2 after an error, told in one line on stderr; 130 when interrupted.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    try:
+        application = _application()
+    except ImportError as error:
+        return _fail(error)
+    from . import NotFiniteError
+    from .config import ConfigError
+    from .io import FileFormatError
+
+    # With standalone_mode off, what is wrong with the arguments arrives as an exception.
+    try:
+        code = application(arguments, prog_name="lfq", standalone_mode=False)
+    except (ConfigError, FileFormatError, ImportError, OSError, RuntimeError, NotFiniteError) as error:
+        return _fail(error)
+    except Exception as error:
+        if not hasattr(error, "format_message"):
+            raise
+        return _fail(error.format_message())
+    return code or 0
+
+
+def _fail(error: object) -> int:
+    print("lfq: error:", " ".join(str(error).split()), file=sys.stderr)
+    return 2

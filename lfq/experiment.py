@@ -1,0 +1,587 @@
+"""The pipeline of `lfq run`: train a flow from every prior, then compare flow-HMC with HMC.
+
+Every stage stores its result as it completes, and a run that was interrupted continues with the same
+random numbers: the outcome is that of an uninterrupted one, bit for bit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import platform
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import lfq
+
+from . import analysis
+from ._optional import load
+from .config import Config, ConfigError, PriorConfig, SamplingConfig, parse_config
+from .hmc import HMC, Block, Run, State
+from .io import FileFormatError, RunFile, load_tensors, save_tensors, write_atomically
+from .observables import OBSERVABLES
+
+__all__ = ["ExperimentError", "Training", "collect", "run_experiment", "sample", "stage_seed", "train"]
+
+Progress = Callable[[str, int, int, str], None]
+"""Called with the name of a stage, steps done, steps in all, and a remark."""
+
+RELIABLE_TAU = 1000
+"""A run of fewer autocorrelation times than this, over all chains, is marked."""
+
+
+PACKAGES = {"pyerrors": "error analysis", "matplotlib": "drawing figures", "h5py": "a run file"}
+"""Optional packages that a run needs, and what for."""
+
+
+class ExperimentError(RuntimeError):
+    """A run that cannot start or continue; the message says why in one line."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """A trained flow, how good it is, and what training it took.
+
+    Attributes
+    ----------
+    name : str
+        Of the prior.
+    theory : lfq.Phi4
+        The target.
+    flow : lfq.AffineFlow
+    ess, acceptance, std_log_w : float
+        From fresh samples.
+    seconds : float
+        Wall time of training, the chains of the prior included.
+    history : dict of str to ndarray, shape (n_steps,)
+    fields : dict of str to ndarray
+        One example each: ``coarse`` (where the prior has a coarser lattice), ``prior`` and ``flow``.
+    """
+
+    name: str
+    theory: lfq.Phi4
+    flow: lfq.AffineFlow
+    ess: float
+    acceptance: float
+    std_log_w: float
+    seconds: float
+    history: dict[str, np.ndarray]
+    fields: dict[str, np.ndarray]
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write all but the flow, which has a file of its own."""
+        tensors = {f"history/{name}": np.asarray(series, np.float64) for name, series in self.history.items()}
+        tensors |= {f"fields/{name}": np.asarray(phi, np.float64) for name, phi in self.fields.items()}
+        scalars = {
+            "beta": self.theory.beta,
+            "lam": self.theory.lam,
+            "shape": list(self.theory.shape),
+            "ess": self.ess,
+            "acceptance": self.acceptance,
+            "std_log_w": self.std_log_w,
+            "seconds": self.seconds,
+        }
+        save_tensors(path, tensors, {"training": json.dumps(scalars)})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike, name: str, flow: lfq.AffineFlow) -> Training:
+        """Read what `save` wrote.
+
+        Raises
+        ------
+        FileFormatError
+            The file is not a training record.
+        """
+        tensors, texts = load_tensors(path)
+        groups: dict[str, dict[str, np.ndarray]] = {"history": {}, "fields": {}}
+        try:
+            for key, tensor in tensors.items():
+                group, entry = key.split("/")
+                groups[group][entry] = tensor
+            scalars = json.loads(texts["training"])
+            theory = lfq.Phi4(tuple(scalars.pop("shape")), scalars.pop("beta"), scalars.pop("lam"))
+            return cls(name=name, theory=theory, flow=flow, **groups, **scalars)
+        except (KeyError, TypeError, ValueError) as error:
+            raise FileFormatError(f"{path}: not a training record ({error})") from None
+
+
+def stage_seed(seed: int, stage: str) -> int:
+    """Seed of a stage, below 2^63: depends on the run's seed and the stage's name, not on other stages."""
+    digest = hashlib.blake2b(f"{seed}/{stage}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+@contextmanager
+def _section(name: str) -> Iterator[None]:
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise ConfigError(name, "", str(error)) from None
+
+
+def target_theory(config: Config) -> lfq.Phi4:
+    """The theory of ``[target]``."""
+    with _section("target"):
+        return lfq.Phi4(config.target.shape, beta=config.target.beta, lam=config.target.lam)
+
+
+def initial_flow(config: Config) -> lfq.AffineFlow:
+    """The untrained flow of ``[flow]``."""
+    keys = vars(config.flow)
+    with _section("flow"):
+        seed = stage_seed(config.run.seed, "weights")
+        return lfq.AffineFlow(**keys, seed=seed, ndim=len(config.target.shape))
+
+
+def make_prior(config: Config, prior: PriorConfig):
+    """The prior of one ``[[prior]]``."""
+    target, chain = target_theory(config), vars(config.prior_chains)
+    with _section(f"prior {config.prior.index(prior) + 1}"):
+        if prior.kind == "gaussian":
+            return lfq.Gaussian(target.shape)
+        if prior.kind == "lattice":
+            return lfq.Lattice(replace(target, beta=prior.beta), **chain)
+        coarse = lfq.Phi4(tuple(extent // 2 for extent in target.shape), beta=prior.beta, lam=target.lam)
+        if prior.kind == "interleave":
+            return lfq.Interleave(coarse, **chain)
+        return lfq.Upsample(coarse, width=prior.width, scale=prior.scale, **chain)
+
+
+def make_hmc(config: Config, theory) -> HMC:
+    """HMC of a theory or its pullback with the settings of ``[sampling]``, not tuned yet."""
+    with _section("sampling"):
+        return HMC(
+            theory,
+            tau=config.sampling.tau,
+            integrator=config.sampling.integrator,
+            dtype=config.run.dtype,
+            n_threads=config.run.threads or None,
+        )
+
+
+def _check_buildable(config: Config) -> None:
+    """Construct everything once, so that what only lfq itself can judge fails before any work."""
+    theory = target_theory(config)
+    make_hmc(config, theory)
+    if config.prior or config.ladder:
+        flow = initial_flow(config)
+        with _section("flow"):
+            theory.pullback(flow)
+    for prior in config.prior:
+        make_prior(config, prior)
+
+
+def sampler_names(config: Config) -> dict[str, str | None]:
+    """Names of the samplers' groups in ``run.h5``, and the prior of each: None for plain HMC."""
+    priors = [prior.name for prior in config.prior] + (["ladder"] if config.ladder else [])
+    return {"hmc": None} | {f"flow_hmc_{prior}": prior for prior in priors}
+
+
+def _new_directory(config: Config, out: Path) -> RunFile:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if any(out.iterdir()):
+            if (out / "run.h5").exists():
+                raise ExperimentError(
+                    f"{out} already holds a run: --resume continues it, --out takes another place"
+                )
+            raise ExperimentError(f"{out} is not empty: --out takes another place")
+        names = sampler_names(config)
+        n_samples, n_chains = config.sampling.n_samples, config.sampling.n_chains
+        needed = len(names) * n_samples * n_chains * 8 * (len(OBSERVABLES) + 2)
+        free = shutil.disk_usage(out).free
+        if needed > free:
+            raise ExperimentError(f"{out}: run.h5 needs {needed / 1e9:.3g} GB, {free / 1e9:.3g} GB are free")
+        return RunFile.create(
+            out / "run.h5",
+            list(names),
+            n_samples=n_samples,
+            n_chains=n_chains,
+            volume=math.prod(config.target.shape),
+            attributes={
+                "config": config.to_toml(),
+                "versions": json.dumps(versions()),
+                "seed": config.run.seed,
+            },
+        )
+    except OSError as error:
+        raise ExperimentError(f"cannot write to {out}: {error.strerror or error}") from None
+
+
+def _old_directory(config: Config | None, out: Path) -> tuple[Config, RunFile]:
+    if not (out / "run.h5").is_file():
+        raise ExperimentError(f"{out} holds no run to resume")
+    file = RunFile(out / "run.h5")
+    stored = parse_config(str(file.attributes["config"]))
+    if config is None:
+        return stored, file
+    changed = stored.differences(config)
+    if changed:
+        raise ExperimentError(f"{out} was started with another configuration: {', '.join(changed)}")
+    return config, file
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of every package that takes part."""
+    found = {"lfq": lfq.__version__, "python": platform.python_version()}
+    for package in ("numpy", "numba", "h5py", "pyerrors", "matplotlib"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def machine(config: Config) -> dict[str, str]:
+    """What the timings of a run depend on."""
+    model = platform.processor() or platform.machine()
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
+        model = names[0] if names else model
+    except OSError:
+        pass
+    info = lfq.info()
+    return {
+        "processor": model,
+        "threads": str(config.run.threads or info["threads"]),
+        "instruction set": str(info["isa"]),
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def _example_fields(fit, seed: int) -> dict[str, np.ndarray]:
+    z = np.asarray(fit.prior.sample(1, seed))
+    phi, _ = fit.flow.forward(z)
+    fields = {"prior": z[0], "flow": np.asarray(phi)[0]}
+    if isinstance(fit.prior, (lfq.Interleave, lfq.Upsample)):
+        even = z[0][(slice(None, None, 2),) * (z.ndim - 1)]
+        fields["coarse"] = even / fit.prior.scale if isinstance(fit.prior, lfq.Upsample) else even
+    return fields
+
+
+def _record(fit, name: str, theory: lfq.Phi4, out: Path, seed: int) -> Training:
+    training = Training(
+        name=name,
+        theory=theory,
+        flow=fit.flow,
+        ess=float(fit.ess),
+        acceptance=float(fit.acceptance),
+        std_log_w=float(fit.std_log_w),
+        seconds=float(fit.seconds),
+        history=fit.history,
+        fields=_example_fields(fit, stage_seed(seed, f"example {name}")),
+    )
+    # The record comes last: where it exists, the flow is complete.
+    training.flow.save(out / "flows" / f"{name}.safetensors")
+    training.save(out / "training" / f"{name}.safetensors")
+    return training
+
+
+def _recorded(name: str, out: Path) -> Training | None:
+    path = out / "training" / f"{name}.safetensors"
+    if not path.exists():
+        return None
+    return Training.load(path, name, lfq.load_flow(out / "flows" / f"{name}.safetensors"))
+
+
+def _training_keywords(config: Config, stage: str, progress: Progress) -> dict[str, Any]:
+    def report(step: int, n_steps: int, loss: float, ess: float) -> None:
+        progress(stage, step, n_steps, f"loss {loss:.2f}, ESS {ess:.2f}")
+
+    return {
+        **vars(config.training),
+        "seed": stage_seed(config.run.seed, stage),
+        "dtype": config.run.dtype,
+        "n_threads": config.run.threads or None,
+        "progress": report,
+    }
+
+
+def train(config: Config, prior: PriorConfig, out: Path, progress: Progress) -> Training:
+    """Train a flow from one prior, or read the record of an earlier training in `out`."""
+    stage = f"train {prior.name}"
+    done = _recorded(prior.name, out)
+    if done is None:
+        target = target_theory(config)
+        fit = lfq.train(
+            initial_flow(config),
+            prior=make_prior(config, prior),
+            target=target,
+            **_training_keywords(config, stage, progress),
+        )
+        done = _record(fit, prior.name, target, out, config.run.seed)
+    progress(stage, config.training.n_steps, config.training.n_steps, f"ESS {done.ess:.2f}")
+    return done
+
+
+def train_ladder(config: Config, out: Path, progress: Progress) -> list[Training]:
+    """Train the levels of ``[ladder]``, or read the records in `out`; the last one is the target's."""
+    theories = [
+        lfq.Phi4(shape, beta=beta, lam=config.target.lam)
+        for shape, beta in zip(config.ladder.shapes, config.ladder.betas, strict=True)
+    ]
+    names = [f"ladder-{'x'.join(map(str, theory.shape))}" for theory in theories[1:]]
+    done = [_recorded(name, out) for name in names]
+    if None in done:
+        fits = lfq.train_ladder(
+            initial_flow(config),
+            theories,
+            prior=config.ladder.prior,
+            chain=vars(config.prior_chains),
+            **_training_keywords(config, "train ladder", progress),
+        )
+        done = [
+            _record(fit, name, theory, out, config.run.seed)
+            for fit, name, theory in zip(fits, names, theories[1:], strict=True)
+        ]
+    progress("train ladder", config.training.n_steps, config.training.n_steps, f"ESS {done[-1].ess:.2f}")
+    return done
+
+
+def sample(config: Config, file: RunFile, name: str, theory, progress: Progress) -> Run:
+    """Tune, warm up and sample, streaming into `file`; continues after the last complete block there.
+
+    Parameters
+    ----------
+    config : Config
+    file : RunFile
+    name : str
+        Of the sampler's group.
+    theory : lfq.Phi4 or its pullback by a flow
+    progress : callable
+    """
+    settings, stage = config.sampling, name.replace("_", " ")
+    hmc = make_hmc(config, theory)
+    status = file.progress(name)
+    if status["n_steps"] == 0:
+        progress(stage, 0, settings.n_samples, "tuning")
+        hmc = hmc.tune(
+            acceptance=settings.acceptance,
+            n_chains=settings.n_chains,
+            seed=stage_seed(config.run.seed, f"tune {name}"),
+        )
+        file.record_tuning(name, hmc.n_steps)
+    else:
+        hmc = replace(hmc, n_steps=status["n_steps"])
+
+    if status["n_complete"] < 0:
+        progress(stage, 0, settings.n_samples, "warming up")
+        # Fields of the target: what a poor flow makes of normal latents can be far from any of them.
+        plain = replace(make_hmc(config, target_theory(config)), n_steps=file.progress("hmc")["n_steps"])
+        start = plain.start(settings.n_chains, stage_seed(config.run.seed, f"warm up {name}"))
+        start = _advanced(plain, start, settings)
+        state = hmc.start(settings.n_chains, stage_seed(config.run.seed, f"sample {name}"), phi=start.latent)
+        state = _advanced(hmc, state, settings)
+        file.record_start(name, state.latent, state.trajectory, state.seed)
+    state, done = _stored_state(config, file, name), file.progress(name)["n_complete"]
+    progress(stage, done, settings.n_samples, f"{hmc.n_steps} steps")
+    for block in hmc.blocks(state, settings.n_samples - done, block_size=settings.block_size):
+        file.append(name, block)
+        done += len(block.dh)
+        remark = f"{hmc.n_steps} steps, acceptance {block.accepted.mean():.2f}"
+        progress(stage, done, settings.n_samples, remark)
+    state = _stored_state(config, file, name)
+    phi = theory.field(state.latent) if isinstance(theory, lfq.PulledBack) else state.latent
+    return Run.from_blocks(theory, hmc, [Block(**file.samples(name), state=state, phi=phi)])
+
+
+def _advanced(hmc: HMC, state: State, settings: SamplingConfig) -> State:
+    """The state after the warm-up."""
+    for block in hmc.blocks(state, settings.n_warmup, block_size=settings.block_size):
+        state = block.state
+    return state
+
+
+def _stored_state(config: Config, file: RunFile, name: str) -> State:
+    latent, status = file.latent(name), file.progress(name)
+    latent = latent.reshape(config.sampling.n_chains, *config.target.shape).astype(config.run.dtype)
+    return State(latent=latent, trajectory=status["trajectory"], seed=status["seed"])
+
+
+def _finite(value: Any) -> Any:
+    """The value with NaN and infinities, which JSON lacks, as None."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    if isinstance(value, (float, np.floating)):
+        return float(value) if math.isfinite(value) else None
+    return int(value) if isinstance(value, np.integer) else value
+
+
+def _level(config: Config, training: Training) -> dict[str, Any]:
+    return {
+        "L": training.theory.shape[0],
+        "shape": training.theory.shape,
+        "beta": training.theory.beta,
+        "lam": training.theory.lam,
+        "prior": training.name,
+        "ess": training.ess,
+        "acceptance": training.acceptance,
+        "std_log_w": training.std_log_w,
+        "train_seconds": training.seconds,
+        "steps": config.training.n_steps,
+        "batch_size": config.training.batch_size,
+    }
+
+
+def _sampler(config: Config, run: Run, prior: str | None) -> dict[str, Any]:
+    table = analysis.summarize(run)
+    cost = analysis.cost_per_independent_sample(run, table)
+    slowest = table[cost.observable]
+    return {
+        "name": "HMC" if prior is None else "flow-HMC",
+        "prior": prior,
+        "L": config.target.shape[0],
+        "shape": config.target.shape,
+        "beta": config.target.beta,
+        "lam": config.target.lam,
+        "acceptance": float(run.acceptance),
+        "n_chains": config.sampling.n_chains,
+        "n_samples": config.sampling.n_samples,
+        "n_steps": run.hmc.n_steps,
+        "trajectory_length": config.sampling.tau,
+        "integrator": config.sampling.integrator,
+        "exp_minus_dh": list(run.exp_minus_dh()),
+        "observables": {
+            name: {
+                "value": entry.value,
+                "error": entry.error,
+                "tau_int": entry.tau_int,
+                "tau_int_error": entry.tau_int_error,
+            }
+            for name, entry in table.items()
+        },
+        "seconds_per_trajectory": run.seconds_per_trajectory,
+        "force_evaluations_per_trajectory": run.force_evaluations_per_trajectory,
+        "slowest_observable": cost.observable,
+        "cost_per_independent_sample_s": cost.seconds,
+        "cost_per_independent_sample_force_evaluations": cost.force_evaluations,
+        "cost_relative_error": cost.relative_error,
+        "n_tau_int": slowest.n_samples / slowest.tau_int,
+        "long_enough": slowest.n_samples >= RELIABLE_TAU * slowest.tau_int,
+    }
+
+
+def collect(config: Config, trainings: list[Training], runs: dict[str, Run]) -> dict[str, Any]:
+    """Everything that was found, as plain data for ``results.json``.
+
+    Parameters
+    ----------
+    config : Config
+    trainings : list of Training
+    runs : dict of str to lfq.Run
+        By group name, as `sampler_names`.
+
+    Returns
+    -------
+    dict
+        ``version``, ``config``, ``levels`` (one per training), ``samplers``, ``versions``, ``machine``.
+        A sampler with a flow also has ``ess``, ``train_seconds`` and ``samples_to_pay_off``: how many
+        independent samples it takes until HMC would have cost as much as training and flow-HMC,
+        None where that never happens.
+    """
+    samplers = [_sampler(config, runs[name], prior) for name, prior in sampler_names(config).items()]
+    reference = samplers[0]["cost_per_independent_sample_s"]
+    for sampler in samplers[1:]:
+        levels = [t for t in trainings if t.name == sampler["prior"]]
+        levels = levels or [t for t in trainings if t.name.startswith("ladder-")]
+        seconds = sum(training.seconds for training in levels)
+        gain = reference - sampler["cost_per_independent_sample_s"]
+        sampler["ess"] = levels[-1].ess
+        sampler["train_seconds"] = seconds
+        sampler["samples_to_pay_off"] = seconds / gain if gain > 0 else None
+    return _finite(
+        {
+            "version": lfq.__version__,
+            "config": config.to_dict(),
+            "levels": [_level(config, training) for training in trainings],
+            "samplers": samplers,
+            "versions": versions(),
+            "machine": machine(config),
+        }
+    )
+
+
+def run_experiment(
+    config: Config | None, out: str | os.PathLike, *, resume: bool = False, progress: Progress | None = None
+) -> dict[str, Any]:
+    """Train, sample, and leave results, figures and a report in a directory.
+
+    Parameters
+    ----------
+    config : Config or None
+        None with `resume` takes the stored one.
+    out : path-like
+        A new or empty directory, or with `resume` that of an interrupted run.
+    resume : bool
+        Skip what is finished and continue after the last complete block.
+    progress : callable, optional
+        Called as ``progress(stage, done, total, remark)``.
+
+    Returns
+    -------
+    dict
+        What ``results.json`` holds, as `collect` says.
+
+    Raises
+    ------
+    ConfigError
+        The configuration cannot be run.
+    ExperimentError
+        The directory is in use, not writable, or was started with another configuration.
+    FileFormatError
+        A file of the run to resume is damaged.
+    ImportError
+        An optional package is missing.
+    """
+    from . import plots, report
+
+    progress = progress or (lambda *_: None)
+    out = Path(out)
+    if config is None and not resume:
+        raise TypeError("run_experiment: a new run needs a configuration")
+    if config is not None:
+        _check_buildable(config)
+    for package, purpose in PACKAGES.items():
+        load(package, purpose)
+    if resume:
+        config, file = _old_directory(config, out)
+        _check_buildable(config)
+    else:
+        file = _new_directory(config, out)
+    with file:
+        for folder in ("flows", "training"):
+            (out / folder).mkdir(exist_ok=True)
+        with write_atomically(out / "config.toml") as stream:
+            stream.write(config.to_toml().encode())
+        trainings = [train(config, prior, out, progress) for prior in config.prior]
+        if config.ladder:
+            trainings += train_ladder(config, out, progress)
+        flows = {training.name: training.flow for training in trainings}
+        if config.ladder:
+            flows["ladder"] = trainings[-1].flow
+        target, runs = target_theory(config), {}
+        for name, prior in sampler_names(config).items():
+            theory = target if prior is None else target.pullback(flows[prior])
+            runs[name] = sample(config, file, name, theory, progress)
+
+    progress("figures and report", 0, 1, "")
+    results = collect(config, trainings, runs)
+    with write_atomically(out / "results.json") as stream:
+        stream.write(json.dumps(results, indent=1, allow_nan=False).encode())
+    figures = plots.write_figures(out, results, trainings, runs, runs["hmc"].phi[0])
+    with write_atomically(out / "report.html") as stream:
+        stream.write(report.html_report(results, config, figures).encode())
+    progress("figures and report", 1, 1, "")
+    return results

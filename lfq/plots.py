@@ -1,0 +1,258 @@
+"""Figures of a run, drawn with matplotlib's Agg canvas: no display, no global state."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ._optional import load
+from .analysis import SLOW_OBSERVABLES, autocorrelation
+from .io import write_atomically
+
+__all__ = [
+    "draw_autocorrelations",
+    "draw_configurations",
+    "draw_costs",
+    "draw_tau_int",
+    "draw_training",
+    "write_figures",
+]
+
+# Okabe and Ito's palette, told apart with any colour vision; grey is HMC in every figure.
+_HMC_COLOUR = "#555555"
+_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")
+
+_SYMBOLS = {
+    "M2": r"$M^2$",
+    "phi2": r"$\phi^2$",
+    "phi2_smeared": r"smeared $\phi^2$",
+}
+
+
+def _colours(priors: list[str]) -> dict[str | None, str]:
+    return {None: _HMC_COLOUR} | {prior: _COLOURS[i % len(_COLOURS)] for i, prior in enumerate(priors)}
+
+
+def _figure(width: float, height: float, rows: int = 1, columns: int = 1, **keywords: Any):
+    """A figure and its axes as a (rows, columns) array, without frames that carry nothing."""
+    load("matplotlib", "drawing figures")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(rows, columns, squeeze=False, **keywords)
+    for ax in axes.flat:
+        ax.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _label(sampler: dict[str, Any]) -> str:
+    return sampler["name"] if sampler["prior"] is None else f"flow-HMC, {sampler['prior']}"
+
+
+def _smooth(series: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Indices and running means over a fiftieth of a series."""
+    width = max(1, len(series) // 50)
+    means = np.convolve(series, np.full(width, 1 / width), mode="valid")
+    return np.arange(len(means)) + (width - 1) // 2, means
+
+
+def draw_training(trainings: list):
+    """ESS, and the loss above its final value, against steps and against seconds.
+
+    Parameters
+    ----------
+    trainings : list of lfq.experiment.Training
+    """
+    figure, axes = _figure(10, 6.4, 2, 2, sharex="col", sharey="row")
+    colours = _colours([training.name for training in trainings])
+    for training in trainings:
+        history, colour = training.history, colours[training.name]
+        tail = max(1, len(history["loss"]) // 4)
+        excess = (history["loss"] - history["loss"][-tail:].mean()) / training.theory.volume
+        for row, series in enumerate((history["ess"], excess)):
+            index, mean = _smooth(series)
+            for ax, x in zip(axes[row], (np.arange(1, len(series) + 1), history["seconds"]), strict=True):
+                ax.plot(x, series, color=colour, alpha=0.18, linewidth=0.5)
+                ax.plot(x[index], mean, color=colour, linewidth=1.6, label=training.name)
+    axes[0, 0].set_ylabel("effective sample size / batch size")
+    axes[0, 0].set_yscale("log")
+    axes[0, 0].set_ylim(None, 1)
+    axes[1, 0].set_ylabel("(loss − final loss) per site")
+    late = np.concatenate([_smooth(t.history["loss"])[1] for t in trainings])
+    if np.ptp(late) > 0:
+        axes[1, 0].set_yscale("symlog", linthresh=1e-3)
+        axes[1, 0].set_ylim(-1e-2, None)
+    axes[1, 0].axhline(0, color="#999999", linewidth=0.6, zorder=0)
+    axes[1, 0].set_xlabel("training step")
+    axes[1, 1].set_xlabel("wall time [s], coarse chains included")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=6, frameon=False)
+    return figure
+
+
+def draw_tau_int(results: dict[str, Any]):
+    """Bars of tau_int with errors, for every observable that sets the cost and every sampler."""
+    samplers = results["samplers"]
+    colours = _colours([s["prior"] for s in samplers if s["prior"]])
+    figure, axes = _figure(8, 4)
+    ax, width = axes[0, 0], 0.8 / len(samplers)
+    for i, sampler in enumerate(samplers):
+        entries = [sampler["observables"][name] for name in SLOW_OBSERVABLES]
+        position = np.arange(len(entries)) + (i - (len(samplers) - 1) / 2) * width
+        ax.bar(
+            position,
+            [entry["tau_int"] for entry in entries],
+            0.92 * width,
+            yerr=[entry["tau_int_error"] for entry in entries],
+            color=colours[sampler["prior"]],
+            error_kw={"elinewidth": 1, "capsize": 2},
+            label=_label(sampler),
+        )
+    ax.set_xticks(range(len(SLOW_OBSERVABLES)), [_SYMBOLS[name] for name in SLOW_OBSERVABLES])
+    ax.tick_params(axis="x", length=0)
+    ax.set_ylabel(r"$\tau_{\mathrm{int}}$ [trajectories]")
+    ax.legend(frameon=False)
+    return figure
+
+
+def draw_costs(results: dict[str, Any]):
+    """Bars of the cost of an independent sample, in wall time and in force evaluations."""
+    samplers = results["samplers"]
+    colours = _colours([s["prior"] for s in samplers if s["prior"]])
+    figure, axes = _figure(10, 1.2 + 0.5 * len(samplers), 1, 2, sharey=True)
+    panels = (
+        ("cost_per_independent_sample_s", 1e3, "wall time per independent sample [ms]"),
+        ("cost_per_independent_sample_force_evaluations", 1, "force evaluations per independent sample"),
+    )
+    for ax, (key, unit, label) in zip(axes[0], panels, strict=True):
+        costs = np.array([sampler[key] for sampler in samplers]) * unit
+        errors = costs * [sampler["cost_relative_error"] for sampler in samplers]
+        ax.barh(
+            range(len(samplers)),
+            costs,
+            0.7,
+            xerr=errors,
+            color=[colours[sampler["prior"]] for sampler in samplers],
+            error_kw={"elinewidth": 1, "capsize": 2},
+        )
+        for row, cost in enumerate(costs + errors):
+            ax.annotate(f"{costs[row]:.3g}", (cost, row), (4, 0), textcoords="offset points", va="center")
+        ax.set_xlim(0, 1.15 * (costs + errors).max())
+        ax.set_xlabel(label)
+        ax.tick_params(axis="y", length=0)
+    axes[0, 0].set_yticks(range(len(samplers)), [_label(sampler) for sampler in samplers])
+    axes[0, 0].invert_yaxis()
+    return figure
+
+
+def draw_autocorrelations(results: dict[str, Any], runs: dict):
+    """Autocorrelation function of M^2 of every sampler, with one standard error.
+
+    Parameters
+    ----------
+    results : dict
+    runs : dict of str to lfq.Run
+        In the order of ``results["samplers"]``.
+    """
+    samplers = results["samplers"]
+    colours = _colours([s["prior"] for s in samplers if s["prior"]])
+    longest = max(sampler["observables"]["M2"]["tau_int"] for sampler in samplers)
+    figure, axes = _figure(8, 4.4)
+    ax = axes[0, 0]
+    for sampler, run in zip(samplers, runs.values(), strict=True):
+        series = run.observables["M2"]
+        rho, error = autocorrelation(series, min(len(series) - 1, math.ceil(4 * longest)))
+        lag, colour = np.arange(len(rho)), colours[sampler["prior"]]
+        ax.fill_between(lag, rho - error, rho + error, color=colour, alpha=0.25, linewidth=0)
+        ax.plot(lag, rho, color=colour, linewidth=1.5, label=_label(sampler))
+    ax.axhline(0, color="#999999", linewidth=0.6, zorder=0)
+    ax.set_xlim(0, None)
+    ax.set_xlabel("lag [trajectories]")
+    ax.set_ylabel(r"autocorrelation of $M^2$")
+    ax.legend(frameon=False)
+    return figure
+
+
+def _plane(phi: np.ndarray) -> np.ndarray:
+    """The first plane of a field, as an image."""
+    phi = np.atleast_2d(phi)
+    return phi[(0,) * (phi.ndim - 2)]
+
+
+def draw_configurations(trainings: list, example: np.ndarray):
+    """One field on its way from each prior through the flow, beside one from HMC.
+
+    Parameters
+    ----------
+    trainings : list of lfq.experiment.Training
+    example : ndarray, shape (*shape)
+        A configuration from HMC.
+    """
+    rows = (("coarse", "coarse lattice"), ("prior", "prior sample $z$"), ("flow", "flow $f(z)$"))
+    columns = len(trainings) + 1
+    figure, axes = _figure(1.9 * columns + 0.9, 5.9, len(rows), columns)
+    limit = 1.05 * np.abs(example).max()
+    image = None
+    for column, training in enumerate(trainings):
+        axes[0, column].set_title(training.name, fontsize=11)
+        for ax, (key, _) in zip(axes[:, column], rows, strict=True):
+            if key in training.fields:
+                image = ax.imshow(_plane(training.fields[key]), cmap="PuOr", vmin=-limit, vmax=limit)
+            else:
+                ax.set_box_aspect(1)
+                ax.text(0.5, 0.5, "—", ha="center", va="center", transform=ax.transAxes, color="#999999")
+    image = axes[-1, -1].imshow(_plane(example), cmap="PuOr", vmin=-limit, vmax=limit)
+    axes[-1, -1].set_title("HMC", fontsize=11)
+    for ax in axes[:-1, -1]:
+        ax.set_visible(False)
+    for ax, (_, label) in zip(axes[:, 0], rows, strict=True):
+        ax.set_ylabel(label)
+    for ax in axes.flat:
+        ax.set_xticks([])
+        ax.set_yticks([])
+        ax.spines[:].set_visible(False)
+    figure.colorbar(image, ax=axes, label=r"$\phi$", shrink=0.5, extend="both")
+    return figure
+
+
+def write_figures(
+    out: Path, results: dict[str, Any], trainings: list, runs: dict, example: np.ndarray
+) -> dict[str, Path]:
+    """Draw every figure of a run as a PNG in a directory.
+
+    Returns
+    -------
+    dict of str to Path
+        Files by caption.
+    """
+    target = results["config"]["target"]
+    where = f"{' x '.join(map(str, target['shape']))}, beta = {target['beta']:g}, lam = {target['lam']:g}"
+    captions = {
+        "tau_int": f"Autocorrelation times at equal trajectory length and tuned acceptance ({where}).",
+        "cost": "Cost of an independent sample of the slowest observable: 2 tau_int trajectories.",
+        "autocorrelation": "Autocorrelation function of M^2; bands are one standard error.",
+        "configurations": "One field from each prior before and after its flow, and one from HMC.",
+    }
+    figures = {
+        "tau_int": draw_tau_int(results),
+        "cost": draw_costs(results),
+        "autocorrelation": draw_autocorrelations(results, runs),
+    }
+    if trainings:
+        captions["training"] = (
+            "Training: effective sample size of each batch and the loss, which each prior knows up to a "
+            "constant. Lines are running means."
+        )
+        figures["training"] = draw_training(trainings)
+        figures["configurations"] = draw_configurations(trainings, example)
+    files = {}
+    for name, figure in figures.items():
+        path = out / f"{name}.png"
+        with write_atomically(path) as file:
+            figure.savefig(file, format="png", facecolor="white")
+        files[captions[name]] = path
+    return files

@@ -1,0 +1,170 @@
+"""The table of a run, and a report.html that needs nothing but itself."""
+
+from __future__ import annotations
+
+import base64
+import html
+from pathlib import Path
+from typing import Any
+
+from .analysis import with_error
+from .config import Config
+
+__all__ = ["COLUMNS", "footnotes", "html_report", "table_rows"]
+
+COLUMNS = (
+    "sampler",
+    "prior",
+    "flow ESS",
+    "accept",
+    "steps",
+    "tau_int M^2",
+    "tau_int phi^2",
+    "tau_int smeared",
+    "traj / s",
+    "cost [ms]",
+    "cost [forces]",
+    "training [s]",
+    "pays off [samples]",
+)
+"""Headings of the table; `footnotes` explains them."""
+
+MARK = "*"
+
+
+def _pay_off(sampler: dict[str, Any]) -> str:
+    if sampler["prior"] is None:
+        return ""
+    samples = sampler["samples_to_pay_off"]
+    return "never" if samples is None else _short(samples)
+
+
+def _short(number: float) -> str:
+    """Three significant digits, with an exponent only where zeros would pile up."""
+    return f"{float(f'{number:.3g}'):.0f}" if 100 <= number < 1e7 else f"{number:.3g}"
+
+
+def table_rows(results: dict[str, Any]) -> list[list[str]]:
+    """The comparison as text, one row per sampler, in the order of `COLUMNS`.
+
+    Parameters
+    ----------
+    results : dict
+        As `lfq.experiment.collect` returns it.
+    """
+    rows = []
+    for sampler in results["samplers"]:
+        taus = [sampler["observables"][name] for name in ("M2", "phi2", "phi2_smeared")]
+        rows.append(
+            [
+                sampler["name"] + ("" if sampler["long_enough"] else MARK),
+                sampler["prior"] or "",
+                "" if sampler["prior"] is None else f"{sampler['ess']:.2g}",
+                f"{sampler['acceptance']:.3f}",
+                str(sampler["n_steps"]),
+                *(with_error(tau["tau_int"], tau["tau_int_error"]) for tau in taus),
+                _short(1 / sampler["seconds_per_trajectory"]),
+                _short(1e3 * sampler["cost_per_independent_sample_s"]),
+                _short(sampler["cost_per_independent_sample_force_evaluations"]),
+                "" if sampler["prior"] is None else f"{sampler['train_seconds']:.1f}",
+                _pay_off(sampler),
+            ]
+        )
+    return rows
+
+
+def footnotes(results: dict[str, Any]) -> list[str]:
+    """What a reader of the table must know, one sentence each."""
+    first = results["samplers"][0]
+    notes = [
+        "tau_int = 1/2 + sum rho(t) of M^2, phi^2 and smeared phi^2, in trajectories of length "
+        f"{first['trajectory_length']:g}.",
+        "Cost of an independent sample: 2 tau_int trajectories of the slowest of the three, in wall time "
+        f"with {first['n_chains']} chains on {results['machine']['threads']} threads and in force "
+        "evaluations; training, which pays off after so many samples, not included.",
+    ]
+    if not all(sampler["long_enough"] for sampler in results["samplers"]):
+        notes.append(f"{MARK} shorter than 1000 tau_int over all chains: its errors are not reliable.")
+    return notes
+
+
+_STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; color: #222; }
+body { max-width: 72rem; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.5rem; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-size: 0.85rem; font-variant-numeric: tabular-nums; }
+th, td { padding: 0.3rem 0.7rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap; }
+th { vertical-align: bottom; white-space: normal; }
+th:first-child, td:first-child, th:nth-child(2), td:nth-child(2) { text-align: left; }
+figure { margin: 1.5rem 0; } img { max-width: 100%; } figcaption, .note { color: #555; font-size: 0.9rem; }
+pre { background: #f5f5f5; padding: 1rem; overflow-x: auto; font-size: 0.8rem; }
+"""
+
+
+def _table(columns: tuple[str, ...], rows: list[list[str]]) -> str:
+    head = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
+    lines = ("".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows)
+    body = "".join(f"<tr>{line}</tr>\n" for line in lines)
+    table = f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody></table>"
+    return f'<div class="scroll">{table}</div>'
+
+
+def _measured(value: float | None, error: float | None) -> str:
+    return "undefined" if value is None or error is None else with_error(value, error)
+
+
+def _observables(results: dict[str, Any]) -> str:
+    samplers = results["samplers"]
+    columns = ("observable", *(s["name"] + (f", {s['prior']}" if s["prior"] else "") for s in samplers))
+    rows = []
+    for name in samplers[0]["observables"]:
+        entries = [sampler["observables"][name] for sampler in samplers]
+        rows.append([name] + [_measured(entry["value"], entry["error"]) for entry in entries])
+    rows.append(["exp(-dH)"] + [_measured(*sampler["exp_minus_dh"]) for sampler in samplers])
+    return _table(columns, rows)
+
+
+def html_report(results: dict[str, Any], config: Config, figures: dict[str, Path]) -> str:
+    """One HTML page with the table, the figures, the configuration and the machine.
+
+    Parameters
+    ----------
+    results : dict
+        As `lfq.experiment.collect` returns it.
+    config : Config
+    figures : dict of str to Path
+        PNG files by caption; embedded.
+    """
+    target = config.target
+    images = "\n".join(
+        f'<figure><img alt="{html.escape(caption)}" src="data:image/png;base64,'
+        f'{base64.b64encode(path.read_bytes()).decode()}"><figcaption>{html.escape(caption)}</figcaption></figure>'
+        for caption, path in figures.items()
+    )
+    facts = [[key, value] for key, value in (results["machine"] | results["versions"]).items()]
+    notes = "\n".join(f'<p class="note">{html.escape(note)}</p>' for note in footnotes(results))
+    title = f"Flow-HMC and HMC on the {' × '.join(map(str, target.shape))} lattice"
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{html.escape(title)}</title><style>{_STYLE}</style></head>
+<body>
+<h1>{html.escape(title)}</h1>
+<p>phi^4 at beta = {target.beta:g}, lam = {target.lam:g}: S = sum [ -beta sum_mu phi_x phi_x+mu
++ (1 - 2 lam) phi^2 + lam phi^4 ]. Flows trained {config.training.n_steps} steps of
+{config.training.batch_size}; samplers tuned to {100 * config.sampling.acceptance:g}% acceptance.</p>
+<h2>Cost of an independent sample</h2>
+{_table(COLUMNS, table_rows(results))}
+{notes}
+<h2>Figures</h2>
+{images}
+<h2>Expectation values</h2>
+{_observables(results)}
+<h2>Configuration</h2>
+<pre>{html.escape(config.to_toml())}</pre>
+<h2>Versions and machine</h2>
+{_table(("", ""), facts)}
+</body>
+</html>
+"""

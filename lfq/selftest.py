@@ -1,0 +1,236 @@
+"""Exact checks of the physics on the parameters of a configuration: `lfq selftest`.
+
+Every check compares with something known exactly, not with another path through the same code: finite
+differences, a dense Jacobian, identities of the ensemble, solvable limits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+import lfq
+
+from . import analysis
+from .config import Config
+from .experiment import initial_flow, make_hmc, stage_seed, target_theory
+from .observables import virial
+
+__all__ = ["Check", "checks"]
+
+MAX_DEVIATION = 5.0
+"""Largest deviation in standard errors that a statistical check lets pass."""
+
+MAX_VOLUME = 1024
+"""Larger lattices are cut down, or the checks would take minutes."""
+
+MAX_FLOW_WORK = 20000
+"""Sites times weights of a flow above which the lattice of its chains is cut down further."""
+
+N_CHAINS, N_SAMPLES = 64, 300
+
+
+@dataclass(frozen=True)
+class Check:
+    """The outcome of one check.
+
+    Attributes
+    ----------
+    name : str
+    value : float
+        Never negative; zero would be perfect. NaN fails.
+    limit : float
+        Largest value that passes.
+    unit : str
+        What `value` counts.
+    """
+
+    name: str
+    value: float
+    limit: float
+    unit: str
+
+    @property
+    def passed(self) -> bool:
+        return self.value <= self.limit
+
+    def __str__(self) -> str:
+        verdict = "pass" if self.passed else "FAIL"
+        return f"{verdict}  {self.name:<58} {self.value:9.2g} {self.unit} (limit {self.limit:g})"
+
+
+def _relative(name: str, found, expected, limit: float) -> Check:
+    found, expected = np.asarray(found), np.asarray(expected)
+    value = np.abs(found - expected).max() / max(np.abs(expected).max(), np.finfo(float).tiny)
+    return Check(name, float(value), limit, "relative error")
+
+
+def _deviation(name: str, value: float, error: float, exact: float) -> Check:
+    return Check(
+        name, abs(value - exact) / error if error > 0 else math.inf, MAX_DEVIATION, "standard errors"
+    )
+
+
+def _slope(function, x: np.ndarray, direction: np.ndarray, step: float) -> np.ndarray:
+    """Directional derivative by central differences, fourth order in the step."""
+    near = function(x + step * direction) - function(x - step * direction)
+    far = function(x + 2 * step * direction) - function(x - 2 * step * direction)
+    return (8 * near - far) / (12 * step)
+
+
+def _slopes_agree(name: str, found: np.ndarray, slopes: np.ndarray) -> Check:
+    # |s| and the leaky ReLU have kinks, and differences across one are off: the median forgives a few.
+    error = np.median(np.abs(found - slopes)) / np.abs(slopes).max()
+    return Check(name, float(error), 1e-6, "relative error")
+
+
+def _check_force(name: str, theory, phi: np.ndarray, direction: np.ndarray) -> Check:
+    lattice = tuple(range(1, phi.ndim))
+    slopes = _slope(theory.action, phi, direction, 1e-5)
+    return _slopes_agree(name, -(theory.force(phi) * direction).sum(lattice), slopes)
+
+
+def _check_jacobian(flow: lfq.AffineFlow, rng: np.random.Generator) -> Check:
+    """Log-determinants against dense Jacobians on a small lattice."""
+    shape = (2,) * (flow.ndim - 2) + (4,) * min(flow.ndim, 2)
+    points = rng.normal(size=(9, *shape))
+    units = np.eye(math.prod(shape)).reshape(-1, *shape)
+    _, log_det = flow.forward(points)
+    dense = []
+    for z in points:
+        columns = _slope(lambda x: flow.forward(x)[0], z + 0 * units, units, 1e-6)
+        dense.append(np.linalg.slogdet(columns.reshape(len(units), -1))[1])
+    return _slopes_agree("log-determinant = dense Jacobian, small lattice", log_det, np.array(dense))
+
+
+def _check_weight_gradient(flow: lfq.AffineFlow, theory: lfq.Phi4, z: np.ndarray, rng) -> Check:
+    """Gradient of the training loss along random directions of the weights."""
+    weights = flow.weights
+
+    def loss(values: np.ndarray) -> float:
+        shifted = flow.copy()
+        shifted.weights = values
+        x, log_det = shifted.forward(z)
+        return (theory.action(x) - log_det).mean()
+
+    x, _ = flow.forward(z)
+    _, gradient = flow.vjp(z, -theory.force(x) / len(z), np.full(len(z), -1 / len(z)), weights=True)
+    directions = rng.normal(size=(9, weights.size)) / math.sqrt(weights.size)
+    slopes = np.array([_slope(loss, weights, direction, 1e-5) for direction in directions])
+    return _slopes_agree("gradient of the loss = finite differences", directions @ gradient, slopes)
+
+
+def _free_variance(theory: lfq.Phi4) -> tuple[float, float]:
+    """<phi^2> and V <M^2> of the theory with lam = 0: G(p) = 1 / (2 - 2 beta sum_mu cos p_mu)."""
+    momenta = np.meshgrid(*(2 * np.pi * np.arange(extent) / extent for extent in theory.shape))
+    propagator = 1 / (2 - 2 * theory.beta * sum(np.cos(p) for p in momenta))
+    return float(propagator.mean()), float(propagator.flat[0])
+
+
+def _one_site(lam: float) -> tuple[float, float]:
+    """<phi^2> and <phi^4> of independent sites (beta = 0), by quadrature."""
+    # The integrand falls below the rounding of its maximum within this range for every lam >= 0.
+    x = np.linspace(-9, 9, 20001)
+    potential = (1 - 2 * lam) * x**2 + lam * x**4
+    weight = np.exp(potential.min() - potential)
+    return float((weight * x**2).sum() / weight.sum()), float((weight * x**4).sum() / weight.sum())
+
+
+def _free_log_z(theory: lfq.Phi4) -> float:
+    momenta = np.meshgrid(*(2 * np.pi * np.arange(extent) / extent for extent in theory.shape))
+    kernel = 1 - theory.beta * sum(np.cos(p) for p in momenta)
+    return float(0.5 * np.log(np.pi / kernel).sum())
+
+
+def _check_log_z(flow: lfq.AffineFlow, seed: int) -> Check:
+    """<exp(log w)> = Z for any flow: the free theory on a small lattice, from the Gaussian prior."""
+    shape = (2,) * (flow.ndim - 1) + (4,)
+    theory, prior = lfq.Phi4(shape, beta=0.4 / flow.ndim, lam=0.0), lfq.Gaussian(shape)
+    z = prior.sample(40000, seed)
+    x, log_det = flow.forward(z)
+    log_w = log_det - theory.action(x) - prior.log_prob(z)
+    w = np.exp(log_w - log_w.max())
+    error = w.std() / math.sqrt(w.size) / w.mean()
+    return _deviation(
+        "<w> = Z of the free theory, small lattice",
+        math.log(w.mean()) + log_w.max(),
+        error,
+        _free_log_z(theory),
+    )
+
+
+def _small(theory: lfq.Phi4, max_volume: float) -> lfq.Phi4:
+    """The theory on its lattice with the longest extent halved until that is small enough."""
+    shape = list(theory.shape)
+    while math.prod(shape) > max_volume and max(shape) % 4 == 0:
+        shape[shape.index(max(shape))] //= 2
+    return replace(theory, shape=tuple(shape))
+
+
+def checks(config: Config) -> Iterator[Check]:
+    """Run the checks of a configuration's theory, flow and HMC, one after another.
+
+    Parameters
+    ----------
+    config : Config
+        Lattices of more than `MAX_VOLUME` sites are cut down. An odd extent leaves out the flow.
+
+    Yields
+    ------
+    Check
+    """
+    theory = _small(target_theory(config), MAX_VOLUME)
+    rng = np.random.default_rng(stage_seed(config.run.seed, "selftest"))
+    phi, direction = rng.normal(size=(2, 8, *theory.shape))
+    direction /= math.sqrt(theory.volume)
+    yield _check_force("force = -dS/dphi, finite differences", theory, phi, direction)
+
+    samplers = {"HMC": theory}
+    if all(extent % 2 == 0 for extent in theory.shape):
+        flow = initial_flow(config)
+        # Weights as large as those of a trained flow.
+        flow.weights = rng.normal(size=flow.n_weights) * 0.3 / math.sqrt(config.flow.kernel_size**theory.ndim)
+        pulled = theory.pullback(flow)
+        samplers["flow-HMC"] = _small(theory, MAX_FLOW_WORK / flow.n_weights).pullback(flow)
+        yield _check_force("flow-HMC force = finite differences", pulled, phi, direction)
+        x, log_det = flow.forward(phi)
+        back, inverse_log_det = flow.inverse(x)
+        yield _relative("f^-1(f(z)) = z", back, phi, 1e-11)
+        yield _relative("log-determinants of f and f^-1 cancel", -inverse_log_det, log_det, 1e-11)
+        yield _check_jacobian(flow, rng)
+        yield _check_weight_gradient(flow, theory, phi[:2], rng)
+        yield _check_log_z(flow, stage_seed(config.run.seed, "selftest log Z"))
+
+    for name, sampled in samplers.items():
+        begin, momenta = rng.normal(size=(2, 8, *sampled.shape))
+        hmc = make_hmc(config, sampled)
+        end = hmc.evolve(begin, momenta)
+        yield _relative(f"{name}: trajectory there and back", hmc.evolve(*end, backward=True)[0], begin, 1e-9)
+        run = _sample(config, sampled, f"selftest {name}")
+        yield _deviation(f"{name}: <exp(-dH)> = 1", *run.exp_minus_dh(), 1.0)
+        one = analysis.estimate(virial(theory, run.observables))
+        yield _deviation(f"{name}: virial <phi dS/dphi> per site = 1", one.value, one.error, 1.0)
+
+    free = replace(theory, beta=min(abs(theory.beta), 0.6 / theory.ndim), lam=0.0)
+    run = _sample(config, free, "selftest free")
+    for name, exact in zip(("phi2", "chi"), _free_variance(free), strict=True):
+        found = analysis.estimate(run.observables[name])
+        yield _deviation(f"lam = 0: <{name}> of the free propagator", found.value, found.error, exact)
+
+    run = _sample(config, replace(theory, beta=0.0), "selftest one site")
+    for name, exact in zip(("phi2", "phi4"), _one_site(theory.lam), strict=True):
+        found = analysis.estimate(run.observables[name])
+        yield _deviation(f"beta = 0: <{name}> of a single site", found.value, found.error, exact)
+
+
+def _sample(config: Config, theory, name: str) -> lfq.Run:
+    """A short tuned run in the precision of the configuration."""
+    hmc = make_hmc(config, theory).tune(
+        config.sampling.acceptance, N_CHAINS, stage_seed(config.run.seed, name)
+    )
+    return hmc.sample(
+        N_CHAINS, N_SAMPLES, n_warmup=N_SAMPLES, seed=stage_seed(config.run.seed, f"{name} sample")
+    )
