@@ -191,9 +191,7 @@ def _new_directory(config: Config, out: Path) -> RunFile:
         out.mkdir(parents=True, exist_ok=True)
         if any(out.iterdir()):
             if (out / "run.h5").exists():
-                raise ExperimentError(
-                    f"{out} already holds a run: --resume continues it, --out takes another place"
-                )
+                raise ExperimentError(f"{out} already holds a run: --resume continues it, --out takes another place")
             raise ExperimentError(f"{out} is not empty: --out takes another place")
         names = sampler_names(config)
         n_samples, n_chains = config.sampling.n_samples, config.sampling.n_chains

@@ -260,8 +260,10 @@ class HMC:
             latent = self.theory.latent(phi, self.n_threads) if pulled_back else phi
         return State(latent, 0, seed, first_chain)
 
-    def advance(self, state: State, n_samples: int, thin: int = 1) -> Block:
+    def advance(self, state: State, n_samples: int, thin: int = 1, measure: bool = True) -> Block:
         """`n_samples` samples, `thin` trajectories apart, of every chain in one call.
+
+        Without `measure` the block's observables are empty.
 
         Raises
         ------
@@ -276,7 +278,7 @@ class HMC:
         phi = np.empty_like(latent)
         dh = np.empty((n_samples * thin, n))
         accepted = np.empty((n_samples * thin, n), dtype=np.uint8)
-        values = np.empty((n_samples, n, len(OBSERVABLES)))
+        values = np.empty((n_samples if measure else 0, n, len(OBSERVABLES)))
         physical = self.theory._physical
         settings = self._settings(n_samples, thin, state.seed, state.first_chain, state.trajectory)
         layers, weights = self.theory._program()
@@ -310,6 +312,20 @@ class HMC:
             if block_size is None:
                 size = max(1, min(4 * size, int(size * 0.2 / max(block.seconds, 1e-6))))
             yield block
+
+    def time_trajectory(self, state: State, seconds: float = 0.3) -> float:
+        """Wall seconds per trajectory of one chain, all of `state`'s side by side, nothing measured.
+
+        The median of five repeats that together take about `seconds`.
+        """
+        n, times = 1, []
+        while len(times) < 5:
+            used = self.advance(state, 1, n, measure=False).seconds
+            if used < seconds / 10 and n < 10**6:
+                n *= 2
+            else:
+                times.append(used / (n * state.n_chains))
+        return float(np.median(times))
 
     # ---- runs ------------------------------------------------------------------------------
     def tune(self, acceptance: float = 0.9, n_chains: int = 64, seed: int = 0, n_warmup: int = 100) -> HMC:
@@ -430,6 +446,8 @@ class Run:
         After the last sample.
     phi : ndarray, shape (n_chains, *shape)
         The last fields.
+    seconds_per_trajectory : float
+        Of one chain, all side by side: by `HMC.time_trajectory`, measurements not included.
     """
 
     theory: Phi4 | PulledBack
@@ -440,10 +458,17 @@ class Run:
     seconds: float
     state: State
     phi: np.ndarray
+    seconds_per_trajectory: float
 
     @classmethod
-    def from_blocks(cls, theory: Phi4 | PulledBack, hmc: HMC, blocks: Iterable[Block]) -> Run:
-        """Join consecutive blocks."""
+    def from_blocks(
+        cls,
+        theory: Phi4 | PulledBack,
+        hmc: HMC,
+        blocks: Iterable[Block],
+        seconds_per_trajectory: float | None = None,
+    ) -> Run:
+        """Join consecutive blocks. The time of a trajectory is measured now unless given."""
         blocks = list(blocks)
         if not blocks:
             raise ValueError("blocks: a run needs at least one")
@@ -464,6 +489,9 @@ class Run:
             seconds=sum(b.seconds for b in blocks),
             state=blocks[-1].state,
             phi=blocks[-1].phi,
+            seconds_per_trajectory=(
+                hmc.time_trajectory(blocks[-1].state) if seconds_per_trajectory is None else seconds_per_trajectory
+            ),
         )  # fmt: skip
 
     @property
@@ -481,11 +509,6 @@ class Run:
     @property
     def acceptance(self) -> float:
         return float(self.accepted.mean())
-
-    @property
-    def seconds_per_trajectory(self) -> float:
-        """Wall seconds per trajectory of one chain, all chains side by side, measurements included."""
-        return self.seconds / self.dh.size
 
     @property
     def force_evaluations_per_trajectory(self) -> int:

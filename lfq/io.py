@@ -281,6 +281,7 @@ class RunFile:
                     allocate(group, "progress", (len(cls.FIELDS),), np.int64)
                     allocate(group, "seconds", (2,), np.float64)
                     group["progress"][0] = -1
+                file.attrs["progress_fields"] = ", ".join(cls.FIELDS)
                 file.attrs["format"] = cls.FORMAT
         return cls(path)
 

@@ -69,9 +69,7 @@ def _relative(name: str, found, expected, limit: float) -> Check:
 
 
 def _deviation(name: str, value: float, error: float, exact: float) -> Check:
-    return Check(
-        name, abs(value - exact) / error if error > 0 else math.inf, MAX_DEVIATION, "standard errors"
-    )
+    return Check(name, abs(value - exact) / error if error > 0 else math.inf, MAX_DEVIATION, "standard errors")
 
 
 def _slope(function, x: np.ndarray, direction: np.ndarray, step: float) -> np.ndarray:
@@ -228,9 +226,5 @@ def checks(config: Config) -> Iterator[Check]:
 
 def _sample(config: Config, theory, name: str) -> lfq.Run:
     """A short tuned run in the precision of the configuration."""
-    hmc = make_hmc(config, theory).tune(
-        config.sampling.acceptance, N_CHAINS, stage_seed(config.run.seed, name)
-    )
-    return hmc.sample(
-        N_CHAINS, N_SAMPLES, n_warmup=N_SAMPLES, seed=stage_seed(config.run.seed, f"{name} sample")
-    )
+    hmc = make_hmc(config, theory).tune(config.sampling.acceptance, N_CHAINS, stage_seed(config.run.seed, name))
+    return hmc.sample(N_CHAINS, N_SAMPLES, n_warmup=N_SAMPLES, seed=stage_seed(config.run.seed, f"{name} sample"))

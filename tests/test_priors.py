@@ -335,7 +335,6 @@ def test_bad_settings(call, error, match):
         (dict(n=2, seed=1, dtype="float16"), ValueError, "dtype"),
         (dict(n=2, seed=1, n_threads=-1), ValueError, "n_threads"),
     ],
-    ids=str,
 )
 def test_bad_sample_arguments(kind, arguments, error, match):
     with pytest.raises(error, match=match):

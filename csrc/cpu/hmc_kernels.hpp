@@ -166,24 +166,32 @@ void measure(const phi4_group<T, D>& theory, const simd<T>* phi, const double* s
     const int n = lat.extent[axis], n_whole = theory.whole.extent[axis];
     const int64_t outer = lat.volume / inner;
     inner /= n;
-    for (int64_t i = 0; i < lat.volume; ++i) target[i] = V(T(0));
-    for (int d = 0; d < n_whole; ++d) {
-      if (kernel[d] < 1e-17) continue;
-      const V k = V(T(kernel[d]));
-      for (int x = 0; x < n; ++x) {
-        // Across a slab's edge the neighbour lies in another lane.
-        const int y = (x + d) % n, lanes = theory.split && axis == 0 ? (x + d) / n : 0;
-        const rotation<T> turn(lanes);
-        for (int64_t o = 0; o < outer; ++o) {
-          V* t = target + (o * n + x) * inner;
-          const V* src = in + (o * n + y) * inner;
-          if (lanes)
-            for (int64_t i = 0; i < inner; ++i) t[i] = fma(k, turn(src[i]), t[i]);
-          else
-            for (int64_t i = 0; i < inner; ++i) t[i] = fma(k, src[i], t[i]);
+    // The kernel is even: sites at distance d on both sides share a factor.
+    int reach = 0;
+    for (int d = 1; d <= n_whole / 2; ++d)
+      if (kernel[d] >= 1e-17) reach = d;
+    for (int x = 0; x < n; ++x)
+      for (int64_t o = 0; o < outer; ++o) {
+        const V* line = in + o * n * inner;
+        V* t = target + (o * n + x) * inner;
+        for (int64_t i = 0; i < inner; ++i) t[i] = V(T(kernel[0])) * line[x * inner + i];
+        for (int d = 1; d <= reach; ++d) {
+          const V k(T(2 * d == n_whole ? 0.5 * kernel[d] : kernel[d]));
+          int lanes[2] = {0, 0}, y[2] = {(x + d) % n, ((x - d) % n + n) % n};
+          if (theory.split && axis == 0) {
+            // Across a slab's edge the neighbour lies in another lane.
+            lanes[0] = (x + d) / n;
+            lanes[1] = (x - d - y[1]) / n;
+          }
+          const V *p = line + y[0] * inner, *q = line + y[1] * inner;
+          if (lanes[0] | lanes[1]) {
+            const rotation<T> ahead(lanes[0]), behind(lanes[1]);
+            for (int64_t i = 0; i < inner; ++i) t[i] = fma(k, ahead(p[i]) + behind(q[i]), t[i]);
+          } else {
+            for (int64_t i = 0; i < inner; ++i) t[i] = fma(k, p[i] + q[i], t[i]);
+          }
         }
       }
-    }
     kernel += n_whole;
     in = target;
     V* swap = target;

@@ -58,9 +58,9 @@ struct hmc_api {
           check_size(smear.size(), extents, "smear");
           check_size(dh.size(), n * trajectories, "dh");
           check_size(accepted.size(), n * trajectories, "accepted");
-          check_size(observables.size(), n * h->n_samples * LFQ_N_OBSERVABLES, "observables");
+          if (observables.size() > 0) check_size(observables.size(), n * h->n_samples * LFQ_N_OBSERVABLES, "observables");
           T *pz = out(z, "z"), *pp = out(phi, "phi");
-          double *pd = out(dh, "dh"), *po = out(observables, "observables");
+          double *pd = out(dh, "dh"), *po = observables.size() > 0 ? out(observables, "observables") : nullptr;
           uint8_t* pa = out(accepted, "accepted");
           const double* ps = smear.data();
           int code;
