@@ -116,6 +116,7 @@ class SamplingConfig:
     n_samples: int = _key(4000, at_least=8)
     n_warmup: int = _key(500, at_least=0)
     tau: float = _key(1.0, above=0)
+    long_tau: float = _key(0.0, at_least=0)
     acceptance: float = _key(0.9, above=0, below=1)
     integrator: str = _key("leapfrog", choices=("leapfrog", "omf2", "omf4"))
     block_size: int = _key(500, at_least=1)

@@ -156,12 +156,12 @@ def make_prior(config: Config, prior: PriorConfig):
         return lfq.Upsample(coarse, width=prior.width, scale=prior.scale, **chain)
 
 
-def make_hmc(config: Config, theory) -> HMC:
+def make_hmc(config: Config, theory, name: str = "hmc") -> HMC:
     """HMC of a theory or its pullback with the settings of ``[sampling]``, not tuned yet."""
     with _section("sampling"):
         return HMC(
             theory,
-            tau=config.sampling.tau,
+            tau=config.sampling.long_tau if name == "hmc_long" else config.sampling.tau,
             integrator=config.sampling.integrator,
             dtype=config.run.dtype,
             n_threads=config.run.threads or None,
@@ -183,7 +183,8 @@ def _check_buildable(config: Config) -> None:
 def sampler_names(config: Config) -> dict[str, str | None]:
     """Names of the samplers' groups in ``run.h5``, and the prior of each: None for plain HMC."""
     priors = [prior.name for prior in config.prior] + (["ladder"] if config.ladder else [])
-    return {"hmc": None} | {f"flow_hmc_{prior}": prior for prior in priors}
+    plain = ["hmc", "hmc_long"] if config.sampling.long_tau else ["hmc"]
+    return dict.fromkeys(plain) | {f"flow_hmc_{prior}": prior for prior in priors}
 
 
 def _new_directory(config: Config, out: Path) -> RunFile:
@@ -359,7 +360,7 @@ def sample(config: Config, file: RunFile, name: str, theory, progress: Progress)
     progress : callable
     """
     settings, stage = config.sampling, name.replace("_", " ")
-    hmc = make_hmc(config, theory)
+    hmc = make_hmc(config, theory, name)
     status = file.progress(name)
     if status["n_steps"] == 0:
         progress(stage, 0, settings.n_samples, "tuning")
@@ -433,12 +434,16 @@ def _level(config: Config, training: Training) -> dict[str, Any]:
     }
 
 
+def _sampler_label(config: Config, tau: float) -> str:
+    return "HMC" if tau == config.sampling.tau else f"HMC, tau = {tau:g}"
+
+
 def _sampler(config: Config, run: Run, prior: str | None) -> dict[str, Any]:
     table = analysis.summarize(run)
     cost = analysis.cost_per_independent_sample(run, table)
     slowest = table[cost.observable]
     return {
-        "name": "HMC" if prior is None else "flow-HMC",
+        "name": _sampler_label(config, run.hmc.tau) if prior is None else "flow-HMC",
         "prior": prior,
         "L": config.target.shape[0],
         "shape": config.target.shape,
@@ -448,7 +453,7 @@ def _sampler(config: Config, run: Run, prior: str | None) -> dict[str, Any]:
         "n_chains": config.sampling.n_chains,
         "n_samples": config.sampling.n_samples,
         "n_steps": run.hmc.n_steps,
-        "trajectory_length": config.sampling.tau,
+        "trajectory_length": run.hmc.tau,
         "integrator": config.sampling.integrator,
         "exp_minus_dh": list(run.exp_minus_dh()),
         "observables": {
@@ -486,12 +491,14 @@ def collect(config: Config, trainings: list[Training], runs: dict[str, Run]) -> 
     dict
         ``version``, ``config``, ``levels`` (one per training), ``samplers``, ``versions``, ``machine``.
         A sampler with a flow also has ``ess``, ``train_seconds`` and ``samples_to_pay_off``: how many
-        independent samples it takes until HMC would have cost as much as training and flow-HMC,
-        None where that never happens.
+        independent samples it takes until plain HMC, the cheaper one where there are two, would have
+        cost as much as training and flow-HMC; None where that never happens.
     """
     samplers = [_sampler(config, runs[name], prior) for name, prior in sampler_names(config).items()]
-    reference = samplers[0]["cost_per_independent_sample_s"]
-    for sampler in samplers[1:]:
+    reference = min(s["cost_per_independent_sample_s"] for s in samplers if s["prior"] is None)
+    for sampler in samplers:
+        if sampler["prior"] is None:
+            continue
         levels = [t for t in trainings if t.name == sampler["prior"]]
         levels = levels or [t for t in trainings if t.name.startswith("ladder-")]
         seconds = sum(training.seconds for training in levels)

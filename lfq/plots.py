@@ -23,6 +23,7 @@ __all__ = [
 
 # Okabe and Ito's palette, told apart with any colour vision; grey is HMC in every figure.
 _HMC_COLOUR = "#555555"
+_LONG_HMC_COLOUR = "#a5a5a5"
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")
 
 _SYMBOLS = {
@@ -48,6 +49,12 @@ def _figure(width: float, height: float, rows: int = 1, columns: int = 1, **keyw
     for ax in axes.flat:
         ax.spines[["top", "right"]].set_visible(False)
     return figure, axes
+
+
+def _sampler_colours(samplers: list[dict[str, Any]]) -> list[str]:
+    """One for each sampler; plain HMC with another trajectory length is a lighter grey."""
+    colours = _colours([s["prior"] for s in samplers if s["prior"]])
+    return [_LONG_HMC_COLOUR if s["prior"] is None and s["name"] != "HMC" else colours[s["prior"]] for s in samplers]
 
 
 def _label(sampler: dict[str, Any]) -> str:
@@ -97,7 +104,7 @@ def draw_training(trainings: list):
 def draw_tau_int(results: dict[str, Any]):
     """Bars of tau_int with errors, for every observable that sets the cost and every sampler."""
     samplers = results["samplers"]
-    colours = _colours([s["prior"] for s in samplers if s["prior"]])
+    colours = _sampler_colours(samplers)
     figure, axes = _figure(8, 4)
     ax, width = axes[0, 0], 0.8 / len(samplers)
     for i, sampler in enumerate(samplers):
@@ -108,7 +115,7 @@ def draw_tau_int(results: dict[str, Any]):
             [entry["tau_int"] for entry in entries],
             0.92 * width,
             yerr=[entry["tau_int_error"] for entry in entries],
-            color=colours[sampler["prior"]],
+            color=colours[i],
             error_kw={"elinewidth": 1, "capsize": 2},
             label=_label(sampler),
         )
@@ -122,7 +129,6 @@ def draw_tau_int(results: dict[str, Any]):
 def draw_costs(results: dict[str, Any]):
     """Bars of the cost of an independent sample, in wall time and in force evaluations."""
     samplers = results["samplers"]
-    colours = _colours([s["prior"] for s in samplers if s["prior"]])
     figure, axes = _figure(10, 1.2 + 0.5 * len(samplers), 1, 2, sharey=True)
     panels = (
         ("cost_per_independent_sample_s", 1e3, "wall time per independent sample [ms]"),
@@ -136,7 +142,7 @@ def draw_costs(results: dict[str, Any]):
             costs,
             0.7,
             xerr=errors,
-            color=[colours[sampler["prior"]] for sampler in samplers],
+            color=_sampler_colours(samplers),
             error_kw={"elinewidth": 1, "capsize": 2},
         )
         for row, cost in enumerate(costs + errors):
@@ -159,14 +165,13 @@ def draw_autocorrelations(results: dict[str, Any], runs: dict):
         In the order of ``results["samplers"]``.
     """
     samplers = results["samplers"]
-    colours = _colours([s["prior"] for s in samplers if s["prior"]])
     longest = max(sampler["observables"]["M2"]["tau_int"] for sampler in samplers)
     figure, axes = _figure(8, 4.4)
     ax = axes[0, 0]
-    for sampler, run in zip(samplers, runs.values(), strict=True):
+    for sampler, run, colour in zip(samplers, runs.values(), _sampler_colours(samplers), strict=True):
         series = run.observables["M2"]
         rho, error = autocorrelation(series, min(len(series) - 1, math.ceil(4 * longest)))
-        lag, colour = np.arange(len(rho)), colours[sampler["prior"]]
+        lag = np.arange(len(rho))
         ax.fill_between(lag, rho - error, rho + error, color=colour, alpha=0.25, linewidth=0)
         ax.plot(lag, rho, color=colour, linewidth=1.5, label=_label(sampler))
     ax.axhline(0, color="#999999", linewidth=0.6, zorder=0)

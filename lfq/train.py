@@ -6,6 +6,7 @@ per step.
 
 from __future__ import annotations
 
+import ctypes
 import math
 import sys
 import time
@@ -15,9 +16,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numba import njit
 
-from . import _core
+from . import _core, _native
 from ._kernels import check_count, check_seed, check_threads, real_dtype
-from ._native import KERNELS
 from .actions import Phi4
 from .flows import Compose, Flow
 from .hmc import HMC
@@ -27,6 +27,7 @@ __all__ = ["Fit", "effective_sample_size", "independence_acceptance", "train", "
 
 _FIRST_TRAJECTORY = _core.hmc_dtype.fields["first_trajectory"][1] // 8
 _HISTORY = ("loss", "ess", "std_log_w", "learning_rate")
+_LATENT = _core.PURPOSES["latent"]
 _DONE, _FAILED_KERNEL, _FAILED_LOSS = 0, 1, 2
 
 
@@ -42,88 +43,57 @@ def effective_sample_size(log_w):
     return total * total / (log_w.size * square)
 
 
-def _make_loop(suffix: str):
-    hmc = KERNELS[f"lfq_hmc_{suffix}"]
-    normal = KERNELS[f"lfq_normal_{suffix}"]
-    action = KERNELS[f"lfq_phi4_action_{suffix}"]
-    loss = KERNELS[f"lfq_flow_loss_{suffix}"]
+@njit(cache=True, nogil=True)
+def _loop(
+    flow, weights, first_moment, second_moment, target, n_steps, first_step, total_steps, learning_rate,
+    coarse, chains, hmc_settings, hmc_words, n_between, coarse_action,
+    noise, seed, latent, target_action, log_det, gradient,
+    hmc_space, action_space, flow_space, n_threads, history,
+):  # fmt: skip
+    n, volume = latent.shape
+    n_coarse = volume - noise.shape[1]
+    copies = coarse_action.size // n
+    for step in range(first_step, first_step + n_steps):
+        # The next batch of the base: chains move on, noise is new.
+        status = 0
+        if n_coarse > 0:
+            status |= _native.advance(coarse, hmc_settings, chains, hmc_space, n_threads)
+            hmc_words[_FIRST_TRAJECTORY] += n_between
+            status |= _native.action(coarse, chains, coarse_action, action_space, n_threads)
+            latent[:, :n_coarse] = chains.reshape((n, n_coarse))
+        if n_coarse < volume:
+            status |= _native.normal(seed, _LATENT, step, noise, n_threads)
+            latent[:, n_coarse:] = noise
+        status |= _native.loss(flow, target, latent, target_action, log_det, gradient, flow_space, n_threads)
+        if status != 0:
+            return step, _FAILED_KERNEL
 
-    @njit(cache=True, nogil=True)
-    def loop(
-        flow, weights, first_moment, second_moment, target, n_steps, first_step, total_steps, learning_rate,
-        coarse, chains, hmc_settings, hmc_words, n_between, coarse_action,
-        noise, seed, latent, target_action, log_det, gradient,
-        hmc_space, action_space, flow_space, n_threads, history,
-    ):  # fmt: skip
-        n, volume = latent.shape
-        n_coarse = volume - noise.shape[1]
-        copies = coarse_action.size // n
-        for step in range(first_step, first_step + n_steps):
-            # The next batch of the base: chains move on, noise is new.
-            if n_coarse > 0:
-                status = hmc(
-                    0, coarse, hmc_settings, coarse_action.size, chains.ctypes.data, 0, 0, 0, 0, 0, 0,
-                    hmc_space.ctypes.data, hmc_space.size, n_threads,
-                )  # fmt: skip
-                if status != 0:
-                    return step, _FAILED_KERNEL
-                hmc_words[_FIRST_TRAJECTORY] += n_between
-                status = action(
-                    coarse, coarse_action.size, chains.ctypes.data, coarse_action.ctypes.data,
-                    action_space.ctypes.data, action_space.size, n_threads,
-                )  # fmt: skip
-                if status != 0:
-                    return step, _FAILED_KERNEL
-            if n_coarse < volume:
-                status = normal(seed, 3, step, 0, n, noise.shape[1], noise.ctypes.data, n_threads)
-                if status != 0:
-                    return step, _FAILED_KERNEL
-            if n_coarse > 0:
-                latent[:, :n_coarse] = chains.reshape((n, n_coarse))
-            if n_coarse < volume:
-                latent[:, n_coarse:] = noise
+        log_w = np.empty(n)
+        for i in range(n):
+            log_r = -0.5 * noise.shape[1] * math.log(2 * math.pi)
+            for j in range(copies):
+                log_r -= coarse_action[i * copies + j]
+            for j in range(noise.shape[1]):
+                log_r -= 0.5 * float(noise[i, j]) ** 2
+            log_w[i] = log_det[i] - target_action[i] - log_r
+        if not (np.isfinite(log_w).all() and np.isfinite(gradient).all()):
+            return step, _FAILED_LOSS
+        rate = 0.5 * learning_rate * (1 + math.cos(math.pi * step / total_steps))
+        history[0, step] = -log_w.mean()
+        history[1, step] = effective_sample_size(log_w)
+        history[2, step] = log_w.std()
+        history[3, step] = rate
 
-            status = loss(
-                flow, target, n, latent.ctypes.data, target_action.ctypes.data, log_det.ctypes.data,
-                gradient.ctypes.data, flow_space.ctypes.data, flow_space.size, n_threads,
-            )  # fmt: skip
-            if status != 0:
-                return step, _FAILED_KERNEL
+        # Adam (arXiv:1412.6980) with its default moments.
+        correction1 = 1 - 0.9 ** (step + 1)
+        correction2 = 1 - 0.999 ** (step + 1)
+        for i in range(weights.size):
+            g = gradient[i]
+            first_moment[i] = 0.9 * first_moment[i] + 0.1 * g
+            second_moment[i] = 0.999 * second_moment[i] + 0.001 * g * g
+            weights[i] -= rate * (first_moment[i] / correction1) / (math.sqrt(second_moment[i] / correction2) + 1e-8)
+    return first_step + n_steps, _DONE
 
-            log_w = np.empty(n)
-            for i in range(n):
-                log_r = -0.5 * noise.shape[1] * math.log(2 * math.pi)
-                for j in range(copies):
-                    log_r -= coarse_action[i * copies + j]
-                for j in range(noise.shape[1]):
-                    log_r -= 0.5 * float(noise[i, j]) ** 2
-                log_w[i] = log_det[i] - target_action[i] - log_r
-            if not (np.isfinite(log_w).all() and np.isfinite(gradient).all()):
-                return step, _FAILED_LOSS
-            rate = 0.5 * learning_rate * (1 + math.cos(math.pi * step / total_steps))
-            history[0, step] = -log_w.mean()
-            history[1, step] = effective_sample_size(log_w)
-            history[2, step] = log_w.std()
-            history[3, step] = rate
-
-            # Adam (arXiv:1412.6980) with its default moments.
-            correction1 = 1 - 0.9 ** (step + 1)
-            correction2 = 1 - 0.999 ** (step + 1)
-            for i in range(weights.size):
-                g = gradient[i]
-                first_moment[i] = 0.9 * first_moment[i] + 0.1 * g
-                second_moment[i] = 0.999 * second_moment[i] + 0.001 * g * g
-                weights[i] -= (
-                    rate
-                    * (first_moment[i] / correction1)
-                    / (math.sqrt(second_moment[i] / correction2) + 1e-8)
-                )
-        return first_step + n_steps, _DONE
-
-    return loop
-
-
-_LOOPS = {np.dtype(np.float32): _make_loop("f32"), np.dtype(np.float64): _make_loop("f64")}
 
 _FLOW_RECORD = np.dtype(
     [
@@ -264,15 +234,17 @@ def train(
     flow_record["layers"], flow_record["weights"] = program.ctypes.data, weights.ctypes.data
     theory = target._record()
 
-    suffix = {4: "f32", 8: "f64"}[dtype.itemsize]
     coarse = (base.theory or target)._record()
     chain_count = n * base.n_copies
     settings = (base.hmc(dtype, n_threads) if base.theory else HMC(target))._settings(1, base.n_between, seed)
-    loop = _LOOPS[dtype]
     history = np.zeros((len(_HISTORY), n_steps))
     seconds = np.zeros(n_steps)
-    sizes = KERNELS.sizes(suffix, flow_record, theory, coarse, n, chain_count, threads)
-    spaces = [np.empty(size, dtype=np.uint8) for size in sizes]
+    batch, coarse_batch, all_threads = ctypes.c_int64(n), ctypes.c_int64(chain_count), ctypes.c_int32(threads)
+    spaces = [
+        _native.workspace("hmc", dtype, None, coarse, coarse_batch, all_threads),
+        _native.workspace("phi4", dtype, coarse, coarse_batch, all_threads),
+        _native.workspace("flow", dtype, flow_record, batch, all_threads),
+    ]
     buffers = {
         "chains": np.empty((chain_count, base.theory.volume if base.theory else 0), dtype=dtype),
         "coarse_action": np.zeros(chain_count),
@@ -281,7 +253,7 @@ def train(
     }
 
     def run(count: int, first: int) -> tuple[int, int]:
-        return loop(
+        return _loop(
             flow_record.ctypes.data, weights, moments[0], moments[1], theory.ctypes.data, count, first, n_steps,
             float(learning_rate), coarse.ctypes.data, buffers["chains"], settings.ctypes.data,
             settings.view(np.uint64), base.n_between, buffers["coarse_action"],
@@ -302,7 +274,7 @@ def train(
         count = min(chunk, n_steps - step)
         reached, status = run(count, step)
         if status != _DONE:
-            reason = KERNELS.last_error() if status == _FAILED_KERNEL else "the loss is NaN or Inf"
+            reason = _native.last_error() if status == _FAILED_KERNEL else "the loss is NaN or Inf"
             raise _core.NotFiniteError(f"training step {reached}: {reason}; try a smaller learning rate")
         now = time.perf_counter()
         seconds[step:reached] = (before - begin) + (now - before) * np.arange(1, count + 1) / count

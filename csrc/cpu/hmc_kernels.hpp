@@ -157,11 +157,13 @@ void measure(const phi4_group<T, D>& theory, const simd<T>* phi, const double* s
       nn.add(p * forward);
     });
 
-  // Heat-kernel smearing: a circulant convolution along each axis; entries below rounding are skipped.
+  // Heat-kernel smearing: a circulant convolution along each axis; entries below rounding (of an FFT) are skipped.
   const V* in = phi;
   V *target = a, *other = b;
   int64_t inner = lat.volume;
   const double* kernel = smear;
+  rotation<T> turns[V::width];
+  for (int l = 0; theory.split && l < V::width; ++l) turns[l] = rotation<T>(l);
   for (int axis = 0; axis < D; ++axis) {
     const int n = lat.extent[axis], n_whole = theory.whole.extent[axis];
     const int64_t outer = lat.volume / inner;
@@ -169,28 +171,35 @@ void measure(const phi4_group<T, D>& theory, const simd<T>* phi, const double* s
     // The kernel is even: sites at distance d on both sides share a factor.
     int reach = 0;
     for (int d = 1; d <= n_whole / 2; ++d)
-      if (kernel[d] >= 1e-17) reach = d;
+      if (kernel[d] > 1e-16) reach = d;
+    const auto factor = [&](int d) { return V(T(d > 0 && 2 * d == n_whole ? 0.5 * kernel[d] : kernel[d])); };
     for (int x = 0; x < n; ++x)
       for (int64_t o = 0; o < outer; ++o) {
         const V* line = in + o * n * inner;
         V* t = target + (o * n + x) * inner;
-        for (int64_t i = 0; i < inner; ++i) t[i] = V(T(kernel[0])) * line[x * inner + i];
-        for (int d = 1; d <= reach; ++d) {
-          const V k(T(2 * d == n_whole ? 0.5 * kernel[d] : kernel[d]));
-          int lanes[2] = {0, 0}, y[2] = {(x + d) % n, ((x - d) % n + n) % n};
-          if (theory.split && axis == 0) {
-            // Across a slab's edge the neighbour lies in another lane.
-            lanes[0] = (x + d) / n;
-            lanes[1] = (x - d - y[1]) / n;
+        constexpr int block = 4;
+        int64_t i = 0;
+        const auto convolve_line = [&](auto count) LFQ_LAMBDA_INLINE {
+          constexpr int B = decltype(count)::value;
+          V acc[B];
+          for (int k = 0; k < B; ++k) acc[k] = factor(0) * line[x * inner + i + k];
+          for (int d = 1; d <= reach; ++d) {
+            int ahead = x + d, behind = x - d, lanes_ahead = 0, lanes_behind = 0;
+            for (; ahead >= n; ahead -= n) ++lanes_ahead;
+            for (; behind < 0; behind += n) --lanes_behind;
+            const V f = factor(d), *p = line + ahead * inner + i, *q = line + behind * inner + i;
+            if (theory.split && axis == 0 && (lanes_ahead | lanes_behind)) {
+              const rotation<T>&up = turns[lanes_ahead & (V::width - 1)], &down = turns[lanes_behind & (V::width - 1)];
+              for (int k = 0; k < B; ++k) acc[k] = fma(f, up(p[k]) + down(q[k]), acc[k]);
+            } else {
+              for (int k = 0; k < B; ++k) acc[k] = fma(f, p[k] + q[k], acc[k]);
+            }
           }
-          const V *p = line + y[0] * inner, *q = line + y[1] * inner;
-          if (lanes[0] | lanes[1]) {
-            const rotation<T> ahead(lanes[0]), behind(lanes[1]);
-            for (int64_t i = 0; i < inner; ++i) t[i] = fma(k, ahead(p[i]) + behind(q[i]), t[i]);
-          } else {
-            for (int64_t i = 0; i < inner; ++i) t[i] = fma(k, p[i] + q[i], t[i]);
-          }
-        }
+          for (int k = 0; k < B; ++k) t[i + k] = acc[k];
+          i += B;
+        };
+        while (i + block <= inner) convolve_line(constant<block>());
+        while (i < inner) convolve_line(constant<1>());
       }
     kernel += n_whole;
     in = target;
@@ -212,11 +221,19 @@ void measure(const phi4_group<T, D>& theory, const simd<T>* phi, const double* s
       V plane(T(0)), cosine, sine;
       for (int64_t o = 0; o < outer; ++o)
         for (int64_t i = 0; i < inner; ++i) plane += phi[(o * n + x) * inner + i];
-      for (int l = 0; l < V::width; ++l) {
-        const int place = theory.split && axis == 0 ? l * n + x : x;
+      const auto phase = [&](int place, double& c, double& s) {
         const double angle = 6.283185307179586476925287 * place / n_whole;
-        cosine.set(l, T(::cos(angle)));
-        sine.set(l, T(::sin(angle)));
+        c = ::cos(angle);
+        s = ::sin(angle);
+      };
+      double c, s;
+      phase(x, c, s);
+      cosine = V(T(c));
+      sine = V(T(s));
+      for (int l = 1; theory.split && axis == 0 && l < V::width; ++l) {
+        phase(l * n + x, c, s);
+        cosine.set(l, T(c));
+        sine.set(l, T(s));
       }
       re.add(plane * cosine);
       im.add(plane * sine);

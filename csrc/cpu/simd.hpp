@@ -66,6 +66,7 @@ struct real_traits<simd<T>> {
 template <class T>
 struct rotation {
   typename simd<T>::bits_t from;
+  rotation() = default;
   explicit rotation(int shift) {
     constexpr int W = simd<T>::width;
     for (int l = 0; l < W; ++l) from[l] = typename real_traits<T>::bits(((l + shift) % W + W) % W);
