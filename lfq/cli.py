@@ -50,7 +50,7 @@ def _print_results(results: dict, out: Path) -> None:
     lines = [list(COLUMNS), *table_rows(results)]
     columns = zip(*lines, strict=True)
     widths = [max(len(word) for word in (*heading.split(), *cells)) for heading, *cells in columns]
-    n_labels, needed = 2, sum(widths) + 2 * len(widths)
+    n_labels, needed = 2, sum(widths) + 3 * len(widths)
     console = Console()
     if not console.is_terminal:
         console.width = max(console.width, needed)

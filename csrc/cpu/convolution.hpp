@@ -7,7 +7,6 @@ LFQ_NAMESPACE_BEGIN
 // The geometry of a k^D window. A tap is an offset (rows[tap], dx[tap]) in C order, so that the
 // opposite offset of tap i is tap n_taps - 1 - i.
 struct window {
-  static constexpr int max_rows = 729;  // 9^3
   lattice lat;
   int radius, n_taps, n_rows;
   int32_t* row_of;     // [n_taps] which of the k^(D-1) neighbouring rows
@@ -15,6 +14,7 @@ struct window {
   int32_t* taps[3];    // tap numbers with an even offset (taken by sites of the same parity), odd, all
   int n[3];
   int32_t* wrap;       // [length + 2 radius]: wrap[x + radius + offset] = (x + offset) mod length
+  int64_t* starts;     // [row][k^(D-1)] first sites of the rows around each row
 
   void plan(arena& mem, const lattice& l, int k) {
     lat = l;
@@ -26,6 +26,7 @@ struct window {
     dx = mem.take<int32_t>(n_taps);
     for (auto& t : taps) t = mem.take<int32_t>(n_taps);
     wrap = mem.take<int32_t>(l.length + 2 * radius);
+    starts = mem.take<int64_t>(l.n_rows * n_rows);
     n[0] = n[1] = n[2] = 0;
     for (int tap = 0; tap < n_taps; ++tap) {
       int rest = tap, offset = 0;
@@ -43,13 +44,16 @@ struct window {
       ++n[odd];
       ++n[2];
     }
-    if (mem.base)
-      for (int x = 0; x < l.length + 2 * radius; ++x) wrap[x] = ((x - radius) % l.length + l.length) % l.length;
+    if (!mem.base) return;
+    for (int x = 0; x < l.length + 2 * radius; ++x) wrap[x] = ((x - radius) % l.length + l.length) % l.length;
+    for (int64_t r = 0; r < l.n_rows; ++r) find_rows(r, starts + r * n_rows);
   }
   int opposite(int tap) const { return n_taps - 1 - tap; }
 
-  // First sites of the k^(D-1) rows around row r.
-  void rows(int64_t r, int64_t* start) const {
+  const int64_t* rows(int64_t r) const { return starts + r * n_rows; }
+
+ private:
+  void find_rows(int64_t r, int64_t* start) const {
     int c[LFQ_MAX_DIM], d[LFQ_MAX_DIM];
     lat.coordinates(r, c);
     const int k = 2 * radius + 1;
@@ -89,12 +93,11 @@ LFQ_HD void convolve_block(const window& w, const int64_t* rows, int x, const in
 template <class T, class Sink>
 void convolve(const window& w, int parity, int tap_set, const simd<T>* in, int n_in, const T* weight, int n_out,
               const T* bias, Sink&& sink) {
-  int64_t rows[window::max_rows];
   const int L = w.lat.length;
   const int32_t* taps = w.taps[tap_set];
   const int n_taps = w.n[tap_set];
   for (int64_t r = 0; r < w.lat.n_rows; ++r) {
-    w.rows(r, rows);
+    const int64_t* rows = w.rows(r);
     const int64_t base = r * L;
     const int x0 = w.lat.row_parity(r) ^ parity;
     const auto channels = [&](auto block, int co) {
@@ -124,12 +127,11 @@ void convolve(const window& w, int parity, int tap_set, const simd<T>* in, int n
 template <class T>
 void convolve_weight_gradient(const window& w, int parity, int tap_set, const simd<T>* in, int n_in,
                               const simd<T>* dout, int n_out, simd<T>* grad) {
-  int64_t rows[window::max_rows];
   const int L = w.lat.length;
   const int32_t* taps = w.taps[tap_set];
   const int n_taps = w.n[tap_set];
   for (int64_t r = 0; r < w.lat.n_rows; ++r) {
-    w.rows(r, rows);
+    const int64_t* rows = w.rows(r);
     const int x0 = w.lat.row_parity(r) ^ parity;
     const simd<T>* drow = dout + r * L * n_out;
     for (int i = 0; i < n_taps; ++i) {

@@ -234,10 +234,9 @@ struct flow_group {
     }
     with_taps(l.win.n[1], [&](auto nt) {
       constexpr int NT = decltype(nt)::value;
-      int64_t rows[window::max_rows];
       const V bs(l.bias[0] ? l.bias[0][0] : T(0)), bt(l.bias[0] ? l.bias[0][1] : T(0));
       for (int64_t r = 0; r < l.lat.n_rows; ++r) {
-        l.win.rows(r, rows);
+        const int64_t* rows = l.win.rows(r);
         const row_taps<T, NT> taps(l.win, x, rows);
         for (int c = l.lat.row_parity(r) ^ active; c < l.lat.length; c += 2) {
           V us = bs, ut = bt;
@@ -254,7 +253,7 @@ struct flow_group {
   }
 
   // ---- couplings -------------------------------------------------------------------------
-  template <bool CACHE>
+  template <bool CACHE, bool LOG_DET>
   void couple(const layer_plan<T>& l, V* x, lane_sum<T>& log_det) const {
     V* cache = work.cache + (CACHE ? l.cache_at : 0);
     with_scale(l.spec.scale, [&](auto k) {
@@ -266,7 +265,7 @@ struct flow_group {
           c[0] = a.s, c[1] = a.t, c[2] = a.e, c[3] = x[site];
         }
         x[site] = fma(x[site], a.e, a.t);
-        log_det.add(affine_log_det<S>(a.s));
+        if constexpr (LOG_DET) log_det.add(affine_log_det<S>(a.s));
       });
     });
   }
@@ -303,13 +302,12 @@ struct flow_group {
 
   template <bool WEIGHTS, scale_kind S, int NT>
   void direct_backward(const layer_plan<T>& l, V* x, V* g, V dlog_det) const {
-    int64_t rows[window::max_rows];
     const int active = l.spec.parity, L = l.lat.length;
     const V* cache = work.cache + l.cache_at;
     V* du = work.du;
     V bias_s(T(0)), bias_t(T(0));
     for (int64_t r = 0; r < l.lat.n_rows; ++r) {
-      l.win.rows(r, rows);
+      const int64_t* rows = l.win.rows(r);
       const row_taps<T, NT> taps(l.win, x, rows);
       V acc[NT ? 2 * NT : 1];
       V* dw = nullptr;
@@ -346,7 +344,7 @@ struct flow_group {
         work.dweights[l.bias_at[0] + 1] += bias_t;
       }
     for (int64_t r = 0; r < l.lat.n_rows; ++r) {
-      l.win.rows(r, rows);
+      const int64_t* rows = l.win.rows(r);
       const row_taps<T, NT> taps(l.win, du, rows);
       for (int c = l.lat.row_parity(r) ^ active ^ 1; c < L; c += 2) {
         V sum = g[r * L + c];
@@ -511,8 +509,8 @@ struct flow_group {
   }
 
   // ---- the flow --------------------------------------------------------------------------
-  // f(z); returned pointer is work.x or work.spare_x.
-  template <bool CACHE>
+  // f(z); returned pointer is work.x or work.spare_x. CACHE keeps what backward needs.
+  template <bool CACHE, bool LOG_DET = true>
   V* forward(const V* z, lane_sum<T>& log_det) const {
     V *x = work.x, *spare = work.spare_x;
     for (int64_t i = 0; i < plan.first_volume; ++i) x[i] = z[i];
@@ -520,7 +518,7 @@ struct flow_group {
       const layer_plan<T>& l = plan.layers[n];
       switch (l.spec.kind) {
         case LFQ_LAYER_COUPLING:
-          couple<CACHE>(l, x, log_det);
+          couple<CACHE, LOG_DET>(l, x, log_det);
           break;
         case LFQ_LAYER_RESCALE:
           for (int64_t i = 0; i < l.lat.volume; ++i) x[i] = x[i] * V(l.factor);

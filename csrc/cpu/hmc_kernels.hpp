@@ -70,15 +70,20 @@ struct pulled_back_potential {
   pulled_back_potential(const lfq_phi4& t, hmc_work<T>& work, const flow_plan<T>& plan)
       : theory(t, false, work.edge), w(work), flow{plan, work.flow} {}
 
-  // dS~/dz into work.flow.gz; S~ without the flow's constant log-det is added to s.
-  template <bool KEEP_FIELD>
+  // dS~/dz into work.flow.gz. At the ends of trajectories also the field, and S~ without the flow's
+  // constant log-det.
+  void gradient(const V* z) {
+    lane_sum<T> unused;
+    V* x = flow.template forward<true, false>(z, unused);
+    theory.gradient(x, flow.work.g);
+    flow.template backward<false>(z, x, V(T(-1)));
+  }
   void gradient(const V* z, lane_sum<T>& s) {
     lane_sum<T> log_det;
     V* x = flow.template forward<true>(z, log_det);
     theory.gradient(x, flow.work.g, s);
     for (int i = 0; i < int(sizeof(s.a) / sizeof(simd<double>)); ++i) part(s, i) -= part(log_det, i);
-    if (KEEP_FIELD)
-      for (int64_t i = 0; i < theory.lat.volume; ++i) w.phi[i] = x[i];
+    for (int64_t i = 0; i < theory.lat.volume; ++i) w.phi[i] = x[i];
     flow.template backward<false>(z, x, V(T(-1)));
   }
   static simd<double>& part(lane_sum<double>& s, int) { return s.a; }
@@ -86,7 +91,7 @@ struct pulled_back_potential {
 
   const V* field() const { return w.phi; }
   void start(lane_sum<T>& s) {
-    gradient<true>(w.z, s);
+    gradient(w.z, s);
     gradient_known = true;
   }
   void save() {
@@ -104,8 +109,7 @@ struct pulled_back_potential {
     }
   }
   void kick_drift(double k, double d) {
-    lane_sum<T> s;
-    if (!gradient_known) gradient<false>(w.z, s);
+    if (!gradient_known) gradient(w.z);
     gradient_known = false;
     const V vk = V(T(-k)), vd = V(T(d));
     for (int64_t i = 0; i < theory.lat.volume; ++i) {
@@ -114,7 +118,7 @@ struct pulled_back_potential {
     }
   }
   void last_kick(double k, lane_sum<T>& s, lane_sum<T>& kinetic) {
-    gradient<true>(w.z, s);
+    gradient(w.z, s);
     gradient_known = true;
     const V vk = V(T(-k)), half(T(0.5));
     for (int64_t i = 0; i < theory.lat.volume; ++i) {

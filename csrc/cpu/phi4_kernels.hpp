@@ -103,7 +103,13 @@ struct phi4_group {
     for (int64_t r = 0; r < lat.n_rows; ++r)
       row(phi, r, [&](int64_t i, V p, V, V all) LFQ_LAMBDA_INLINE { f[i] = site.force(p, all); });
   }
-  // g = dS/dphi and the action, in one pass
+  // g = dS/dphi
+  void gradient(const V* phi, V* g) const {
+    exchange(phi);
+    for (int64_t r = 0; r < lat.n_rows; ++r)
+      row(phi, r, [&](int64_t i, V p, V, V all) LFQ_LAMBDA_INLINE { g[i] = -site.force(p, all); });
+  }
+  // and the action, in one pass
   void gradient(const V* phi, V* g, lane_sum<T>& s) const {
     exchange(phi);
     for (int64_t r = 0; r < lat.n_rows; ++r)

@@ -15,8 +15,7 @@ struct affine_site {
 template <scale_kind S, class R>
 LFQ_HD affine_site<R> affine_parameters(R u_s, R u_t) {
   affine_site<R> a;
-  a.s = tanh(u_s);
-  a.t = tanh(u_t);
+  tanh_pair(u_s, u_t, a.s, a.t);
   a.e = exp(S == scale_kind::neg_abs ? -abs(a.s) : a.s);
   return a;
 }

@@ -1,6 +1,6 @@
 // exp, tanh, log and sin/cos of a fraction of a turn, written once for scalars, SIMD vectors and GPU
 // threads, so that a number does not depend on where it was computed. Accuracy: at most 3 ulp on the
-// ranges stated. The coefficients are those of the Taylor series, whose remainder on the reduced range
+// ranges stated (tanh_pair: 5). The coefficients are those of the Taylor series, whose remainder on the reduced range
 // is below half an ulp at the orders taken.
 #pragma once
 #include "lfq/real.hpp"
@@ -15,7 +15,7 @@ struct exp_constants<double> {
   static constexpr double ln2_hi = 0x1.62e42fefa0000p-1, ln2_lo = 0x1.cf79abc9e3b3ap-40;
   static constexpr double round = 0x1.8p52;
   static constexpr int mantissa = 52;
-  static constexpr double largest = 708.0, tanh_saturates = 44.0;
+  static constexpr double tanh_saturates = 44.0;
 };
 template <>
 struct exp_constants<float> {
@@ -23,10 +23,10 @@ struct exp_constants<float> {
   static constexpr float ln2_hi = 0x1.62e400p-1f, ln2_lo = 0x1.7f7d1cp-20f;
   static constexpr float round = 0x1.8p23f;
   static constexpr int mantissa = 23;
-  static constexpr float largest = 87.0f, tanh_saturates = 20.0f;
+  static constexpr float tanh_saturates = 20.0f;
 };
 
-// x = n ln2 + r; returns exp(r) - 1 and 2^n. |x| <= exp_constants::largest.
+// x = n ln2 + r; returns exp(r) - 1 and 2^n.
 template <class R>
 LFQ_HD R exp_reduced(R x, R& power) {
   using T = typename real_traits<R>::scalar;
@@ -55,29 +55,43 @@ LFQ_HD R exp_reduced(R x, R& power) {
   return fma(p, r * r, r);
 }
 
-// |x| <= 708 (double), 87 (float); clamped beyond.
+// |x| <= 708 (double), 87 (float); not checked.
 template <class R>
 LFQ_HD R exp(R x) {
-  using T = typename real_traits<R>::scalar;
-  using C = exp_constants<T>;
-  x = select(x > R(C::largest), R(C::largest), x);
-  x = select(x < R(-C::largest), R(-C::largest), x);
   R power;
   const R p = exp_reduced(x, power);
   return fma(power, p, power);
 }
 
-// NaN stays NaN.
+// exp(2 |x|) - 1, for |x| up to where tanh is 1 to rounding.
 template <class R>
-LFQ_HD R tanh(R x) {
+LFQ_HD R expm1_twice_abs(R x) {
   using T = typename real_traits<R>::scalar;
   using C = exp_constants<T>;
   R a = abs(x) + abs(x);
   a = select(a > R(C::tanh_saturates), R(C::tanh_saturates), a);
   R power;
   const R p = exp_reduced(a, power);
-  const R em1 = fma(power, p, power - R(T(1)));
-  return with_sign(em1 / (em1 + R(T(2))), x);
+  return fma(power, p, power - R(T(1)));
+}
+
+// NaN stays NaN.
+template <class R>
+LFQ_HD R tanh(R x) {
+  using T = typename real_traits<R>::scalar;
+  const R e = expm1_twice_abs(x);
+  return with_sign(e / (e + R(T(2))), x);
+}
+
+// The tanh of two numbers for one division.
+template <class R>
+LFQ_HD void tanh_pair(R x, R y, R& tanh_x, R& tanh_y) {
+  using T = typename real_traits<R>::scalar;
+  const R ex = expm1_twice_abs(x), ey = expm1_twice_abs(y);
+  const R dx = ex + R(T(2)), dy = ey + R(T(2));
+  const R inverse = R(T(1)) / (dx * dy);
+  tanh_x = with_sign(ex * dy * inverse, x);
+  tanh_y = with_sign(ey * dx * inverse, y);
 }
 
 // Natural logarithm of a positive normal number.
