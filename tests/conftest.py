@@ -21,6 +21,12 @@ def pytest_collection_modifyitems(config, items):
                 item.add_marker(skip)
 
 
+@pytest.fixture(autouse=True)
+def away_from_the_sources(tmp_path, monkeypatch):
+    """A child process started in the source tree would import that, not the installed package."""
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.fixture(params=_core.isas().split(","))
 def isa(request):
     """Runs a test on every instruction set of this machine."""

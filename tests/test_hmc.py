@@ -218,6 +218,17 @@ def test_integrators_are_consistent_and_symmetric(integrator):
         assert fractions == pytest.approx(fractions[::-1], abs=1e-15)
 
 
+def test_omf2_is_the_minimum_norm_one():
+    """Its parameter in closed form (hep-lat/0505020), and dH a fifth of leapfrog's or less at the same step."""
+    root = (2 * math.sqrt(326) + 36) ** (1 / 3)
+    assert lfq.INTEGRATORS["omf2"].kick[0] == pytest.approx(0.5 - root / 12 + 1 / (6 * root), rel=1e-14)
+    theory = independent_theory(8)
+    state, rms = thermal(theory, 64, 12), {}
+    for name in ("leapfrog", "omf2"):
+        rms[name] = lfq.HMC(theory, n_steps=16, integrator=name).advance(state, 10).dh.std()
+    assert rms["omf2"] < 0.2 * rms["leapfrog"]
+
+
 @CASES
 @INTEGRATORS
 def test_two_half_trajectories_make_a_whole(kind, integrator, dtype, rng):
