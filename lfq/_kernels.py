@@ -15,7 +15,7 @@ import numpy as np
 
 from . import _core
 
-__all__ = ["check_count", "check_seed", "check_shape", "check_threads", "fields", "info", "real_dtype"]
+__all__ = ["check_count", "check_finite", "check_seed", "check_shape", "check_threads", "fields", "info", "real_dtype"]
 
 
 def _from_gpu(array) -> bool:
@@ -61,7 +61,15 @@ def fields(array, shape: tuple[int, ...], name: str) -> tuple[np.ndarray, tuple[
         array = array.astype(np.float64)
     if array.shape[max(array.ndim - len(shape), 0) :] != tuple(shape):
         raise ValueError(f"{name}: shape {array.shape} does not end in the lattice {tuple(shape)}")
-    return np.ascontiguousarray(array), array.shape[: array.ndim - len(shape)]
+    return np.asarray(array, order="C"), array.shape[: array.ndim - len(shape)]
+
+
+def check_finite(array: np.ndarray, name: str) -> np.ndarray:
+    """The array, or a NotFiniteError with the place of its first NaN or Inf."""
+    if not np.isfinite(array).all():
+        where = tuple(np.argwhere(~np.isfinite(array))[0].tolist())
+        raise _core.NotFiniteError(f"{name}: entry {where[0] if len(where) == 1 else where} is {array[where]}")
+    return array
 
 
 def real_dtype(dtype, name: str = "dtype") -> np.dtype:

@@ -101,13 +101,15 @@ class Phi4:
             g = g / 4
         linear = m2 + 2 * len(shape)
         if g == 0:
-            if linear <= 0:
-                raise ValueError(f"m2: with g = 0 it must exceed {-2 * len(shape)}, got {m2}")
+            if m2 <= 0:
+                raise ValueError(f"m2: must be positive with g = 0 (the action is unbounded below), got {m2}")
             beta = 2 / linear
         else:
             # The positive root of 4 g beta^2 + linear beta - 2 = 0, in the form that does not cancel.
             root = math.sqrt(linear * linear + 32 * g)
             beta = 4 / (root + linear) if linear > 0 else (root - linear) / (8 * g)
+        if beta == 0:
+            raise ValueError(f"m2: {m2} is too large: beta underflows")
         return cls(shape, beta=beta, lam=g * beta * beta)
 
     @property
@@ -218,6 +220,11 @@ class PulledBack:
     flow: Flow
 
     def __post_init__(self):
+        # Not imported above: flows know nothing of theories.
+        from .flows import Flow
+
+        if not isinstance(self.flow, Flow):
+            raise TypeError(f"flow: must be a Flow, got {type(self.flow).__name__}")
         self.flow.program(self.theory.shape)
 
     @property

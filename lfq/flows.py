@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 
 import numpy as np
 
 from . import _core
-from ._kernels import check_count, check_seed, check_shape, check_threads, fields
+from ._kernels import check_count, check_finite, check_seed, check_shape, check_threads, fields
 from .io import FileFormatError, load_tensors, save_tensors
 
 __all__ = ["AffineFlow", "Compose", "Flow", "InterleaveMap", "UpsampleMap", "load_flow"]
@@ -19,7 +20,7 @@ _SCALES = {"exp(-|s|)": 0, "exp(s)": 1}
 
 
 def _choice(value, table: dict[str, int], name: str) -> str:
-    if value not in table:
+    if not isinstance(value, str) or value not in table:
         raise ValueError(f"{name}: must be one of {', '.join(map(repr, table))}, got {value!r}")
     return value
 
@@ -27,6 +28,14 @@ def _choice(value, table: dict[str, int], name: str) -> str:
 def _even(shape: tuple[int, ...], why: str) -> None:
     if any(extent % 2 for extent in shape):
         raise ValueError(f"shape: {shape} has an odd extent; {why}")
+
+
+def _broadcast(array, shape: tuple[int, ...], dtype, name: str) -> np.ndarray:
+    array, _ = fields(array, (), name)
+    try:
+        return np.array(np.broadcast_to(array, shape), dtype=dtype, order="C")
+    except ValueError:
+        raise ValueError(f"{name}: shape {array.shape} does not fit {shape}") from None
 
 
 class Flow(ABC):
@@ -72,17 +81,12 @@ class Flow(ABC):
         weights = np.array(weights, dtype=np.float64)
         if weights.shape != (self.n_weights,):
             raise ValueError(f"weights: shape {weights.shape}, must be ({self.n_weights},)")
-        if not np.isfinite(weights).all():
-            where = int(np.flatnonzero(~np.isfinite(weights))[0])
-            raise _core.NotFiniteError(f"weights: entry {where} is {weights[where]}")
-        return weights
+        return check_finite(weights, "weights")
 
     def _arguments(self, array, name: str):
         array = array if hasattr(array, "__cuda_array_interface__") else np.asarray(array)
         if array.ndim < self.ndim:
-            raise ValueError(
-                f"{name}: shape {array.shape} has fewer than the {self.ndim} axes of the lattice"
-            )
+            raise ValueError(f"{name}: shape {array.shape} has fewer than the {self.ndim} axes of the lattice")
         shape = tuple(array.shape[array.ndim - self.ndim :])
         array, leading = fields(array, shape, name)
         return array, leading, self.program(shape), math.prod(shape)
@@ -127,7 +131,7 @@ class Flow(ABC):
         z : array_like, shape (..., *lattice)
             Where to differentiate.
         dx : array_like, shape of z
-            dL/dx for a scalar function L of (x, log_det).
+            dL/dx for a scalar function L of (x, log_det); broadcast.
         dlog_det : array_like, shape (...)
             dL/dlog_det; broadcast.
         weights : bool
@@ -140,10 +144,9 @@ class Flow(ABC):
             Summed over the leading axes. Only with `weights`.
         """
         z, leading, layers, volume = self._arguments(z, "z")
-        dx = np.ascontiguousarray(np.broadcast_to(np.asarray(dx, dtype=z.dtype), z.shape))
-        dlog_det = np.ascontiguousarray(np.broadcast_to(np.asarray(dlog_det, dtype=np.float64), leading))
-        if not np.isfinite(dlog_det).all():
-            raise _core.NotFiniteError("dlog_det: holds NaN or Inf")
+        dx = _broadcast(dx, z.shape, z.dtype, "dx")
+        dlog_det = _broadcast(dlog_det, leading, np.float64, "dlog_det")
+        check_finite(dlog_det, "dlog_det")
         dz = np.empty_like(z)
         dweights = np.zeros(self.n_weights) if weights else None
         _core.flow_vjp(volume, layers, self.weights, z, dx, dlog_det, dz, dweights, check_threads(n_threads))
@@ -206,6 +209,8 @@ class AffineFlow(Flow):
         if self.kernel_size % 2 == 0:
             raise ValueError(f"kernel_size: must be odd, got {self.kernel_size}")
         self.n_blocks = check_count(n_blocks, "n_blocks", 1, 10000)
+        if not isinstance(hidden, Iterable):
+            raise TypeError(f"hidden: must be a sequence of channel counts, got {hidden!r}")
         self.hidden = tuple(check_count(c, "hidden", 1, _core.MAX_CHANNELS) for c in hidden)
         if len(self.hidden) > _core.MAX_HIDDEN:
             raise ValueError(f"hidden: at most {_core.MAX_HIDDEN} layers, got {len(self.hidden)}")
@@ -351,16 +356,14 @@ class UpsampleMap(_Enlarging):
 
     def __init__(self, scale: float = 1.0, width=0.1, interpolation=1.0, ndim: int = 2):
         self.ndim = check_count(ndim, "ndim", 1, 4)
-        widths = np.array(np.broadcast_to(np.asarray(width, dtype=np.float64), (self.ndim,)))
-        means = np.array(np.broadcast_to(np.asarray(interpolation, dtype=np.float64), (self.ndim,)))
-        if not (np.isfinite(scale) and scale > 0):
-            raise ValueError(f"scale: must be positive, got {scale}")
-        if not (np.isfinite(widths).all() and (widths > 0).all()):
-            raise ValueError(f"width: must be positive, got {width}")
-        if not np.isfinite(means).all():
-            raise ValueError(f"interpolation: must be finite, got {interpolation}")
+        scales = self._per_class(scale, "scale", 1)
+        widths = self._per_class(width, "width", self.ndim)
+        means = self._per_class(interpolation, "interpolation", self.ndim)
+        for name, values in (("scale", scales), ("width", widths)):
+            if not (values > 0).all():
+                raise ValueError(f"{name}: must be positive, got {values}")
         self._weights = np.empty(1 + 2 * self.ndim)
-        self._weights[0] = np.log(scale)
+        self._weights[0] = np.log(scales[0])
         self._weights[1::2], self._weights[2::2] = means, np.log(widths)
 
     @property
@@ -374,6 +377,16 @@ class UpsampleMap(_Enlarging):
     @property
     def n_weights(self) -> int:
         return self._weights.size
+
+    @staticmethod
+    def _per_class(value, name: str, n: int) -> np.ndarray:
+        try:
+            values = np.array(np.broadcast_to(np.asarray(value, dtype=np.float64), (n,)))
+        except (TypeError, ValueError):
+            raise ValueError(f"{name}: must be a number{f' or {n} of them' if n > 1 else ''}, got {value!r}") from None
+        if not np.isfinite(values).all():
+            raise ValueError(f"{name}: must be finite, got {value!r}")
+        return values
 
     @property
     def scale(self) -> float:

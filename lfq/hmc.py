@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
@@ -147,9 +148,7 @@ class HMC:
         real_dtype(self.dtype)
         if isinstance(self.integrator, str):
             if self.integrator not in INTEGRATORS:
-                raise ValueError(
-                    f"integrator: must be one of {', '.join(INTEGRATORS)}, got {self.integrator!r}"
-                )
+                raise ValueError(f"integrator: must be one of {', '.join(INTEGRATORS)}, got {self.integrator!r}")
             object.__setattr__(self, "integrator", INTEGRATORS[self.integrator])
         elif not isinstance(self.integrator, Integrator):
             raise TypeError(f"integrator: must be a name or an Integrator, got {self.integrator!r}")
@@ -226,8 +225,10 @@ class HMC:
         n_chains : int
         seed : int
         phi : array_like, shape (n_chains, *shape), optional
-            Fields to start from. By default unit normals; for a pulled-back theory, those after 20
-            trajectories of plain HMC, since a flow may be steep far from the fields it was trained on.
+            Fields to start from. By default normals of standard deviation 1/2: in the tail of wider ones
+            a coarse step is unstable, and such a chain would never move. For a pulled-back theory, the
+            same after 20 fine trajectories of plain HMC, since a flow may be steep far from the fields
+            it was trained on.
         first_chain : int
             Global number of the first chain.
         """
@@ -236,26 +237,19 @@ class HMC:
         first_chain = check_count(first_chain, "first_chain", 0, 2**32 - n_chains)
         pulled_back = isinstance(self.theory, PulledBack)
         if phi is None and pulled_back:
-            plain = replace(self, theory=self.theory.theory, tau=1.0, n_steps=20, integrator="leapfrog")
+            plain = replace(self, theory=self.theory.theory, tau=1.3, n_steps=26, integrator="leapfrog")
             rough = plain.advance(plain.start(n_chains, seed, first_chain=first_chain), 1, 20)
-            return State(
-                self.theory.latent(rough.phi, self.n_threads), rough.state.trajectory, seed, first_chain
-            )
+            return State(self.theory.latent(rough.phi, self.n_threads), rough.state.trajectory, seed, first_chain)
         if phi is None:
             latent = np.empty((n_chains, *self.theory.shape), dtype=self.dtype)
-            _core.normal(
-                seed, _core.PURPOSES["start"], 0, first_chain, n_chains, latent, check_threads(self.n_threads)
-            )
+            _core.normal(seed, _core.PURPOSES["start"], 0, first_chain, n_chains, latent, check_threads(self.n_threads))
+            latent *= 0.5
         else:
             phi, leading = fields(phi, self.theory.shape, "phi")
             if leading != (n_chains,):
-                raise ValueError(
-                    f"phi: shape {phi.shape} is not {n_chains} fields of shape {self.theory.shape}"
-                )
+                raise ValueError(f"phi: shape {phi.shape} is not {n_chains} fields of shape {self.theory.shape}")
             if not np.isfinite(phi).all():
-                raise _core.NotFiniteError(
-                    f"phi: chain {int(np.argwhere(~np.isfinite(phi))[0][0])} holds NaN or Inf"
-                )
+                raise _core.NotFiniteError(f"phi: chain {int(np.argwhere(~np.isfinite(phi))[0][0])} holds NaN or Inf")
             phi = phi.astype(self.dtype)
             latent = self.theory.latent(phi, self.n_threads) if pulled_back else phi
         return State(latent, 0, seed, first_chain)
@@ -297,9 +291,7 @@ class HMC:
             phi=phi,
         )
 
-    def blocks(
-        self, state: State, n_samples: int, thin: int = 1, block_size: int | None = None
-    ) -> Iterator[Block]:
+    def blocks(self, state: State, n_samples: int, thin: int = 1, block_size: int | None = None) -> Iterator[Block]:
         """Advance in blocks of `block_size` samples; by default of about a fifth of a second.
 
         The chain does not depend on the block size, and each block's state restarts it exactly.
@@ -446,8 +438,6 @@ class Run:
         After the last sample.
     phi : ndarray, shape (n_chains, *shape)
         The last fields.
-    seconds_per_trajectory : float
-        Of one chain, all side by side: by `HMC.time_trajectory`, measurements not included.
     """
 
     theory: Phi4 | PulledBack
@@ -458,17 +448,10 @@ class Run:
     seconds: float
     state: State
     phi: np.ndarray
-    seconds_per_trajectory: float
 
     @classmethod
-    def from_blocks(
-        cls,
-        theory: Phi4 | PulledBack,
-        hmc: HMC,
-        blocks: Iterable[Block],
-        seconds_per_trajectory: float | None = None,
-    ) -> Run:
-        """Join consecutive blocks. The time of a trajectory is measured now unless given."""
+    def from_blocks(cls, theory: Phi4 | PulledBack, hmc: HMC, blocks: Iterable[Block]) -> Run:
+        """Join consecutive blocks."""
         blocks = list(blocks)
         if not blocks:
             raise ValueError("blocks: a run needs at least one")
@@ -489,10 +472,12 @@ class Run:
             seconds=sum(b.seconds for b in blocks),
             state=blocks[-1].state,
             phi=blocks[-1].phi,
-            seconds_per_trajectory=(
-                hmc.time_trajectory(blocks[-1].state) if seconds_per_trajectory is None else seconds_per_trajectory
-            ),
         )  # fmt: skip
+
+    @cached_property
+    def seconds_per_trajectory(self) -> float:
+        """Of one chain, all side by side, measurements not included: `HMC.time_trajectory`, when first asked."""
+        return self.hmc.time_trajectory(self.state)
 
     @property
     def n_chains(self) -> int:

@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 import numpy as np
 
 from . import _core
-from ._kernels import check_count, check_seed, check_shape, check_threads, fields, real_dtype
+from ._kernels import check_count, check_finite, check_seed, check_shape, check_threads, fields, real_dtype
 from .actions import Phi4
 from .flows import Flow, InterleaveMap, UpsampleMap
 from .hmc import HMC, State
@@ -48,9 +48,7 @@ class Base:
             self.hmc()
 
     def hmc(self, dtype="float64", n_threads=None) -> HMC:
-        return HMC(
-            self.theory, tau=self.tau, n_steps=self.n_steps, dtype=str(np.dtype(dtype)), n_threads=n_threads
-        )
+        return HMC(self.theory, tau=self.tau, n_steps=self.n_steps, dtype=str(np.dtype(dtype)), n_threads=n_threads)
 
     @property
     def volume(self) -> int:
@@ -136,10 +134,17 @@ class Prior(ABC):
         z : array_like, shape (..., *shape)
         """
         z, leading = fields(z, self.shape, "z")
+        check_finite(z, "z")
         log_det = np.zeros(leading)
         if self.map is not None:
             z, log_det = self.map.inverse(z, n_threads)
         return self.base.log_prob(z.reshape(-1, math.prod(self.shape)), n_threads).reshape(leading) + log_det
+
+
+def _check_theory(theory, name: str) -> Phi4:
+    if not isinstance(theory, Phi4):
+        raise TypeError(f"{name}: must be a Phi4, got {type(theory).__name__}")
+    return theory
 
 
 class Gaussian(Prior):
@@ -170,7 +175,8 @@ class Lattice(Prior):
     map = None
 
     def __init__(self, theory: Phi4, **chain):
-        self.theory, self.shape = theory, theory.shape
+        self.theory = _check_theory(theory, "theory")
+        self.shape = theory.shape
         self.base = Base(theory, 1, 0, **chain)
 
 
@@ -188,7 +194,7 @@ class Interleave(Prior):
     """
 
     def __init__(self, coarse: Phi4, **chain):
-        self.coarse = coarse
+        self.coarse = _check_theory(coarse, "coarse")
         self.shape = tuple(2 * extent for extent in coarse.shape)
         self.base = Base(coarse, 2**coarse.ndim, 0, **chain)
         self._map = InterleaveMap(coarse.ndim)
@@ -212,7 +218,7 @@ class Upsample(Prior):
     """
 
     def __init__(self, coarse: Phi4, width=0.1, scale=1.0, interpolation=1.0, **chain):
-        self.coarse = coarse
+        self.coarse = _check_theory(coarse, "coarse")
         self.shape = tuple(2 * extent for extent in coarse.shape)
         self._chain = chain
         self.base = Base(coarse, 1, (2**coarse.ndim - 1) * coarse.volume, **chain)
