@@ -25,11 +25,6 @@ def _choice(value, table: dict[str, int], name: str) -> str:
     return value
 
 
-def _even(shape: tuple[int, ...], why: str) -> None:
-    if any(extent % 2 for extent in shape):
-        raise ValueError(f"shape: {shape} has an odd extent; {why}")
-
-
 def _broadcast(array, shape: tuple[int, ...], dtype, name: str) -> np.ndarray:
     array, _ = fields(array, (), name)
     try:
@@ -76,6 +71,14 @@ class Flow(ABC):
     @abstractmethod
     def to_dict(self) -> dict:
         """The structure of the flow without its weights, JSON-able."""
+
+    def _even_shape(self, shape, why: str) -> tuple[int, ...]:
+        shape = check_shape(shape)
+        if len(shape) != self.ndim:
+            raise ValueError(f"shape: {shape} has {len(shape)} axes, the flow was made for {self.ndim}")
+        if any(extent % 2 for extent in shape):
+            raise ValueError(f"shape: {shape} has an odd extent; {why}")
+        return shape
 
     def _check_weights(self, weights) -> np.ndarray:
         weights = np.array(weights, dtype=np.float64)
@@ -255,10 +258,7 @@ class AffineFlow(Flow):
         return self._weights.size
 
     def program(self, shape) -> np.ndarray:
-        shape = check_shape(shape)
-        if len(shape) != self.ndim:
-            raise ValueError(f"shape: {shape} has {len(shape)} axes, the flow was made for {self.ndim}")
-        _even(shape, "the checkerboard needs even ones")
+        shape = self._even_shape(shape, "the checkerboard needs even ones")
         n = 2 + self.rescale
         layers = np.zeros(n * self.n_blocks, dtype=_core.layer_dtype)
         layers["ndim"] = self.ndim
@@ -308,10 +308,7 @@ class _Enlarging(Flow):
     _kind: str
 
     def program(self, shape) -> np.ndarray:
-        shape = check_shape(shape)
-        if len(shape) != self.ndim:
-            raise ValueError(f"shape: {shape} has {len(shape)} axes, the flow was made for {self.ndim}")
-        _even(shape, "it cannot be halved")
+        shape = self._even_shape(shape, "it cannot be halved")
         layer = np.zeros(1, dtype=_core.layer_dtype)
         layer["kind"] = _core.LAYERS[self._kind]
         layer["ndim"] = self.ndim

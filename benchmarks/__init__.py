@@ -1,0 +1,1 @@
+"""Benchmarks of lfq: see README.md here."""

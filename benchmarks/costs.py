@@ -1,0 +1,263 @@
+"""What each kernel must do, counted in its source: operations and bytes for one site.
+
+Operations are vector instructions; dividing by lanes is done by the rates they are compared with, which
+count lanes. ``fma`` holds what runs on the multipliers (multiply, fused multiply-add, integer multiply),
+``add`` floating-point additions and subtractions, ``other`` logic, integer additions, shifts, compares,
+blends and conversions. Constants are free, loads and stores are counted as bytes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from lfq.observables import heat_kernel
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Operations and entries moved for one site.
+
+    Attributes
+    ----------
+    fma, add, other, divide, sqrt : float
+        Vector instructions.
+    group : float
+        Field entries read or written in the group's work area.
+    array : float
+        Entries read or written in the caller's arrays.
+    """
+
+    fma: float = 0
+    add: float = 0
+    other: float = 0
+    divide: float = 0
+    sqrt: float = 0
+    group: float = 0
+    array: float = 0
+
+    def __add__(self, more: Cost) -> Cost:
+        return Cost(*(a + b for a, b in zip(_values(self), _values(more), strict=True)))
+
+    def __mul__(self, factor: float) -> Cost:
+        return Cost(*(factor * a for a in _values(self)))
+
+    __rmul__ = __mul__
+
+
+def _values(cost: Cost):
+    return tuple(getattr(cost, name) for name in cost.__dataclass_fields__)
+
+
+def seconds(phases: list[Cost], item: int, arithmetic: dict, group_bandwidth: float, array_bandwidth: float):
+    """The least time for one site, phase after phase, and what binds the longest one.
+
+    Within a phase everything overlaps: the slowest resource counts.
+    """
+    total, longest, by = 0.0, 0.0, ""
+    for p in phases:
+        times = {
+            "multipliers": p.fma / arithmetic["fma"],
+            "issue": (p.fma + p.add + p.other) / arithmetic["issue"],
+            "divider": p.divide / arithmetic["divide"] + p.sqrt / arithmetic["sqrt"],
+            "cache": item * p.group / group_bandwidth,
+            "memory": item * p.array / array_bandwidth,
+        }
+        name = max(times, key=times.get)
+        total += times[name]
+        if times[name] > longest:
+            longest, by = times[name], name
+    return total, by
+
+
+# ---- elementary functions (csrc/include/lfq/elementary.hpp) ------------------------------------
+def lane_sum(single: bool) -> Cost:
+    """A term of a sum in double: float32 converts both halves of the vector."""
+    return Cost(add=2, other=3) if single else Cost(add=1)
+
+
+def exp_reduced(single: bool) -> Cost:
+    # 1 shift by ln 2, 2 to reduce, the polynomial's 11 (5) steps, r^2, and the last step
+    return Cost(fma=10 if single else 16, add=1, other=2)
+
+
+def exp(single: bool) -> Cost:
+    return exp_reduced(single) + Cost(fma=1)
+
+
+def tanh_pair(single: bool) -> Cost:
+    """Two hyperbolic tangents that share a division."""
+    return 2 * (exp_reduced(single) + Cost(fma=1, add=2, other=3)) + Cost(fma=5, add=2, other=4, divide=1)
+
+
+def log(single: bool) -> Cost:
+    return Cost(fma=8 if single else 14, add=5, other=7, divide=1)
+
+
+def cos_sin(single: bool) -> Cost:
+    return Cost(fma=12 if single else 18, add=2, other=15)
+
+
+def normal(single: bool) -> Cost:
+    """One normal: half a Box-Muller pair and a quarter of a Philox block."""
+    word = Cost(fma=2, add=3, other=5) if single else Cost(fma=1, add=1, other=7)
+    pair = word + log(single) + Cost(fma=3, sqrt=1) + cos_sin(single)
+    # 10 rounds of two 32 x 32 -> 64 bit products on 64-bit lanes; on 32-bit lanes each takes two
+    philox = Cost(fma=40, other=120) if single else Cost(fma=20, other=40)
+    return 0.5 * pair + 0.25 * philox
+
+
+# ---- phi^4 (csrc/cpu/phi4_kernels.hpp) --------------------------------------------------------
+def load(single: bool) -> Cost:
+    """Array to group, checked for NaN; a transposition takes log2(lanes) shuffles at least."""
+    return Cost(fma=1, add=1, other=4 if single else 3, group=2, array=1)
+
+
+def store(single: bool) -> Cost:
+    return Cost(other=4 if single else 3, group=1, array=1)
+
+
+def action(ndim: int, single: bool) -> Cost:
+    return Cost(fma=5, add=ndim - 1, group=1) + lane_sum(single)
+
+
+def force(ndim: int) -> Cost:
+    return Cost(fma=4, add=2 * ndim - 1, group=2)
+
+
+def gradient(ndim: int) -> Cost:
+    return force(ndim) + Cost(other=1)
+
+
+def gradient_and_action(ndim: int, single: bool) -> Cost:
+    return gradient(ndim) + Cost(fma=4) + lane_sum(single)
+
+
+def kick_drift(ndim: int) -> Cost:
+    return Cost(fma=6, add=2 * ndim - 1, group=4)
+
+
+def refresh(single: bool) -> Cost:
+    return normal(single) + Cost(fma=2, group=1) + lane_sum(single)
+
+
+def trajectory_ends(ndim: int, single: bool) -> list[Cost]:
+    """Refresh, save, last half-kick with both energies, and settle."""
+    last = gradient_and_action(ndim, single) + Cost(fma=3, group=1) + lane_sum(single)
+    return [refresh(single), Cost(group=2), last, Cost(other=1, group=3)]
+
+
+def observables(shape, single: bool) -> list[Cost]:
+    ndim = len(shape)
+    reach = [int((heat_kernel(extent) > 1e-16).sum()) // 2 for extent in shape]
+    first = Cost(fma=3, add=ndim - 1, group=1) + 4 * lane_sum(single)
+    smear = [Cost(fma=1 + n, add=n, group=2) for n in reach]
+    return [
+        load(single),
+        first,
+        *smear,
+        Cost(fma=1, group=1) + lane_sum(single),
+        *[Cost(add=1, group=1)] * ndim,
+    ]
+
+
+# ---- flows (csrc/cpu/flow_kernels.hpp), 2-d, one block: each site once active, once frozen ----------
+def taps(kernel_size: int, ndim: int = 2) -> tuple[int, int]:
+    """Taps of a window at even and at odd offsets."""
+    total = kernel_size**ndim
+    return (total + 1) // 2, total // 2
+
+
+def affine_forward(flow, single: bool, sums: bool) -> Cost:
+    scale = exp(single) + Cost(other=flow.scale == "exp(-|s|)")
+    return tanh_pair(single) + scale + Cost(fma=1) + (lane_sum(single) if sums else Cost())
+
+
+def affine_backward(flow) -> Cost:
+    return Cost(fma=7, other=5 * (flow.scale == "exp(-|s|)"))
+
+
+def block_forward(flow, single: bool, cache: bool, sums: bool) -> list[Cost]:
+    even, odd = taps(flow.kernel_size)
+    rescale = [Cost(fma=1, group=2)] * flow.rescale
+    # Each coupling reads every site, writes and caches (4 entries) the active half.
+    move = Cost(group=3 + (4 if cache else 0))
+    affine = affine_forward(flow, single, sums) + move
+    if not flow.hidden:
+        return [Cost(fma=2 * odd) + affine, *rescale]
+    last = Cost(fma=flow.hidden[-1] * 2 * (even + odd), group=2 * flow.hidden[-1] + 2)
+    return [2 * _hidden(flow), last + affine, *rescale]
+
+
+def block_backward(flow, weights: bool) -> list[Cost]:
+    even, odd = taps(flow.kernel_size)
+    rescale = [Cost(fma=2 + weights, group=4)] * flow.rescale
+    if not flow.hidden:
+        # Couplings: cache, x, g, du in the first sweep; du, g in the second.
+        first = affine_backward(flow) + Cost(fma=2 * odd * weights, add=2 * weights, group=2 * 5)
+        return [first, Cost(fma=2 * odd, group=2 * 2), *rescale]
+    net = [2 * _hidden(flow), 2 * _hidden_backward(flow, weights)]
+    return [affine_backward(flow) + Cost(group=2 * 4.5), *net, *rescale]
+
+
+def _layers(flow) -> list[tuple[int, int]]:
+    channels = (1, *flow.hidden, 2)
+    return list(zip(channels[:-1], channels[1:], strict=True))
+
+
+def _hidden(flow) -> Cost:
+    """The hidden layers of one net, for one site of the lattice."""
+    even, odd = taps(flow.kernel_size)
+    total, slope = Cost(), Cost(fma=1, other=2)
+    for n, (c_in, c_out) in enumerate(_layers(flow)[:-1]):
+        window = (even + odd) / 2 if n == 0 else even + odd
+        reads = 1 if n == 0 else 2 * c_in  # even and odd sites in turn, each over all rows
+        total += Cost(fma=window * c_in * c_out, group=reads + c_out) + c_out * slope
+    return total
+
+
+def _hidden_backward(flow, weights: bool) -> Cost:
+    even, odd = taps(flow.kernel_size)
+    total, layers = Cost(), _layers(flow)
+    for n, (c_in, c_out) in enumerate(layers):
+        first, last = n == 0, n == len(layers) - 1
+        # Outputs of the last layer exist on half the sites, inputs of the first too.
+        window = (even + odd) / 2 if first or last else even + odd
+        if weights:
+            total += Cost(fma=window * c_in * c_out, add=c_out / (1 + last), group=2 * c_in + c_out)
+        total += Cost(fma=window * c_in * c_out, group=2 * c_out + c_in)
+        total += Cost(add=0.5) if first else Cost(fma=c_in, other=2 * c_in, group=c_in)
+    return total
+
+
+def flow_forward(flow, single: bool, cache: bool, sums: bool = True) -> list[Cost]:
+    return [Cost(group=2), *block_forward(flow, single, cache, sums) * flow.n_blocks]
+
+
+def flow_gradient(flow, single: bool, weights: bool, sums: bool) -> list[Cost]:
+    """f(z), dS/dphi, and back; `sums` are the log-determinant and the action."""
+    return [
+        *flow_forward(flow, single, True, sums),
+        gradient_and_action(2, single) if sums else gradient(2),
+        *block_backward(flow, weights) * flow.n_blocks,
+    ]
+
+
+def total(phases: list[Cost]) -> Cost:
+    return sum(phases, Cost())
+
+
+def flow_entries(flow) -> int:
+    """Entries per site of the work area of a gradient: x, z, g, du, the cache, and the net's channels."""
+    hidden = sum(flow.hidden) + 2 * max((2, *flow.hidden)) if flow.hidden else 0
+    return 4 + 4 * flow.n_blocks + hidden
+
+
+def without_arrays(phases: list[Cost]) -> list[Cost]:
+    return [replace(p, array=0) for p in phases]
+
+
+def as_table_row(phases: list[Cost]) -> dict[str, float]:
+    t = total(phases)
+    return {name: round(float(np.round(getattr(t, name), 2)), 2) for name in t.__dataclass_fields__}
