@@ -286,7 +286,8 @@ bool run_hmc(P& potential, const lfq_hmc& h, const group<T>& g, const hmc_output
       const uint64_t number = h.first_trajectory + uint64_t(n);
       lane_sum<T> sum_k0, sum_k1, sum_s1;
       const simd<T> half(T(0.5));
-      normals<T>(stream{h.seed, number, LFQ_PURPOSE_MOMENTA}, h.first_chain, g, volume, [&](int64_t i, simd<T> p) {
+      normals<T>(stream{h.seed, number, LFQ_PURPOSE_MOMENTA}, h.first_chain, g, volume,
+                 [&](int64_t i, simd<T> p) LFQ_LAMBDA_INLINE {
         w.pi[i] = p;
         sum_k0.add(half * p * p);
       });

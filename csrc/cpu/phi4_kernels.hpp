@@ -166,7 +166,7 @@ LFQ_HD void with_dimension(int ndim, F&& f) {
 // Normals for the n sites of each lane; sink(i, value). Lane l draws from chain g.chain(l)'s stream, from
 // the block where its part of the field begins.
 template <class T, class F>
-void normals(const stream& rng, uint64_t first_chain, const group<T>& g, int64_t n, F&& sink) {
+LFQ_HD void normals(const stream& rng, uint64_t first_chain, const group<T>& g, int64_t n, F&& sink) {
   using V = simd<T>;
   using B = typename V::bits_t;
   using U = typename real_traits<T>::bits;

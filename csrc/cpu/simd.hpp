@@ -38,7 +38,8 @@ struct simd {
   native v;
   simd() = default;
   LFQ_HD simd(native x) : v(x) {}
-  LFQ_HD explicit simd(T x) : v(native{} + x) {}
+  // x - 0 is x for every x, so this is a plain broadcast; 0 + x would have to turn -0 into +0.
+  LFQ_HD explicit simd(T x) : v(x - native{}) {}
   LFQ_HD T operator[](int lane) const { return v[lane]; }
   LFQ_HD void set(int lane, T x) { v[lane] = x; }
   LFQ_HD simd& operator+=(simd o) { v += o.v; return *this; }
