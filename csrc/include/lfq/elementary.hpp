@@ -1,6 +1,6 @@
 // exp, tanh, log and sin/cos of a fraction of a turn, written once for scalars, SIMD vectors and GPU
 // threads, so that a number does not depend on where it was computed. Accuracy: at most 3 ulp on the
-// ranges stated (tanh_pair: 5). The coefficients are those of the Taylor series, whose remainder on the reduced range
+// ranges stated (tanh_pair: 4). The coefficients are those of the Taylor series, whose remainder on the reduced range
 // is below half an ulp at the orders taken.
 #pragma once
 #include "lfq/real.hpp"
