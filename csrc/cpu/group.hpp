@@ -15,6 +15,8 @@ struct constant {
 // Hands out 64-byte aligned pieces of a caller's buffer. With a null base it only counts, so the code
 // that lays a workspace out is the code that tells its size.
 struct arena {
+  // Fields whose rows are multiples of 4 KiB would all start in one set of the first-level cache.
+  static constexpr size_t stagger = 2304;
   char* base = nullptr;
   size_t used = 0;
   explicit arena(void* p = nullptr) {
@@ -23,7 +25,7 @@ struct arena {
   template <class U>
   U* take(int64_t n) {
     U* p = base ? reinterpret_cast<U*>(base + used) : nullptr;
-    used += (size_t(n) * sizeof(U) + 63) & ~size_t(63);
+    used += ((size_t(n) * sizeof(U) + 63) & ~size_t(63)) + stagger;
     return p;
   }
   size_t bytes() const { return used + 64; }
@@ -63,45 +65,72 @@ struct group {
   }
 };
 
+// Swaps lanes and vectors of a W x W tile: one power of two of the index at a time.
+template <class T, int STRIDE = 1>
+LFQ_HD void transpose(simd<T>* tile) {
+  constexpr int W = simd<T>::width;
+  if constexpr (STRIDE < W) {
+    typename simd<T>::bits_t first, second;
+    for (int l = 0; l < W; ++l) {
+      first[l] = (l & STRIDE) ? W + l - STRIDE : l;
+      second[l] = (l & STRIDE) ? W + l : l + STRIDE;
+    }
+    for (int i = 0; i < W; ++i) {
+      if (i & STRIDE) continue;
+      const simd<T> a = tile[i], b = tile[i + STRIDE];
+      tile[i] = shuffle(a, b, first);
+      tile[i + STRIDE] = shuffle(a, b, second);
+    }
+    transpose<T, 2 * STRIDE>(tile);
+  }
+}
+
 // Returns the lane of the first NaN or Inf, or -1; site receives its place in the chain's field.
 template <class T>
 int load_group(const group<T>& g, const T* src, int64_t volume, simd<T>* dst, int64_t* site) {
-  constexpr int W = simd<T>::width, block = 64;
-  const int64_t n = g.sites(volume, g.slabs);
+  constexpr int W = simd<T>::width;
+  const int64_t n = g.sites(volume, g.slabs), whole = n - n % W;
+  const T* from[W];
+  for (int l = 0; l < W; ++l) from[l] = src + g.offset(l, volume);
   simd<T> zeros(T(0));
-  for (int64_t s0 = 0; s0 < n; s0 += block) {
-    const int64_t s1 = s0 + block < n ? s0 + block : n;
-    for (int l = 0; l < W; ++l) {
-      const T* p = src + g.offset(l, volume);
-      T* q = reinterpret_cast<T*>(dst) + l;
-      for (int64_t s = s0; s < s1; ++s) q[s * W] = p[s];
-    }
-    for (int64_t s = s0; s < s1; ++s) zeros += dst[s] * simd<T>(T(0));  // 0 * Inf and 0 * NaN are NaN
+  for (int64_t s = 0; s < whole; s += W) {
+    simd<T> tile[W];
+    for (int l = 0; l < W; ++l) memcpy(&tile[l], from[l] + s, sizeof(tile[l]));
+    for (int l = 0; l < W; ++l) zeros = fma(tile[l], simd<T>(T(0)), zeros);  // 0 * Inf and 0 * NaN are NaN
+    transpose(tile);
+    for (int l = 0; l < W; ++l) dst[s + l] = tile[l];
   }
-  for (int l = 0; l < g.stored_lanes(); ++l) {
-    if (zeros[l] == T(0)) continue;
-    for (int64_t s = 0; s < n; ++s) {
+  for (int64_t s = whole; s < n; ++s) {
+    for (int l = 0; l < W; ++l) dst[s].set(l, from[l][s]);
+    zeros = fma(dst[s], simd<T>(T(0)), zeros);
+  }
+  bool finite = true;
+  for (int l = 0; l < W; ++l) finite = finite && zeros[l] == T(0);
+  if (finite) return -1;
+  for (int l = 0; l < g.stored_lanes(); ++l)
+    for (int64_t s = 0; s < n; ++s)
       if (!(dst[s][l] * T(0) == T(0))) {
         *site = s;
         return l;
       }
-    }
-  }
   return -1;
 }
 
 template <class T>
 void store_group(const group<T>& g, const simd<T>* src, int64_t volume, T* dst) {
-  constexpr int W = simd<T>::width, block = 64;
-  const int64_t n = g.sites(volume, g.slabs);
-  for (int64_t s0 = 0; s0 < n; s0 += block) {
-    const int64_t s1 = s0 + block < n ? s0 + block : n;
-    for (int l = 0; l < g.stored_lanes(); ++l) {
-      T* p = dst + g.offset(l, volume);
-      const T* q = reinterpret_cast<const T*>(src) + l;
-      for (int64_t s = s0; s < s1; ++s) p[s] = q[s * W];
-    }
+  constexpr int W = simd<T>::width;
+  const int64_t n = g.sites(volume, g.slabs), whole = n - n % W;
+  const int lanes = g.stored_lanes();
+  T* to[W];
+  for (int l = 0; l < lanes; ++l) to[l] = dst + g.offset(l, volume);
+  for (int64_t s = 0; s < whole; s += W) {
+    simd<T> tile[W];
+    for (int l = 0; l < W; ++l) tile[l] = src[s + l];
+    transpose(tile);
+    for (int l = 0; l < lanes; ++l) memcpy(to[l] + s, &tile[l], sizeof(tile[l]));
   }
+  for (int64_t s = whole; s < n; ++s)
+    for (int l = 0; l < lanes; ++l) to[l][s] = src[s][l];
 }
 
 // Collects the earliest failure over groups that run in parallel.

@@ -7,6 +7,8 @@ LFQ_NAMESPACE_BEGIN
 
 template <class T>
 using lane_mask = typename native_vector<T>::bits;
+template <class T>
+using lane_mask_bits = typename real_traits<T>::bits;
 
 template <class T>
 LFQ_HD simd<T> blend(lane_mask<T> m, simd<T> a, simd<T> b) {
@@ -47,15 +49,19 @@ struct phi4_potential {
   hmc_work<T>& w;
 
   const V* field() const { return w.z; }
-  void start(lane_sum<T>& s) { theory.action(w.z, s); }
-  void save() {
-    for (int64_t i = 0; i < theory.lat.volume; ++i) w.z_old[i] = w.z[i];
-  }
+  void start(site_sum<T>& s) { theory.action(w.z, s); }
+  void save(int64_t i) { w.z_old[i] = w.z[i]; }
   void settle(lane_mask<T> accept) {
     for (int64_t i = 0; i < theory.lat.volume; ++i) w.z[i] = blend<T>(accept, w.z[i], w.z_old[i]);
   }
-  void kick_drift(double k, double d) { theory.kick_drift(w.z, w.pi, T(k), T(d)); }
-  void last_kick(double k, lane_sum<T>& s, lane_sum<T>& kinetic) { theory.kick_energy(w.z, w.pi, T(k), s, kinetic); }
+  phi4_kick<T> kick(double k) const { return phi4_kick<T>(theory.beta, theory.lam, k); }
+  void kick_drift(double k, double d) {
+    if (d == 1.0)
+      theory.template kick_drift<true>(w.z, w.pi, kick(k), T(1));
+    else
+      theory.template kick_drift<false>(w.z, w.pi, kick(k), T(d));
+  }
+  void last_kick(double k, site_sum<T>& s, site_sum<T>& p2) { theory.kick_energy(w.z, w.pi, kick(k), s, p2); }
 };
 
 // S~(z) = S(f(z)) - log|det df/dz|
@@ -78,28 +84,24 @@ struct pulled_back_potential {
     theory.gradient(x, flow.work.g);
     flow.template backward<false>(z, x, V(T(-1)));
   }
-  void gradient(const V* z, lane_sum<T>& s) {
+  void gradient(const V* z, site_sum<T>& s) {
     lane_sum<T> log_det;
     V* x = flow.template forward<true>(z, log_det);
     theory.gradient(x, flow.work.g, s);
-    for (int i = 0; i < int(sizeof(s.a) / sizeof(simd<double>)); ++i) part(s, i) -= part(log_det, i);
+    s.total.subtract(log_det);
     for (int64_t i = 0; i < theory.lat.volume; ++i) w.phi[i] = x[i];
     flow.template backward<false>(z, x, V(T(-1)));
   }
-  static simd<double>& part(lane_sum<double>& s, int) { return s.a; }
-  static simd<double>& part(lane_sum<float>& s, int i) { return s.a[i]; }
 
   const V* field() const { return w.phi; }
-  void start(lane_sum<T>& s) {
+  void start(site_sum<T>& s) {
     gradient(w.z, s);
     gradient_known = true;
   }
-  void save() {
-    for (int64_t i = 0; i < theory.lat.volume; ++i) {
-      w.z_old[i] = w.z[i];
-      w.phi_old[i] = w.phi[i];
-      w.g_old[i] = flow.work.gz[i];
-    }
+  void save(int64_t i) {
+    w.z_old[i] = w.z[i];
+    w.phi_old[i] = w.phi[i];
+    w.g_old[i] = flow.work.gz[i];
   }
   void settle(lane_mask<T> accept) {
     for (int64_t i = 0; i < theory.lat.volume; ++i) {
@@ -117,31 +119,41 @@ struct pulled_back_potential {
       w.z[i] = fma(vd, w.pi[i], w.z[i]);
     }
   }
-  void last_kick(double k, lane_sum<T>& s, lane_sum<T>& kinetic) {
+  void last_kick(double k, site_sum<T>& s, site_sum<T>& p2) {
     gradient(w.z, s);
     gradient_known = true;
-    const V vk = V(T(-k)), half(T(0.5));
+    const V vk = V(T(-k));
     for (int64_t i = 0; i < theory.lat.volume; ++i) {
       const V m = fma(vk, flow.work.gz[i], w.pi[i]);
       w.pi[i] = m;
-      kinetic.add(half * m * m);
+      p2.add(i, m * m);
     }
   }
 };
 
-// One trajectory of the splitting: adjacent kicks merged, energies taken with the last.
+// Momenta are kept in units of 1 / unit, the longest drift of the integrator, so that a leapfrog's drift is
+// a mere addition.
+inline double momentum_unit(const lfq_hmc& h) {
+  double longest = h.integrator.drift[0];
+  for (int i = 1; i < h.integrator.n_stages; ++i)
+    if (::fabs(h.integrator.drift[i]) > ::fabs(longest)) longest = h.integrator.drift[i];
+  return longest * h.step_size;
+}
+
+// One trajectory of the splitting: adjacent kicks merged, the action and the momenta squared taken with the last.
 template <class T, class P>
-void trajectory(P& potential, const lfq_hmc& h, lane_sum<T>& s, lane_sum<T>& kinetic) {
+void trajectory(P& potential, const lfq_hmc& h, site_sum<T>& s, site_sum<T>& p2) {
   const lfq_integrator& in = h.integrator;
+  const double unit = momentum_unit(h);
   double kick = in.kick[0];
   for (int step = 0; step < h.n_steps; ++step) {
     for (int stage = 0; stage < in.n_stages; ++stage) {
-      potential.kick_drift(kick * h.step_size, in.drift[stage] * h.step_size);
+      potential.kick_drift(kick * h.step_size * unit, in.drift[stage] * h.step_size / unit);
       kick = in.kick[stage + 1];
     }
     if (step + 1 < h.n_steps) kick += in.kick[0];
   }
-  potential.last_kick(kick * h.step_size, s, kinetic);
+  potential.last_kick(kick * h.step_size * unit, s, p2);
 }
 
 // The observables of lfq.h for each valid lane; scratch: two fields.
@@ -276,49 +288,50 @@ bool run_hmc(P& potential, const lfq_hmc& h, const group<T>& g, const hmc_output
   const int64_t volume = potential.theory.lat.volume;
   double s0[W];
   {
-    lane_sum<T> s;
+    site_sum<T> s;
     potential.start(s);
-    g.totals(s, s0);
+    g.totals(s.sum(), s0);
   }
   int64_t n = 0;
+  const double unit = momentum_unit(h), half_mass = 0.5 / (unit * unit);
   for (int64_t sample = 0; sample < h.n_samples; ++sample) {
     for (int t = 0; t < h.thin; ++t, ++n) {
       const uint64_t number = h.first_trajectory + uint64_t(n);
-      lane_sum<T> sum_k0, sum_k1, sum_s1;
-      const simd<T> half(T(0.5));
+      site_sum<T> sum_k0, sum_k1, sum_s1;
+      const simd<T> to_unit = simd<T>(T(unit));
       normals<T>(stream{h.seed, number, LFQ_PURPOSE_MOMENTA}, h.first_chain, g, volume,
                  [&](int64_t i, simd<T> p) LFQ_LAMBDA_INLINE {
+        p = p * to_unit;
         w.pi[i] = p;
-        sum_k0.add(half * p * p);
+        sum_k0.add(i, p * p);
+        potential.save(i);
       });
-      potential.save();
       trajectory<T>(potential, h, sum_s1, sum_k1);
-      double k0[W], k1[W], s1[W];
-      g.totals(sum_k0, k0);
-      g.totals(sum_k1, k1);
-      g.totals(sum_s1, s1);
+      double k0[W], k1[W], s1[W], uniform[W];
+      g.totals(sum_k0.sum(), k0);
+      g.totals(sum_k1.sum(), k1);
+      g.totals(sum_s1.sum(), s1);
+      accept_uniforms(stream{h.seed, number, LFQ_PURPOSE_ACCEPT}, h.first_chain, g, uniform);
       lane_mask<T> accept = {};
-      using mask_lane = typename real_traits<T>::bits;
-      const stream rng{h.seed, number, LFQ_PURPOSE_ACCEPT};
+      bool all = true;
       for (int l = 0; l < W; ++l) {
-        const double dh = (s1[l] - s0[l]) + (k1[l] - k0[l]);
+        const double dh = (s1[l] - s0[l]) + (k1[l] - k0[l]) * half_mass;
         if (!(dh - dh == 0.0)) {
           if (l >= g.n_valid) continue;
           failed.report(g.first + l, int64_t(number), dh);
           for (int64_t i = 0; i < volume; ++i) w.z[i] = w.z_old[i];
           return false;
         }
-        uint32_t x0 = 0, x1 = rng.word1(), x2 = uint32_t(h.first_chain + uint64_t(g.chain(l))), x3 = rng.word3();
-        philox4x32(x0, x1, x2, x3, uint32_t(h.seed), uint32_t(h.seed >> 32));
-        const bool yes = dh <= 0.0 || uniform53(x0, x1) < ::exp(-dh);
-        accept[l] = yes ? ~mask_lane(0) : mask_lane(0);
+        const bool yes = dh <= 0.0 || uniform[l] < ::exp(-dh);
+        accept[l] = yes ? ~lane_mask_bits<T>(0) : lane_mask_bits<T>(0);
+        all = all && yes;
         if (yes) s0[l] = s1[l];
         if (l >= g.n_valid) continue;
         const int64_t at = n * out.n_chains + g.first + l;
         if (out.dh) out.dh[at] = dh;
         if (out.accepted) out.accepted[at] = yes;
       }
-      potential.settle(accept);
+      if (!all) potential.settle(accept);
     }
     if (out.observables)
       measure(potential.theory, potential.field(), out.smear, w.scratch[0], w.scratch[1], g,

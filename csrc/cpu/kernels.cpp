@@ -35,10 +35,15 @@ struct cpu_kernels {
                     int64_t n, T* out, int n_threads) {
     auto body = [&](int64_t task, int) {
       const group<T> g(task, n_chains);
-      normals<T>(stream{seed, trajectory, uint32_t(purpose)}, first_chain, g, n,
-                 [&](int64_t i, V v) {
-                   for (int l = 0; l < g.n_valid; ++l) out[(g.first + l) * n + i] = v[l];
-                 });
+      constexpr int W = V::width;
+      V tile[W];
+      normals<T>(stream{seed, trajectory, uint32_t(purpose)}, first_chain, g, n, [&](int64_t i, V v) {
+        tile[i % W] = v;
+        const int64_t filled = i % W + 1;
+        if (filled < W && i + 1 < n) return;
+        transpose(tile);
+        for (int l = 0; l < g.n_valid; ++l) memcpy(out + (g.first + l) * n + i + 1 - filled, &tile[l], filled * sizeof(T));
+      });
     };
     for_tasks(group<T>::count(n_chains), n_threads, body);
     return LFQ_OK;
@@ -92,9 +97,9 @@ struct cpu_kernels {
   static int action(const lfq_phi4& theory, int64_t n_chains, const T* phi, double* s, lfq_failure* failure, void* ws,
                     int n_threads) {
     return over_fields(theory, n_chains, phi, failure, ws, n_threads, [&](const auto& k, const group<T>& g, const field_work& w) {
-      lane_sum<T> sum;
+      site_sum<T> sum;
       k.action(w.field[0], sum);
-      store_lanes(g, sum, 0.0, s);
+      store_lanes(g, sum.sum(), 0.0, s);
     });
   }
   static int force(const lfq_phi4& theory, int64_t n_chains, const T* phi, T* f, lfq_failure* failure, void* ws,
@@ -244,10 +249,11 @@ struct cpu_kernels {
       over_slots(shared, n_chains, ws, n_threads, true,
                  [&](const group<T>& g, const call_work& w, const flow_group<T>& flow) {
                    if (!load(g, z, f.volume, w.z, failed)) return false;
-                   lane_sum<T> ld, s;
+                   lane_sum<T> ld;
+                   site_sum<T> s;
                    V* x = flow.template forward<true>(w.z, ld);
                    kernel.gradient(x, w.flow.g, s);
-                   store_lanes(g, s, 0.0, action);
+                   store_lanes(g, s.sum(), 0.0, action);
                    store_lanes(g, ld, shared.flow.log_det_constant, log_det);
                    V gl(T(0));
                    for (int l = 0; l < g.n_valid; ++l) gl.set(l, T(-1));
@@ -316,10 +322,11 @@ struct cpu_kernels {
         const group<T> g(index, n_chains);
         if (!load(g, z, f.volume, w.z, failed)) return;
         const flow_group<T> flow{shared.flow, w.flow};
-        lane_sum<T> ld, s;
+        lane_sum<T> ld;
+        site_sum<T> s;
         V* x = flow.template forward<true>(w.z, ld);
         kernel.gradient(x, w.flow.g, s);
-        for (int l = 0; l < g.n_valid; ++l) action[g.first + l] = s[l] - (ld[l] + shared.flow.log_det_constant);
+        for (int l = 0; l < g.n_valid; ++l) action[g.first + l] = s.sum()[l] - (ld[l] + shared.flow.log_det_constant);
         flow.template backward<false>(w.z, x, V(T(-1)));
         for (int64_t i = 0; i < f.volume; ++i) w.flow.gz[i] = -w.flow.gz[i];
         store_group(g, w.flow.gz, f.volume, force);
@@ -334,8 +341,12 @@ struct cpu_kernels {
                            [&](auto& p, const group<T>& g, const hmc_shared&, failures& failed) {
                              const int64_t volume = p.theory.whole.volume;
                              if (!load(g, momenta, volume, p.w.pi, failed)) return;
-                             lane_sum<T> s, k;
-                             trajectory<T>(p, h, s, k);
+                             const double unit = momentum_unit(h);
+                             const int64_t sites = p.theory.lat.volume;
+                             for (int64_t i = 0; i < sites; ++i) p.w.pi[i] = p.w.pi[i] * V(T(unit));
+                             site_sum<T> s, p2;
+                             trajectory<T>(p, h, s, p2);
+                             for (int64_t i = 0; i < sites; ++i) p.w.pi[i] = p.w.pi[i] / V(T(unit));
                              store_group(g, p.w.z, volume, z);
                              store_group(g, p.w.pi, volume, momenta);
                            });

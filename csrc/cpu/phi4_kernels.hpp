@@ -17,15 +17,14 @@ bool splits(const lfq_phi4& theory) {
          lat.volume >= smallest_split;
 }
 
-// The first and last slice of the slabs, as their neighbours see them.
+// Copies of the first and last slice along the first axis, as their neighbours see them.
 template <class T>
 struct halo {
-  simd<T>* below = nullptr;  // under slice 0: the last slice of the slab before
-  simd<T>* above = nullptr;  // over the last slice: slice 0 of the slab after
+  simd<T>* below = nullptr;  // of slabs only: under slice 0, the last slice of the slab before
+  simd<T>* above = nullptr;  // over the last slice: slice 0 (of the slab after)
   void plan(arena& mem, const lfq_phi4& theory, bool split) {
-    if (!split) return;
     const lattice lat(theory.ndim, theory.extent);
-    below = mem.take<simd<T>>(lat.volume / lat.extent[0]);
+    if (split) below = mem.take<simd<T>>(lat.volume / lat.extent[0]);
     above = mem.take<simd<T>>(lat.volume / lat.extent[0]);
   }
 };
@@ -36,11 +35,12 @@ struct phi4_group {
   bool split;
   lattice whole;  // the chain's lattice
   lattice lat;    // a lane's part of it
+  double beta, lam;
   phi4_site<T> site;
   halo<T> edge;
 
   phi4_group(const lfq_phi4& theory, bool split_lanes, const halo<T>& h)
-      : split(split_lanes), whole(D, theory.extent), lat(whole), site(theory.beta, theory.lam), edge(h) {
+      : split(split_lanes), whole(D, theory.extent), lat(whole), beta(theory.beta), lam(theory.lam), site(beta, lam), edge(h) {
     if (!split) return;
     int32_t extent[LFQ_MAX_DIM];
     for (int i = 0; i < D; ++i) extent[i] = whole.extent[i];
@@ -57,9 +57,14 @@ struct phi4_group {
     for (int64_t i = 0; i < n; ++i) edge.above[i] = after(phi[i]);
   }
 
-  // Calls f(index, phi, sum over forward neighbours, sum over all neighbours) along a row.
+  // Calls f(index, phi, sum over forward neighbours, sum over all neighbours) along a row. A row of the last
+  // slice sees the first one in `above`, when given; after(x) follows the site x.
   template <class F>
   LFQ_HD void row(const V* phi, int64_t r, F&& f) const {
+    row(phi, r, f, split ? edge.above : nullptr, [](int) LFQ_LAMBDA_INLINE {});
+  }
+  template <class F, class G>
+  LFQ_HD void row(const V* phi, int64_t r, F&& f, const V* above, G&& after) const {
     const int n = lat.length;
     const V* self = phi + r * n;
     const V* up[D > 1 ? D - 1 : 1];
@@ -73,11 +78,9 @@ struct phi4_group {
         down[i] = self + (c[i] > 0 ? -stride : stride * (lat.extent[i] - 1));
         stride *= lat.extent[i];
       }
-      if (split) {
-        const int64_t in_slice = r * n % (lat.volume / lat.extent[0]);
-        if (c[0] == 0) down[0] = edge.below + in_slice;
-        if (c[0] + 1 == lat.extent[0]) up[0] = edge.above + in_slice;
-      }
+      const int64_t in_slice = r * n - c[0] * (lat.volume / lat.extent[0]);
+      if (split && c[0] == 0) down[0] = edge.below + in_slice;
+      if (above && c[0] + 1 == lat.extent[0]) up[0] = above + in_slice;
     }
     V left = self[n - 1], here = self[0];
     const auto visit = [&](int x, V right) LFQ_LAMBDA_INLINE {
@@ -86,6 +89,7 @@ struct phi4_group {
       V all = forward + left;
       for (int i = 0; i < D - 1; ++i) all += down[i][x];
       f(r * n + x, here, forward, all);
+      after(x);
       left = here;
       here = right;
     };
@@ -93,10 +97,10 @@ struct phi4_group {
     visit(n - 1, self[0]);
   }
 
-  void action(const V* phi, lane_sum<T>& s) const {
+  void action(const V* phi, site_sum<T>& s) const {
     exchange(phi);
     for (int64_t r = 0; r < lat.n_rows; ++r)
-      row(phi, r, [&](int64_t, V p, V forward, V) LFQ_LAMBDA_INLINE { s.add(site.action(p, forward)); });
+      row(phi, r, [&](int64_t i, V p, V forward, V) LFQ_LAMBDA_INLINE { s.add(i, site.action(p, forward)); });
   }
   void force(const V* phi, V* f) const {
     exchange(phi);
@@ -110,44 +114,86 @@ struct phi4_group {
       row(phi, r, [&](int64_t i, V p, V, V all) LFQ_LAMBDA_INLINE { g[i] = -site.force(p, all); });
   }
   // and the action, in one pass
-  void gradient(const V* phi, V* g, lane_sum<T>& s) const {
+  void gradient(const V* phi, V* g, site_sum<T>& s) const {
     exchange(phi);
     for (int64_t r = 0; r < lat.n_rows; ++r)
       row(phi, r, [&](int64_t i, V p, V forward, V all) LFQ_LAMBDA_INLINE {
         g[i] = -site.force(p, all);
-        s.add(site.action(p, forward));
+        s.add(i, site.action(p, forward));
       });
   }
-  // pi += k F(phi), then phi += d pi, a slice of the first axis behind: a slice may move once the kicks
-  // of both its neighbours have seen it.
-  void kick_drift(V* phi, V* pi, T k, T d) const {
-    exchange(phi);
-    const V vk(k), vd(d);
-    const int slices = D > 1 ? lat.extent[0] : 1;
-    const int64_t rows = lat.n_rows / slices, sites = rows * lat.length;
-    const auto kick = [&](int s) LFQ_LAMBDA_INLINE {
-      for (int64_t r = s * rows; r < (s + 1) * rows; ++r)
-        row(phi, r, [&](int64_t i, V p, V, V all) LFQ_LAMBDA_INLINE { pi[i] = fma(vk, site.force(p, all), pi[i]); });
-    };
-    const auto drift = [&](int s) LFQ_LAMBDA_INLINE {
-      for (int64_t i = s * sites; i < (s + 1) * sites; ++i) phi[i] = fma(vd, pi[i], phi[i]);
-    };
-    for (int s = 0; s < slices; ++s) {
-      kick(s);
-      if (s >= 2) drift(s - 1);
+
+  // p += k F(phi), then phi += d p, in one pass over the lattice. UNIT: d = 1, the momenta being in units of
+  // the step. A slice moves once both its neighbours were kicked: while the next one is. The first slice
+  // moves long before the last is kicked, which sees a copy of it.
+  template <bool UNIT>
+  void kick_drift(V* phi, V* p, const phi4_kick<T>& kick, T d) const {
+    const V vd(d);
+    const auto moved = [&](V x, V v) LFQ_LAMBDA_INLINE { return UNIT ? x + v : fma(vd, v, x); };
+    if constexpr (D == 1) {
+      row(phi, 0, [&](int64_t i, V x, V, V all) LFQ_LAMBDA_INLINE { p[i] = kick(p[i], x, all); });
+      for (int64_t i = 0; i < lat.volume; ++i) phi[i] = moved(phi[i], p[i]);
+      return;
+    } else {
+      const int n = lat.length, slices = lat.extent[0];
+      const int64_t rows = lat.n_rows / slices, slice = rows * n, last = lat.volume - slice;
+      if (split)
+        exchange(phi);
+      else
+        for (int64_t i = 0; i < slice; ++i) edge.above[i] = phi[i];
+      int s = 0;
+      if constexpr (D == 2)
+        for (; s + 1 < slices; s += 2) {
+          V* below = s > 0 ? phi + (s - 1) * slice : split ? edge.below : phi + last;
+          const V* above = s + 2 < slices ? phi + (s + 2) * slice : edge.above;
+          if (s > 0)
+            two_rows<true>(phi + s * slice, below, above, p + s * slice, kick, moved);
+          else
+            two_rows<false>(phi, below, above, p, kick, moved);
+        }
+      for (; s < slices; ++s)
+        for (int64_t r = s * rows; r < (s + 1) * rows; ++r) {
+          const int64_t before = (s > 0 ? r - rows : r) * n;
+          row(phi, r, [&](int64_t i, V x, V, V all) LFQ_LAMBDA_INLINE { p[i] = kick(p[i], x, all); },
+              edge.above, [&](int x) LFQ_LAMBDA_INLINE {
+                if (s > 0) phi[before + x] = moved(phi[before + x], p[before + x]);
+              });
+        }
+      for (int64_t i = last; i < lat.volume; ++i) phi[i] = moved(phi[i], p[i]);
     }
-    if (slices >= 2) drift(slices - 1);
-    drift(0);
   }
-  void kick_energy(const V* phi, V* pi, T k, lane_sum<T>& s, lane_sum<T>& kinetic) const {
+  // Kicks two rows and moves the first of them, and MOVE_BELOW the row below: neighbours of a site come from
+  // registers where they can.
+  template <bool MOVE_BELOW, class Move>
+  LFQ_HD void two_rows(V* phi, V* below, const V* above, V* p, const phi4_kick<T>& kick, Move&& moved) const {
+    const int n = lat.length;
+    V *phi1 = phi + n, *p1 = p + n;
+    const V* p_below = p - n;
+    const V first0 = phi[0], first1 = phi1[0];
+    V left0 = phi[n - 1], left1 = phi1[n - 1], here0 = first0, here1 = first1;
+    const auto visit = [&](int x, V right0, V right1) LFQ_LAMBDA_INLINE {
+      const V under = below[x];
+      const V k0 = kick(p[x], here0, (left0 + right0) + (under + here1));
+      const V k1 = kick(p1[x], here1, (left1 + right1) + (here0 + above[x]));
+      p[x] = k0;
+      p1[x] = k1;
+      if constexpr (MOVE_BELOW) below[x] = moved(under, p_below[x]);
+      phi[x] = moved(here0, k0);
+      left0 = here0, left1 = here1;
+      here0 = right0, here1 = right1;
+    };
+    for (int x = 0; x + 1 < n; ++x) visit(x, phi[x + 1], phi1[x + 1]);
+    visit(n - 1, first0, first1);
+  }
+  // The last kick, with the action after it and the square of the momenta.
+  void kick_energy(const V* phi, V* p, const phi4_kick<T>& kick, site_sum<T>& s, site_sum<T>& p2) const {
     exchange(phi);
-    const V vk(k), half(T(0.5));
     for (int64_t r = 0; r < lat.n_rows; ++r)
-      row(phi, r, [&](int64_t i, V p, V forward, V all) LFQ_LAMBDA_INLINE {
-        const V m = fma(vk, site.force(p, all), pi[i]);
-        pi[i] = m;
-        s.add(site.action(p, forward));
-        kinetic.add(half * m * m);
+      row(phi, r, [&](int64_t i, V x, V forward, V all) LFQ_LAMBDA_INLINE {
+        const V m = kick(p[i], x, all);
+        p[i] = m;
+        s.add(i, site.action(x, forward));
+        p2.add(i, m * m);
       });
   }
 };
@@ -164,26 +210,69 @@ LFQ_HD void with_dimension(int ndim, F&& f) {
 }
 
 // Normals for the n sites of each lane; sink(i, value). Lane l draws from chain g.chain(l)'s stream, from
-// the block where its part of the field begins.
+// the block where its part of the field begins. Some blocks at a time, words first: two short loops keep
+// the processor busy where one long chain of operations would leave it waiting.
 template <class T, class F>
 LFQ_HD void normals(const stream& rng, uint64_t first_chain, const group<T>& g, int64_t n, F&& sink) {
   using V = simd<T>;
   using B = typename V::bits_t;
-  using U = typename real_traits<T>::bits;
-  B chains, first_block;
-  for (int l = 0; l < V::width; ++l) {
-    chains[l] = U(uint32_t(first_chain + uint64_t(g.chain(l))));
-    first_block[l] = g.slabs ? U(l * (n / 4)) : U(0);
+  // A twin is two blocks of double-precision lanes, or the even and the odd lanes of one single-precision block.
+  using words = twin_bits<words64>;
+  constexpr int W = V::width, halves = W / simd<double>::width;
+  words chains, first;
+  for (int l = 0; l < W; ++l) {
+    const uint64_t chain = uint32_t(first_chain + uint64_t(g.chain(l))), block = g.slabs ? uint64_t(l * (n / 4)) : 0;
+    words64& c = halves == 2 && l % 2 ? chains.b : chains.a;
+    words64& f = halves == 2 && l % 2 ? first.b : first.a;
+    c[l / halves] = chain;
+    f[l / halves] = block;
   }
-  const B low = B{} + U(0xffffffffu);
-  for (int64_t b = 0; b < (n + 3) / 4; ++b) {
-    B x0 = first_block + U(uint32_t(b)), x1 = B{} + U(rng.word1()), x2 = chains, x3 = B{} + U(rng.word3());
+  if (halves == 1) {
+    chains.b = chains.a;
+    first.b = first.a + uint64_t(1);
+  }
+  const words64 low = words64{} + uint64_t(0xffffffffu);
+  const words word1 = words{} + uint64_t(rng.word1()), word3 = words{} + uint64_t(rng.word3());
+  constexpr int batch = 8;
+  alignas(64) B word[4 * batch];
+  for (int64_t b0 = 0; 4 * b0 < n; b0 += batch) {
+    const int64_t left = n - 4 * b0;
+    const int blocks = left < 4 * batch ? int(left + 3) / 4 : batch;
+    for (int k = 0; k < blocks; k += 3 - halves) {
+      words x[4] = {first + uint64_t(b0 + k), word1, chains, word3};
+      philox4x32(x[0], x[1], x[2], x[3], uint32_t(rng.seed), uint32_t(rng.seed >> 32));
+      for (int i = 0; i < 4; ++i) {
+        if constexpr (halves == 1)
+          word[4 * k + i] = x[i].a & low, word[4 * k + 4 + i] = x[i].b & low;
+        else
+          word[4 * k + i] = interleave(x[i].a, x[i].b);
+      }
+    }
+    const int whole = left < 4 * batch ? int(left / 4) : batch;
+    for (int k = 0; k < whole; ++k) {
+      V z[4];
+      box_muller(word[4 * k], word[4 * k + 1], z[0], z[1]);
+      box_muller(word[4 * k + 2], word[4 * k + 3], z[2], z[3]);
+      for (int j = 0; j < 4; ++j) sink(4 * (b0 + k) + j, z[j]);
+    }
+    for (int k = whole; k < blocks; ++k) {
+      V z[4];
+      box_muller(word[4 * k], word[4 * k + 1], z[0], z[1]);
+      box_muller(word[4 * k + 2], word[4 * k + 3], z[2], z[3]);
+      for (int j = 0; 4 * k + j < left; ++j) sink(4 * (b0 + k) + j, z[j]);
+    }
+  }
+}
+
+// The uniform of each lane's chain that decides on acceptance.
+template <class T>
+void accept_uniforms(const stream& rng, uint64_t first_chain, const group<T>& g, double* out) {
+  constexpr int W64 = simd<double>::width;
+  for (int l0 = 0; l0 < simd<T>::width; l0 += W64) {
+    words64 x0 = {}, x1 = words64{} + uint64_t(rng.word1()), x2, x3 = words64{} + uint64_t(rng.word3());
+    for (int l = 0; l < W64; ++l) x2[l] = uint32_t(first_chain + uint64_t(g.chain(l0 + l)));
     philox4x32(x0, x1, x2, x3, uint32_t(rng.seed), uint32_t(rng.seed >> 32));
-    V z[4];
-    box_muller(x0 & low, x1 & low, z[0], z[1]);
-    box_muller(x2 & low, x3 & low, z[2], z[3]);
-    const int m = int(n - 4 * b < 4 ? n - 4 * b : 4);
-    for (int j = 0; j < m; ++j) sink(4 * b + j, z[j]);
+    for (int l = 0; l < W64; ++l) out[l0 + l] = uniform53(uint32_t(x0[l]), uint32_t(x1[l]));
   }
 }
 

@@ -63,6 +63,19 @@ struct real_traits<simd<T>> {
   static LFQ_HD simd<T> from_bits(bits b) { return (typename simd<T>::native)b; }
 };
 
+// Lane l of the result is lane from[l] of a and b one after the other.
+template <class T>
+LFQ_HD simd<T> shuffle(simd<T> a, simd<T> b, typename simd<T>::bits_t from) {
+#if defined(__GNUC__) && !defined(__clang__)
+  return __builtin_shuffle(a.v, b.v, from);
+#else
+  constexpr int W = simd<T>::width;
+  simd<T> r;
+  for (int l = 0; l < W; ++l) r.v[l] = int(from[l]) < W ? a.v[from[l]] : b.v[from[l] - W];
+  return r;
+#endif
+}
+
 // Lane l of the result is lane (l + shift) mod W.
 template <class T>
 struct rotation {
@@ -90,6 +103,12 @@ LFQ_HD simd<double> fma(simd<double> a, simd<double> b, simd<double> c) {
 LFQ_HD simd<float> fma(simd<float> a, simd<float> b, simd<float> c) {
   return (simd<float>::native)_mm512_fmadd_ps((__m512)a.v, (__m512)b.v, (__m512)c.v);
 }
+LFQ_HD simd<double> minimum(simd<double> limit, simd<double> a) {
+  return (simd<double>::native)_mm512_min_pd((__m512d)limit.v, (__m512d)a.v);
+}
+LFQ_HD simd<float> minimum(simd<float> limit, simd<float> a) {
+  return (simd<float>::native)_mm512_min_ps((__m512)limit.v, (__m512)a.v);
+}
 LFQ_HD simd<double> sqrt(simd<double> a) { return (simd<double>::native)_mm512_sqrt_pd((__m512d)a.v); }
 LFQ_HD simd<float> sqrt(simd<float> a) { return (simd<float>::native)_mm512_sqrt_ps((__m512)a.v); }
 #elif defined(__AVX2__)
@@ -98,6 +117,12 @@ LFQ_HD simd<double> fma(simd<double> a, simd<double> b, simd<double> c) {
 }
 LFQ_HD simd<float> fma(simd<float> a, simd<float> b, simd<float> c) {
   return (simd<float>::native)_mm256_fmadd_ps((__m256)a.v, (__m256)b.v, (__m256)c.v);
+}
+LFQ_HD simd<double> minimum(simd<double> limit, simd<double> a) {
+  return (simd<double>::native)_mm256_min_pd((__m256d)limit.v, (__m256d)a.v);
+}
+LFQ_HD simd<float> minimum(simd<float> limit, simd<float> a) {
+  return (simd<float>::native)_mm256_min_ps((__m256)limit.v, (__m256)a.v);
 }
 LFQ_HD simd<double> sqrt(simd<double> a) { return (simd<double>::native)_mm256_sqrt_pd((__m256d)a.v); }
 LFQ_HD simd<float> sqrt(simd<float> a) { return (simd<float>::native)_mm256_sqrt_ps((__m256)a.v); }
@@ -111,6 +136,10 @@ LFQ_HD simd<T> fma(simd<T> a, simd<T> b, simd<T> c) {
 #else
   return a * b + c;
 #endif
+}
+template <class T>
+LFQ_HD simd<T> minimum(simd<T> limit, simd<T> a) {
+  return select(limit < a, limit, a);
 }
 template <class T>
 LFQ_HD simd<T> sqrt(simd<T> a) {
@@ -140,17 +169,75 @@ struct word_traits<words64> {
   }
 };
 
-using words32 = simd<float>::bits_t;
-template <>
-struct word_traits<words32> {
-  static LFQ_HD words32 broadcast(uint32_t w) { return words32{} + w; }
-  static LFQ_HD void multiply(words32 a, uint32_t m, words32& lo, words32& hi) {
-    words64 even, odd, rubbish;
-    word_traits<words64>::multiply((words64)a, m, even, rubbish);
-    word_traits<words64>::multiply((words64)a >> 32, m, odd, rubbish);
-    const words64 low = words64{} + uint64_t(0xffffffffu);
-    lo = (words32)((even & low) | (odd << 32));
-    hi = (words32)((even >> 32) | (odd & ~low));
+// Words of the even and of the odd lanes, as the low halves of 64-bit lanes, to 32-bit lanes.
+LFQ_HD simd<float>::bits_t interleave(words64 even, words64 odd) {
+#if defined(__AVX512F__)
+  return (simd<float>::bits_t)_mm512_mask_shuffle_epi32((__m512i)even, 0xaaaa, (__m512i)odd, _MM_PERM_CCAA);
+#else
+  return (simd<float>::bits_t)((even & (words64{} + uint64_t(0xffffffffu))) | (odd << 32));
+#endif
+}
+
+// Two vectors that take every operation side by side. A chain of dependent operations leaves most of a
+// core idle, and its window is too short to overlap whole sites; two chains instruction by instruction are not.
+template <class B>
+struct twin_bits {
+  B a, b;
+  friend LFQ_HD twin_bits operator+(twin_bits x, twin_bits y) { return {x.a + y.a, x.b + y.b}; }
+  friend LFQ_HD twin_bits operator-(twin_bits x, twin_bits y) { return {x.a - y.a, x.b - y.b}; }
+  friend LFQ_HD twin_bits operator&(twin_bits x, twin_bits y) { return {x.a & y.a, x.b & y.b}; }
+  friend LFQ_HD twin_bits operator|(twin_bits x, twin_bits y) { return {x.a | y.a, x.b | y.b}; }
+  friend LFQ_HD twin_bits operator^(twin_bits x, twin_bits y) { return {x.a ^ y.a, x.b ^ y.b}; }
+  friend LFQ_HD twin_bits operator~(twin_bits x) { return {~x.a, ~x.b}; }
+  friend LFQ_HD twin_bits operator<<(twin_bits x, int n) { return {x.a << n, x.b << n}; }
+  friend LFQ_HD twin_bits operator>>(twin_bits x, int n) { return {x.a >> n, x.b >> n}; }
+  template <class U>
+  friend LFQ_HD twin_bits operator+(twin_bits x, U y) { return {x.a + y, x.b + y}; }
+  friend LFQ_HD auto operator==(twin_bits x, twin_bits y) {
+    return twin_bits<decltype(x.a == y.a)>{x.a == y.a, x.b == y.b};
+  }
+};
+
+template <class T>
+struct twin {
+  using V = simd<T>;
+  using bits_t = twin_bits<typename V::bits_t>;
+  V a, b;
+  twin() = default;
+  LFQ_HD twin(V x, V y) : a(x), b(y) {}
+  LFQ_HD explicit twin(T x) : a(x), b(x) {}
+  friend LFQ_HD twin operator+(twin x, twin y) { return {x.a + y.a, x.b + y.b}; }
+  friend LFQ_HD twin operator-(twin x, twin y) { return {x.a - y.a, x.b - y.b}; }
+  friend LFQ_HD twin operator*(twin x, twin y) { return {x.a * y.a, x.b * y.b}; }
+  friend LFQ_HD twin operator/(twin x, twin y) { return {x.a / y.a, x.b / y.b}; }
+  friend LFQ_HD twin operator-(twin x) { return {-x.a, -x.b}; }
+  friend LFQ_HD twin fma(twin x, twin y, twin z) { return {fma(x.a, y.a, z.a), fma(x.b, y.b, z.b)}; }
+  friend LFQ_HD twin sqrt(twin x) { return {sqrt(x.a), sqrt(x.b)}; }
+  friend LFQ_HD twin minimum(twin x, twin y) { return {minimum(x.a, y.a), minimum(x.b, y.b)}; }
+  friend LFQ_HD bits_t to_bits(twin x) { return {to_bits(x.a), to_bits(x.b)}; }
+  friend LFQ_HD auto operator>(twin x, twin y) { return twin_bits<decltype(x.a > y.a)>{x.a > y.a, x.b > y.b}; }
+  friend LFQ_HD auto operator<(twin x, twin y) { return twin_bits<decltype(x.a < y.a)>{x.a < y.a, x.b < y.b}; }
+  template <class M>
+  friend LFQ_HD twin select(twin_bits<M> m, twin x, twin y) { return {select(m.a, x.a, y.a), select(m.b, x.b, y.b)}; }
+};
+
+template <class T>
+struct real_traits<twin<T>> {
+  using scalar = T;
+  using bits = typename twin<T>::bits_t;
+  static LFQ_HD twin<T> from_bits(bits x) {
+    return {real_traits<simd<T>>::from_bits(x.a), real_traits<simd<T>>::from_bits(x.b)};
+  }
+};
+
+template <class B>
+struct word_traits<twin_bits<B>> {
+  static LFQ_HD twin_bits<B> broadcast(uint32_t w) {
+    return {word_traits<B>::broadcast(w), word_traits<B>::broadcast(w)};
+  }
+  static LFQ_HD void multiply(twin_bits<B> x, uint32_t m, twin_bits<B>& lo, twin_bits<B>& hi) {
+    word_traits<B>::multiply(x.a, m, lo.a, hi.a);
+    word_traits<B>::multiply(x.b, m, lo.b, hi.b);
   }
 };
 
@@ -161,6 +248,7 @@ template <>
 struct lane_sum<double> {
   simd<double> a = simd<double>(0.0);
   LFQ_HD void add(simd<double> x) { a += x; }
+  LFQ_HD void subtract(const lane_sum& o) { a -= o.a; }
   LFQ_HD double operator[](int lane) const { return a[lane]; }
 };
 template <>
@@ -172,7 +260,33 @@ struct lane_sum<float> {
     memcpy(h, &x.v, sizeof(h));
     for (int i = 0; i < 2; ++i) a[i] += simd<double>(__builtin_convertvector(h[i], simd<double>::native));
   }
+  LFQ_HD void subtract(const lane_sum& o) {
+    for (int i = 0; i < 2; ++i) a[i] -= o.a[i];
+  }
   LFQ_HD double operator[](int lane) const { return a[lane / simd<double>::width][lane % simd<double>::width]; }
+};
+
+// The same for terms that come site by site: single-precision ones go to double four at a time.
+template <class T>
+struct site_sum {
+  lane_sum<T> total;
+  simd<T> part = simd<T>(T(0));
+  LFQ_HD void add(int64_t site, simd<T> x) {
+    if constexpr (sizeof(T) == 8) {
+      total.add(x);
+    } else {
+      part += x;
+      if ((site & 3) == 3) settle();
+    }
+  }
+  LFQ_HD void settle() {
+    total.add(part);
+    part = simd<T>(T(0));
+  }
+  LFQ_HD const lane_sum<T>& sum() {
+    if constexpr (sizeof(T) == 4) settle();
+    return total;
+  }
 };
 
 LFQ_NAMESPACE_END

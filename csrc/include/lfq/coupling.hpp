@@ -16,7 +16,7 @@ template <scale_kind S, class R>
 LFQ_HD affine_site<R> affine_parameters(R u_s, R u_t) {
   affine_site<R> a;
   tanh_pair(u_s, u_t, a.s, a.t);
-  a.e = exp(S == scale_kind::neg_abs ? -abs(a.s) : a.s);
+  a.e = S == scale_kind::neg_abs ? exp_minus(abs(a.s)) : exp(a.s);
   return a;
 }
 

@@ -1,7 +1,7 @@
 // exp, tanh, log and sin/cos of a fraction of a turn, written once for scalars, SIMD vectors and GPU
 // threads, so that a number does not depend on where it was computed. Accuracy: at most 3 ulp on the
-// ranges stated (tanh_pair: 4). The coefficients are those of the Taylor series, whose remainder on the reduced range
-// is below half an ulp at the orders taken.
+// ranges stated (tanh_pair: 4). Polynomials are minimax approximations (Remez), without tables, since a
+// look-up costs an AVX2 machine more than the terms it would save.
 #pragma once
 #include "lfq/real.hpp"
 
@@ -13,120 +13,142 @@ template <>
 struct exp_constants<double> {
   static constexpr double log2e = 0x1.71547652b82fep0;
   static constexpr double ln2_hi = 0x1.62e42fefa0000p-1, ln2_lo = 0x1.cf79abc9e3b3ap-40;
+  static constexpr double half_ln2 = 0x1.62e42fefa39efp-2;
   static constexpr double round = 0x1.8p52;
   static constexpr int mantissa = 52;
-  static constexpr double tanh_saturates = 44.0;
+  static constexpr double tanh_saturates = 22.0;
 };
 template <>
 struct exp_constants<float> {
   static constexpr float log2e = 0x1.715476p0f;
   static constexpr float ln2_hi = 0x1.62e400p-1f, ln2_lo = 0x1.7f7d1cp-20f;
+  static constexpr float half_ln2 = 0x1.62e430p-2f;
   static constexpr float round = 0x1.8p23f;
   static constexpr int mantissa = 23;
-  static constexpr float tanh_saturates = 20.0f;
+  static constexpr float tanh_saturates = 10.0f;
 };
 
-// x = n ln2 + r; returns exp(r) - 1 and 2^n.
+// c0 z^n + c1 z^(n-1) + ...
 template <class R>
-LFQ_HD R exp_reduced(R x, R& power) {
+LFQ_HD R horner(R, R p) {
+  return p;
+}
+template <class R, class C, class... Rest>
+LFQ_HD R horner(R z, R p, C c, Rest... rest) {
   using T = typename real_traits<R>::scalar;
-  using C = exp_constants<T>;
-  const R shifted = fma(x, R(C::log2e), R(C::round));
-  const R n = shifted - R(C::round);
-  const R r = fma(n, R(-C::ln2_lo), fma(n, R(-C::ln2_hi), x));
-  power = from_bits<R>((to_bits(shifted) << C::mantissa) + to_bits(R(T(1))));
-  R p;
-  if constexpr (sizeof(T) == 8) {
-    p = R(T(1.0 / 6227020800.0));
-    p = fma(p, r, R(T(1.0 / 479001600.0)));
-    p = fma(p, r, R(T(1.0 / 39916800.0)));
-    p = fma(p, r, R(T(1.0 / 3628800.0)));
-    p = fma(p, r, R(T(1.0 / 362880.0)));
-    p = fma(p, r, R(T(1.0 / 40320.0)));
-    p = fma(p, r, R(T(1.0 / 5040.0)));
-  } else {
-    p = R(T(1.0 / 5040.0));
-  }
-  p = fma(p, r, R(T(1.0 / 720.0)));
-  p = fma(p, r, R(T(1.0 / 120.0)));
-  p = fma(p, r, R(T(1.0 / 24.0)));
-  p = fma(p, r, R(T(1.0 / 6.0)));
-  p = fma(p, r, R(T(0.5)));
-  return fma(p, r * r, r);
+  return horner(z, fma(p, z, R(T(c))), rest...);
+}
+
+// 2^n for the integer n that was rounded into the low bits of `shifted` = n + exp_constants::round.
+template <class R>
+LFQ_HD R power_of_two(R shifted) {
+  using T = typename real_traits<R>::scalar;
+  return from_bits<R>((to_bits(shifted) << exp_constants<T>::mantissa) + to_bits(R(T(1))));
 }
 
 // |x| <= 708 (double), 87 (float); not checked.
 template <class R>
 LFQ_HD R exp(R x) {
-  R power;
-  const R p = exp_reduced(x, power);
-  return fma(power, p, power);
-}
-
-// exp(2 |x|) - 1, for |x| up to where tanh is 1 to rounding.
-template <class R>
-LFQ_HD R expm1_twice_abs(R x) {
   using T = typename real_traits<R>::scalar;
   using C = exp_constants<T>;
-  R a = abs(x) + abs(x);
-  a = select(a > R(C::tanh_saturates), R(C::tanh_saturates), a);
-  R power;
-  const R p = exp_reduced(a, power);
-  return fma(power, p, power - R(T(1)));
+  const R shifted = fma(x, R(C::log2e), R(C::round));
+  const R n = shifted - R(C::round);
+  const R r = fma(n, R(-C::ln2_lo), fma(n, R(-C::ln2_hi), x));
+  // exp(r) = 1 + r + r^2 q(r) for |r| <= ln2 / 2
+  R q;
+  if constexpr (sizeof(T) == 8)
+    q = horner(r, R(T(0x1.af8575da2581bp-26)), 0x1.28b03ec863185p-22, 0x1.71dddfd6ea79fp-19, 0x1.a019969e90f1fp-16,
+               0x1.a01a01badd6edp-13, 0x1.6c16c185a3776p-10, 0x1.111111110d647p-7, 0x1.5555555550041p-5,
+               0x1.5555555555561p-3, 0.5);
+  else
+    q = horner(r, R(T(0x1.6db413fb08e70p-10)), 0x1.123b45e450390p-7, 0x1.55545e023e89ap-5, 0x1.55548f007faa6p-3, 0.5);
+  const R power = power_of_two(shifted);
+  return fma(power, fma(q, r * r, r), power);
+}
+
+// exp(-s) for s in [0, 1]: one polynomial in s - 1/2, no reduction.
+template <class R>
+LFQ_HD R exp_minus(R s) {
+  using T = typename real_traits<R>::scalar;
+  const R r = s - R(T(0.5));
+  if constexpr (sizeof(T) == 8)
+    return horner(r, R(T(-0x1.03cb2fc1937bdp-26)), 0x1.68f69986c8312p-23, -0x1.c0b1a97b6190ap-20,
+                  0x1.f8bf78dc7f64ap-17, -0x1.f8c1b3a24b010p-14, 0x1.b9a983ade6191p-11, -0x1.4b3f21e81c832p-8,
+                  0x1.9e0eea5e1a41ap-6, -0x1.9e0eea5e9fc90p-4, 0x1.368b2fc6f98dfp-2, -0x1.368b2fc6f9617p-1,
+                  0x1.368b2fc6f9609p-1);
+  else
+    return horner(r, R(T(0x1.b639579585efbp-11)), -0x1.4ea89fa52dfcbp-8, 0x1.9e20049df0a8dp-6, -0x1.9e083ddc76125p-4,
+                  0x1.368b12fd6497dp-2, -0x1.368b36311a0dbp-1, 0x1.368b2ffc11a46p-1);
+}
+
+// tanh |x| = numerator / denominator, both positive. With 2 |x| = k ln2 + 2 q and h = q coth q,
+// exp(2 q) = (h + q) / (h - q), so that no digits cancel near zero; h is even in q and needs few terms.
+template <class R>
+LFQ_HD void tanh_ratio(R x, R& numerator, R& denominator) {
+  using T = typename real_traits<R>::scalar;
+  using C = exp_constants<T>;
+  const R a = minimum(R(C::tanh_saturates), abs(x));
+  const R shifted = fma(a, R(T(2) * C::log2e), R(C::round));
+  const R n = shifted - R(C::round);
+  // ln2 in one piece: its error reaches tanh damped by exp(-2 |x|).
+  const R q = fma(n, R(-C::half_ln2), a);
+  const R z = q * q;
+  R h;
+  if constexpr (sizeof(T) == 8)
+    h = horner(z, R(T(0x1.6376bdfe984f9p-16)), -0x1.bbd41caa7a31cp-13, 0x1.1566aaf275522p-9, -0x1.6c16c16bebdc8p-6,
+               0x1.555555555553ep-2, 1.0);
+  else
+    h = horner(z, R(T(-0x1.6aa4e9f2e4126p-6)), 0x1.55551e6d5d645p-2, 1.0);
+  const R power = power_of_two(shifted), below = h - q;
+  numerator = fma(power, q + q, (power - R(T(1))) * below);
+  denominator = fma(power, h + q, below);
 }
 
 // NaN stays NaN.
 template <class R>
 LFQ_HD R tanh(R x) {
-  using T = typename real_traits<R>::scalar;
-  const R e = expm1_twice_abs(x);
-  return with_sign(e / (e + R(T(2))), x);
+  R n, d;
+  tanh_ratio(x, n, d);
+  return with_sign(n / d, x);
 }
 
 // The tanh of two numbers for one division.
 template <class R>
 LFQ_HD void tanh_pair(R x, R y, R& tanh_x, R& tanh_y) {
   using T = typename real_traits<R>::scalar;
-  const R ex = expm1_twice_abs(x), ey = expm1_twice_abs(y);
-  const R dx = ex + R(T(2)), dy = ey + R(T(2));
+  R nx, dx, ny, dy;
+  tanh_ratio(x, nx, dx);
+  tanh_ratio(y, ny, dy);
   const R inverse = R(T(1)) / (dx * dy);
-  tanh_x = with_sign(ex * dy * inverse, x);
-  tanh_y = with_sign(ey * dx * inverse, y);
+  tanh_x = with_sign(nx * dy * inverse, x);
+  tanh_y = with_sign(ny * dx * inverse, y);
 }
 
-// Natural logarithm of a positive normal number.
+// Natural logarithm of x 2^-shift, for a positive normal number x.
 template <class R>
-LFQ_HD R log(R x) {
+LFQ_HD R log(R x, int shift = 0) {
   using T = typename real_traits<R>::scalar;
   using B = typename real_traits<R>::bits;
   using U = typename real_traits<T>::bits;
   using C = exp_constants<T>;
-  // Shift the exponent so that the mantissa lies in [sqrt(1/2), sqrt(2)).
+  // x = 2^n m with m in [sqrt(1/2), sqrt(2)): counted from the mantissa of sqrt(1/2), the exponent field of
+  // `offset` is n plus that of sqrt(1/2).
+  constexpr int M = C::mantissa;
+  constexpr U mantissa = (U(1) << M) - 1, bias = (U(1) << (8 * sizeof(T) - 2 - M)) - 2;
   const U root = to_bits(T(0.70710678118654752440));
-  const B offset = to_bits(x) - (B{} + root);
-  // Arithmetic shift of a two's-complement number, spelled for unsigned lanes.
-  constexpr U bias = U(1) << (8 * sizeof(T) - 1);
-  const B e = ((offset ^ (B{} + bias)) >> C::mantissa) - (B{} + (bias >> C::mantissa));
-  const R m = from_bits<R>(to_bits(x) - (e << C::mantissa));
-  const R n = from_bits<R>(e + to_bits(R(C::round))) - R(C::round);
+  const B offset = to_bits(x) - (B{} + (root & mantissa));
+  const R m = from_bits<R>((offset & (B{} + mantissa)) + (B{} + root));
+  const T one = T(C::round / T(1.5));  // in units of its last place
+  const R n = from_bits<R>((offset >> M) | to_bits(R(one))) - R(one + T(bias) + T(shift));
   const R f = m - R(T(1));
   const R s = f / (f + R(T(2)));
   const R z = s * s;
   R q;
-  if constexpr (sizeof(T) == 8) {
-    q = R(T(2.0 / 21.0));
-    q = fma(q, z, R(T(2.0 / 19.0)));
-    q = fma(q, z, R(T(2.0 / 17.0)));
-    q = fma(q, z, R(T(2.0 / 15.0)));
-    q = fma(q, z, R(T(2.0 / 13.0)));
-    q = fma(q, z, R(T(2.0 / 11.0)));
-    q = fma(q, z, R(T(2.0 / 9.0)));
-  } else {
-    q = R(T(2.0 / 9.0));
-  }
-  q = fma(q, z, R(T(2.0 / 7.0)));
-  q = fma(q, z, R(T(2.0 / 5.0)));
-  q = fma(q, z, R(T(2.0 / 3.0)));
+  if constexpr (sizeof(T) == 8)
+    q = horner(z, R(T(0x1.5878587d45d01p-3)), 0x1.732c147bc0927p-3, 0x1.c722789535adep-3, 0x1.24924176dea66p-2,
+               0x1.999999a294b01p-2, 0x1.5555555553960p-1);
+  else
+    q = horner(z, R(T(0x1.31e2f206db540p-2)), 0x1.995eb9fa256d6p-2, 0x1.55557a25cd6c0p-1);
   // log(1 + f) = 2 s + s z q, with the leading part f - s (f - z q) kept exact in f.
   const R tail = s * (f - z * q);
   return fma(n, R(C::ln2_hi), f - fma(n, R(-C::ln2_lo), tail));
@@ -143,30 +165,19 @@ LFQ_HD void cos_sin_turn24(typename real_traits<R>::bits k, R& c, R& s) {
   const B quadrant = (k + (B{} + U(1u << 21))) >> 22;
   const B low = (k + (B{} + U(1u << 21))) & (B{} + U((1u << 22) - 1));
   // low < 2^22 fits the mantissa: integer to real by the exponent trick.
-  const R rest = (from_bits<R>(low | to_bits(R(T(C::round) / T(1.5)))) - R(T(C::round) / T(1.5))) - R(T(1u << 21));
+  const R rest = from_bits<R>(low | to_bits(R(T(C::round) / T(1.5)))) - R(T(C::round) / T(1.5) + T(1u << 21));
   const R a = rest * R(T(6.283185307179586476925287 / 16777216.0));
   const R z = a * a;
   R ps, pc;
   if constexpr (sizeof(T) == 8) {
-    ps = R(T(-1.0 / 1307674368000.0));
-    ps = fma(ps, z, R(T(1.0 / 6227020800.0)));
-    ps = fma(ps, z, R(T(-1.0 / 39916800.0)));
-    ps = fma(ps, z, R(T(1.0 / 362880.0)));
-    pc = R(T(1.0 / 20922789888000.0));
-    pc = fma(pc, z, R(T(-1.0 / 87178291200.0)));
-    pc = fma(pc, z, R(T(1.0 / 479001600.0)));
-    pc = fma(pc, z, R(T(-1.0 / 3628800.0)));
+    ps = horner(z, R(T(0x1.5d932f3f7d286p-33)), -0x1.ae5e66d4cad17p-26, 0x1.71de3578744a9p-19, -0x1.a01a019c126b0p-13,
+                0x1.111111110f881p-7, -0x1.5555555555549p-3);
+    pc = horner(z, R(T(0x1.1b95fdc0fd2d8p-29)), -0x1.27df6c03c9206p-22, 0x1.a019f88413443p-16, -0x1.6c16c1648a917p-10,
+                0x1.555555554f952p-5, -0x1.fffffffffffa3p-2);
   } else {
-    ps = R(T(1.0 / 362880.0));
-    pc = R(T(-1.0 / 3628800.0));
+    ps = horner(z, R(T(-0x1.994eb30d726e7p-13)), 0x1.1107605104d02p-7, -0x1.55554599578ffp-3);
+    pc = horner(z, R(T(-0x1.647571c5e2bdbp-10)), 0x1.553f94d9df873p-5, -0x1.ffffb96388226p-2);
   }
-  ps = fma(ps, z, R(T(-1.0 / 5040.0)));
-  ps = fma(ps, z, R(T(1.0 / 120.0)));
-  ps = fma(ps, z, R(T(-1.0 / 6.0)));
-  pc = fma(pc, z, R(T(1.0 / 40320.0)));
-  pc = fma(pc, z, R(T(-1.0 / 720.0)));
-  pc = fma(pc, z, R(T(1.0 / 24.0)));
-  pc = fma(pc, z, R(T(-0.5)));
   const R sine = fma(ps, a * z, a);
   const R cosine = fma(pc, z, R(T(1)));
   // Odd quadrants swap sine and cosine; the signs follow from the quadrant's two bits.

@@ -26,4 +26,17 @@ struct phi4_site {
   }
 };
 
+// momenta + k F(phi), with k folded into the couplings: four multiplications a site.
+template <class T>
+struct phi4_kick {
+  T hopping, linear, cubic;
+  LFQ_HD phi4_kick(double beta, double lam, double k)
+      : hopping(T(k * beta)), linear(T(-2.0 * k * (1.0 - 2.0 * lam))), cubic(T(-4.0 * k * lam)) {}
+  template <class R>
+  LFQ_HD R operator()(R momentum, R phi, R neighbours) const {
+    const R local = fma(phi * phi, R(cubic), R(linear));
+    return fma(phi, local, fma(R(hopping), neighbours, momentum));
+  }
+};
+
 LFQ_NAMESPACE_END

@@ -48,17 +48,17 @@ LFQ_HD void box_muller(typename real_traits<R>::bits a, typename real_traits<R>:
   using T = typename real_traits<R>::scalar;
   using B = typename real_traits<R>::bits;
   using U = typename real_traits<T>::bits;
-  R u;
+  R log_u;
   if constexpr (sizeof(T) == 8) {
     const B k = (a << 8) | (b >> 24);
-    u = (from_bits<R>(k | to_bits(R(T(0x1p52)))) - R(T(0x1p52 - 0.5))) * R(T(0x1p-40));
+    log_u = log(from_bits<R>(k | to_bits(R(T(0x1p52)))) - R(T(0x1p52 - 0.5)), 40);
   } else {
     // 32 bits do not fit a float's mantissa: convert in two exact halves.
     const R hi = from_bits<R>((a >> 16) | to_bits(R(T(0x1p23f)))) - R(T(0x1p23f));
     const R lo = from_bits<R>((a & (B{} + U(0xffff))) | to_bits(R(T(0x1p23f)))) - R(T(0x1p23f));
-    u = fma(hi, R(T(0x1p-16f)), (lo + R(T(0.5f))) * R(T(0x1p-32f)));
+    log_u = log(fma(hi, R(T(0x1p16f)), lo + R(T(0.5f))), 32);
   }
-  const R r = sqrt(log(u) * R(T(-2)));
+  const R r = sqrt(log_u * R(T(-2)));
   R c, s;
   cos_sin_turn24(b & (B{} + U(0xffffff)), c, s);
   n0 = r * c;

@@ -45,6 +45,9 @@ LFQ_HD float fma(float a, float b, float c) {
 }
 LFQ_HD double sqrt(double x) { return ::sqrt(x); }
 LFQ_HD float sqrt(float x) { return ::sqrtf(x); }
+// The smaller of two numbers; NaN when the second is.
+LFQ_HD double minimum(double limit, double x) { return limit < x ? limit : x; }
+LFQ_HD float minimum(float limit, float x) { return limit < x ? limit : x; }
 LFQ_HD uint64_t to_bits(double x) { uint64_t b; memcpy(&b, &x, 8); return b; }
 LFQ_HD uint32_t to_bits(float x) { uint32_t b; memcpy(&b, &x, 4); return b; }
 LFQ_HD double select(bool m, double a, double b) { return m ? a : b; }
