@@ -42,6 +42,7 @@ struct flow_plan {
   int64_t cache_size = 0, hidden_size = 0, channel_size = 0;
   double log_det_constant = 0;
   bool resizing = false;
+  int fused_at = -1;  // where the last layers are a block that block_kernels.hpp fuses with the action
 
   void plan(arena& mem, const lfq_flow& flow) {
     n_layers = flow.n_layers;
@@ -69,6 +70,18 @@ struct flow_plan {
       cache_size += l.cache_size();
       if (mem.base) layers[i] = l;
     }
+    fused_at = block_at_end(flow);
+  }
+
+  static int block_at_end(const lfq_flow& flow) {
+    const int rescales = flow.n_layers > 0 && flow.layers[flow.n_layers - 1].kind == LFQ_LAYER_RESCALE;
+    const int at = flow.n_layers - 2 - rescales;
+    if (at < 0) return -1;
+    const lfq_layer &a = flow.layers[at], &b = flow.layers[at + 1];
+    const auto plain = [](const lfq_layer& l) {
+      return l.kind == LFQ_LAYER_COUPLING && l.ndim == 2 && l.kernel_size == 3 && l.n_hidden == 0;
+    };
+    return plain(a) && plain(b) && a.parity != b.parity && a.scale == b.scale && a.bias == b.bias ? at : -1;
   }
 
   void plan_coupling(arena& mem, layer_plan<T>& l, const double* w, bool fill) {
@@ -139,6 +152,7 @@ template <class T>
 struct flow_work {
   using V = simd<T>;
   V *x, *spare_x, *g, *spare_g, *gz, *cache, *hidden, *dchannel[2], *du, *dweights;
+  lane_sum<T>* weight_sums;  // of the groups of a slot
 
   void plan(arena& mem, const flow_plan<T>& f, bool backward, bool weights) {
     x = mem.take<V>(f.volume);
@@ -153,6 +167,7 @@ struct flow_work {
     dchannel[1] = mem.take<V>(f.channel_size);
     du = mem.take<V>(f.volume);
     dweights = weights ? mem.take<V>(f.n_weights) : nullptr;
+    weight_sums = weights ? mem.take<lane_sum<T>>(f.n_weights) : nullptr;
   }
 };
 
@@ -173,8 +188,32 @@ struct row_taps {
       wrap[i] = w.wrap + w.dx[number[i]];
     }
   }
-  LFQ_HD int64_t at(int i, int x) const { return wrap[i][x]; }
+  // Tap i of the site x in the row, and of the site x + 2.
+  template <class R>
+  LFQ_HD R at(int i, int x) const {
+    if constexpr (span<R>::sites == 2)
+      return {field[i][wrap[i][x]], field[i][wrap[i][x + 2]]};
+    else
+      return field[i][wrap[i][x]];
+  }
+  // The same of a field that keeps pairs of numbers in the places of two neighbours.
+  LFQ_HD void at_pair(int i, int x, simd<T>& first, simd<T>& second) const {
+    const simd<T>* p = field[i] + (wrap[i][x] & ~1);
+    first = p[0], second = p[1];
+  }
+  LFQ_HD void at_pair(int i, int x, twin<T>& first, twin<T>& second) const {
+    at_pair(i, x, first.a, second.a);
+    at_pair(i, x + 2, first.b, second.b);
+  }
 };
+
+// Calls f(real, x) for the sites x = x0, x0 + 2, ... of a row, where a twin stands for two of them.
+template <class T, class F>
+LFQ_HD void every_other_site(int x0, int length, F&& f) {
+  int x = x0;
+  for (; x + 2 < length; x += 4) f(twin<T>(), x);
+  if (x < length) f(simd<T>(), x);
+}
 
 template <class F>
 LFQ_HD void with_taps(int n, F&& f) {
@@ -193,6 +232,11 @@ struct flow_group {
   using V = simd<T>;
   const flow_plan<T>& plan;
   flow_work<T> work;
+
+  template <class F>
+  LFQ_HD static void every_other(int x0, int length, F&& f) {
+    every_other_site<T>(x0, length, f);
+  }
 
   // ---- the nets --------------------------------------------------------------------------
   // Hidden activations of all sites, [site][channel] per layer, from the frozen sites of x.
@@ -214,7 +258,7 @@ struct flow_group {
     }
   }
 
-  // Calls f(active site, u_s, u_t).
+  // Calls f(first site, u_s, u_t) for the active sites, two at a time (see span) where a row has them.
   template <class F>
   void net(const layer_plan<T>& l, const V* x, F&& f) const {
     const int active = l.spec.parity, last = l.n_convolutions - 1;
@@ -226,10 +270,11 @@ struct flow_group {
       convolve(l.win, active, 2, in, l.channels[last], l.weight[last], 2, l.bias[last],
                [&](int64_t site, int ch, V v) { u[2 * site + ch] = v; });
       for (int64_t r = 0; r < l.lat.n_rows; ++r)
-        for (int c = l.lat.row_parity(r) ^ active; c < l.lat.length; c += 2) {
+        every_other(l.lat.row_parity(r) ^ active, l.lat.length, [&](auto real, int c) LFQ_LAMBDA_INLINE {
+          using S = span<decltype(real)>;
           const int64_t site = r * l.lat.length + c;
-          f(site, u[2 * site], u[2 * site + 1]);
-        }
+          f(site, S::at(u + 2 * site, 4), S::at(u + 2 * site + 1, 4));
+        });
       return;
     }
     with_taps(l.win.n[1], [&](auto nt) {
@@ -238,44 +283,51 @@ struct flow_group {
       for (int64_t r = 0; r < l.lat.n_rows; ++r) {
         const int64_t* rows = l.win.rows(r);
         const row_taps<T, NT> taps(l.win, x, rows);
-        for (int c = l.lat.row_parity(r) ^ active; c < l.lat.length; c += 2) {
-          V us = bs, ut = bt;
+        every_other(l.lat.row_parity(r) ^ active, l.lat.length, [&](auto real, int c) LFQ_LAMBDA_INLINE {
+          using R = decltype(real);
+          R us(bs), ut(bt);
           for (int i = 0; i < taps.n(); ++i) {
-            const V v = taps.field[i][taps.at(i, c)];
+            const R v = taps.template at<R>(i, c);
             const T* w = l.weight[0] + 2 * taps.number[i];
-            us = fma(V(w[0]), v, us);
-            ut = fma(V(w[1]), v, ut);
+            us = fma(R(w[0]), v, us);
+            ut = fma(R(w[1]), v, ut);
           }
           f(r * l.lat.length + c, us, ut);
-        }
+        });
       }
     });
   }
 
   // ---- couplings -------------------------------------------------------------------------
   template <bool CACHE, bool LOG_DET>
-  void couple(const layer_plan<T>& l, V* x, lane_sum<T>& log_det) const {
+  void couple(const layer_plan<T>& l, V* x, site_sum<T>& log_det) const {
     V* cache = work.cache + (CACHE ? l.cache_at : 0);
     with_scale(l.spec.scale, [&](auto k) {
       constexpr scale_kind S = scale_kind(decltype(k)::value);
-      net(l, x, [&](int64_t site, V us, V ut) LFQ_LAMBDA_INLINE {
-        const affine_site<V> a = affine_parameters<S>(us, ut);
+      net(l, x, [&](int64_t site, auto us, auto ut) LFQ_LAMBDA_INLINE {
+        using R = decltype(us);
+        const affine_site<R> a = affine_parameters<S>(us, ut);
+        const R before = span<R>::at(x + site, 2);
         if constexpr (CACHE) {
           V* c = cache + 4 * (site >> 1);
-          c[0] = a.s, c[1] = a.t, c[2] = a.e, c[3] = x[site];
+          span<R>::put(c, 4, a.s), span<R>::put(c + 1, 4, a.t);
+          span<R>::put(c + 2, 4, a.e), span<R>::put(c + 3, 4, before);
         }
-        x[site] = fma(x[site], a.e, a.t);
-        if constexpr (LOG_DET) log_det.add(affine_log_det<S>(a.s));
+        span<R>::put(x + site, 2, fma(before, a.e, a.t));
+        int64_t i = site >> 1;
+        if constexpr (LOG_DET) span<R>::each(affine_log_det<S>(a.s), [&](V v) LFQ_LAMBDA_INLINE { log_det.add(i++, v); });
       });
     });
   }
-  void uncouple(const layer_plan<T>& l, V* x, lane_sum<T>& log_det) const {
+  void uncouple(const layer_plan<T>& l, V* x, site_sum<T>& log_det) const {
     with_scale(l.spec.scale, [&](auto k) {
       constexpr scale_kind S = scale_kind(decltype(k)::value);
-      net(l, x, [&](int64_t site, V us, V ut) LFQ_LAMBDA_INLINE {
-        const affine_site<V> a = affine_parameters<S>(us, ut);
-        x[site] = (x[site] - a.t) / a.e;
-        log_det.add(-affine_log_det<S>(a.s));
+      net(l, x, [&](int64_t site, auto us, auto ut) LFQ_LAMBDA_INLINE {
+        using R = decltype(us);
+        const affine_site<R> a = affine_parameters<S>(us, ut);
+        span<R>::put(x + site, 2, (span<R>::at(x + site, 2) - a.t) / a.e);
+        int64_t i = site >> 1;
+        span<R>::each(affine_log_det<S>(a.s), [&](V v) LFQ_LAMBDA_INLINE { log_det.add(i++, -v); });
       });
     });
   }
@@ -291,13 +343,15 @@ struct flow_group {
     });
   }
 
-  template <scale_kind S>
-  LFQ_HD void site_backward(const V* cache, V* x, V* g, int64_t site, V dlog_det, V& du_s, V& du_t) const {
+  template <scale_kind S, class R>
+  LFQ_HD void site_backward(const V* cache, V* x, V* g, int64_t site, V dlog_det, R& du_s, R& du_t) const {
+    using P = span<R>;
     const V* c = cache + 4 * (site >> 1);
-    const affine_site<V> a = {c[0], c[1], c[2]};
-    affine_backward<S>(a, c[3], g[site], dlog_det, du_s, du_t);
-    g[site] = g[site] * a.e;
-    x[site] = c[3];
+    const affine_site<R> a = {P::at(c, 4), P::at(c + 1, 4), P::at(c + 2, 4)};
+    const R before = P::at(c + 3, 4), dy = P::at(g + site, 2);
+    affine_backward<S>(a, before * a.e, dy, R(dlog_det), du_s, du_t);
+    P::put(g + site, 2, dy * a.e);
+    P::put(x + site, 2, before);
   }
 
   template <bool WEIGHTS, scale_kind S, int NT>
@@ -306,56 +360,60 @@ struct flow_group {
     const V* cache = work.cache + l.cache_at;
     V* du = work.du;
     V bias_s(T(0)), bias_t(T(0));
+    V acc[NT ? 2 * NT : 1];
+    V* dw = nullptr;
+    if constexpr (WEIGHTS) {
+      dw = work.dweights + l.weight_at[0];
+      if constexpr (NT > 0)
+        for (V& a : acc) a = V(T(0));
+    }
     for (int64_t r = 0; r < l.lat.n_rows; ++r) {
-      const int64_t* rows = l.win.rows(r);
-      const row_taps<T, NT> taps(l.win, x, rows);
-      V acc[NT ? 2 * NT : 1];
-      V* dw = nullptr;
-      if constexpr (WEIGHTS) {
-        dw = work.dweights + l.weight_at[0];
-        if constexpr (NT > 0)
-          for (int i = 0; i < NT; ++i)
-            for (int c = 0; c < 2; ++c) acc[2 * i + c] = dw[2 * taps.number[i] + c];
-      }
-      for (int c = l.lat.row_parity(r) ^ active; c < L; c += 2) {
+      const row_taps<T, NT> taps(l.win, x, l.win.rows(r));
+      every_other(l.lat.row_parity(r) ^ active, L, [&](auto real, int c) LFQ_LAMBDA_INLINE {
+        using R = decltype(real);
+        using P = span<R>;
         const int64_t site = r * L + c;
-        V us, ut;
+        R us, ut;
         site_backward<S>(cache, x, g, site, dlog_det, us, ut);
         V* u = du + (site & ~int64_t(1));
-        u[0] = us, u[1] = ut;
+        P::put(u, 2, us), P::put(u + 1, 2, ut);
         if constexpr (WEIGHTS) {
-          bias_s += us;
-          bias_t += ut;
+          bias_s = P::sum(us, bias_s);
+          bias_t = P::sum(ut, bias_t);
           for (int i = 0; i < taps.n(); ++i) {
-            const V v = taps.field[i][taps.at(i, c)];
+            const R v = taps.template at<R>(i, c);
             V* a = NT ? acc + 2 * i : dw + 2 * taps.number[i];
-            a[0] = fma(us, v, a[0]);
-            a[1] = fma(ut, v, a[1]);
+            a[0] = P::dot(us, v, a[0]);
+            a[1] = P::dot(ut, v, a[1]);
           }
         }
-      }
-      if constexpr (WEIGHTS && NT > 0)
-        for (int i = 0; i < NT; ++i)
-          for (int c = 0; c < 2; ++c) dw[2 * taps.number[i] + c] = acc[2 * i + c];
+      });
     }
-    if constexpr (WEIGHTS)
+    if constexpr (WEIGHTS) {
+      if constexpr (NT > 0)
+        for (int i = 0; i < NT; ++i)
+          for (int c = 0; c < 2; ++c) dw[2 * l.win.taps[1][i] + c] += acc[2 * i + c];
       if (l.bias[0]) {
         work.dweights[l.bias_at[0]] += bias_s;
         work.dweights[l.bias_at[0] + 1] += bias_t;
       }
+    }
     for (int64_t r = 0; r < l.lat.n_rows; ++r) {
-      const int64_t* rows = l.win.rows(r);
-      const row_taps<T, NT> taps(l.win, du, rows);
-      for (int c = l.lat.row_parity(r) ^ active ^ 1; c < L; c += 2) {
-        V sum = g[r * L + c];
+      const row_taps<T, NT> taps(l.win, du, l.win.rows(r));
+      every_other(l.lat.row_parity(r) ^ active ^ 1, L, [&](auto real, int c) LFQ_LAMBDA_INLINE {
+        using R = decltype(real);
+        using P = span<R>;
+        V* target = g + r * L + c;
+        R sum = P::at(target, 2);
         for (int i = 0; i < taps.n(); ++i) {
-          const V* u = taps.field[i] + (taps.at(i, c) & ~int64_t(1));
           const T* w = l.transposed[0] + 2 * taps.number[i];
-          sum = fma(V(w[0]), u[0], sum);
-          sum = fma(V(w[1]), u[1], sum);
+          R us, ut;
+          taps.at_pair(i, c, us, ut);
+          sum = fma(R(w[0]), us, sum);
+          sum = fma(R(w[1]), ut, sum);
         }
-        g[r * L + c] = sum;
-      }
+        P::put(target, 2, sum);
+      });
     }
   }
 
@@ -366,10 +424,13 @@ struct flow_group {
     const V* cache = work.cache + l.cache_at;
     V* dout = work.dchannel[0];
     for (int64_t r = 0; r < l.lat.n_rows; ++r)
-      for (int c = l.lat.row_parity(r) ^ active; c < L; c += 2) {
+      every_other(l.lat.row_parity(r) ^ active, L, [&](auto real, int c) LFQ_LAMBDA_INLINE {
+        using R = decltype(real);
         const int64_t site = r * L + c;
-        site_backward<S>(cache, x, g, site, dlog_det, dout[2 * site], dout[2 * site + 1]);
-      }
+        R us, ut;
+        site_backward<S>(cache, x, g, site, dlog_det, us, ut);
+        span<R>::put(dout + 2 * site, 4, us), span<R>::put(dout + 2 * site + 1, 4, ut);
+      });
     run_hidden(l, x);
     const V* h = work.hidden;
     for (int c = 1; c <= last; ++c) h += l.lat.volume * l.channels[c];
@@ -509,12 +570,12 @@ struct flow_group {
   }
 
   // ---- the flow --------------------------------------------------------------------------
-  // f(z); returned pointer is work.x or work.spare_x. CACHE keeps what backward needs.
+  // The first n_layers of f(z); returned pointer is work.x or work.spare_x. CACHE keeps what backward needs.
   template <bool CACHE, bool LOG_DET = true>
-  V* forward(const V* z, lane_sum<T>& log_det) const {
+  V* forward(const V* z, site_sum<T>& log_det, int n_layers) const {
     V *x = work.x, *spare = work.spare_x;
     for (int64_t i = 0; i < plan.first_volume; ++i) x[i] = z[i];
-    for (int n = 0; n < plan.n_layers; ++n) {
+    for (int n = 0; n < n_layers; ++n) {
       const layer_plan<T>& l = plan.layers[n];
       switch (l.spec.kind) {
         case LFQ_LAYER_COUPLING:
@@ -536,7 +597,7 @@ struct flow_group {
   }
 
   // z = f^-1(x); x is overwritten, and lies in work.x.
-  void inverse(V* z, lane_sum<T>& log_det) const {
+  void inverse(V* z, site_sum<T>& log_det) const {
     V *x = work.x, *spare = work.spare_x;
     for (int n = plan.n_layers - 1; n >= 0; --n) {
       const layer_plan<T>& l = plan.layers[n];
@@ -557,11 +618,11 @@ struct flow_group {
     for (int64_t i = 0; i < plan.first_volume; ++i) z[i] = x[i];
   }
 
-  // After forward<true>(z) returned x, and with dL/dx in work.g: dL/dz in work.gz. x is overwritten.
+  // After forward<true>(z, , n_layers) returned x, and with dL/dx in work.g: dL/dz in work.gz. x is overwritten.
   template <bool WEIGHTS>
-  void backward(const V* z, V* x, V dlog_det) const {
+  void backward(const V* z, V* x, V dlog_det, int n_layers) const {
     V *g = work.g, *spare = work.spare_g;
-    for (int n = plan.n_layers - 1; n >= 0; --n) {
+    for (int n = n_layers - 1; n >= 0; --n) {
       const layer_plan<T>& l = plan.layers[n];
       switch (l.spec.kind) {
         case LFQ_LAYER_COUPLING:
@@ -590,32 +651,38 @@ struct flow_group {
       for (int64_t i = 0; i < plan.first_volume; ++i) work.gz[i] = g[i];
   }
 
+  void clear_weight_sums() const {
+    for (int64_t i = 0; i < plan.n_weights; ++i) work.weight_sums[i] = lane_sum<T>();
+  }
   void clear_weight_gradient() const {
     for (int64_t i = 0; i < plan.n_weights; ++i) work.dweights[i] = V(T(0));
   }
-  // Adds the lanes' weight gradient to grad, in the order of the flow's weight vector.
-  void add_weight_gradient(double* grad) const {
-    const auto lanes = [](V v) {
+  void sum_weight_gradient() const {
+    for (int64_t i = 0; i < plan.n_weights; ++i) work.weight_sums[i].add(work.dweights[i]);
+  }
+  // The sum over lanes, in the order of the flow's weight vector.
+  void store_weight_sums(double* grad) const {
+    const auto lanes = [&](int64_t i) {
       double s = 0;
-      for (int i = 0; i < V::width; ++i) s += double(v[i]);
+      for (int l = 0; l < V::width; ++l) s += work.weight_sums[i][l];
       return s;
     };
     for (int n = 0; n < plan.n_layers; ++n) {
       const layer_plan<T>& l = plan.layers[n];
       if (l.spec.kind != LFQ_LAYER_COUPLING) {
         const int64_t m = lfq_layer_n_weights(&l.spec);
-        for (int64_t i = l.spec.weight_offset; i < l.spec.weight_offset + m; ++i) grad[i] += lanes(work.dweights[i]);
+        for (int64_t i = l.spec.weight_offset; i < l.spec.weight_offset + m; ++i) grad[i] = lanes(i);
         continue;
       }
       for (int c = 0; c < l.n_convolutions; ++c) {
         const int ni = l.channels[c], no = l.channels[c + 1], taps = l.win.n_taps;
-        const V* dw = work.dweights + l.weight_at[c];
         for (int co = 0; co < no; ++co)
           for (int ci = 0; ci < ni; ++ci)
             for (int tap = 0; tap < taps; ++tap)
-              grad[l.weight_at[c] + (int64_t(co) * ni + ci) * taps + tap] += lanes(dw[(int64_t(tap) * ni + ci) * no + co]);
+              grad[l.weight_at[c] + (int64_t(co) * ni + ci) * taps + tap] =
+                  lanes(l.weight_at[c] + (int64_t(tap) * ni + ci) * no + co);
         if (l.bias[c])
-          for (int co = 0; co < no; ++co) grad[l.bias_at[c] + co] += lanes(work.dweights[l.bias_at[c] + co]);
+          for (int co = 0; co < no; ++co) grad[l.bias_at[c] + co] = lanes(l.bias_at[c] + co);
       }
     }
   }

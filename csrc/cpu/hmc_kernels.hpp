@@ -1,12 +1,9 @@
 // Hybrid Monte Carlo on one group. One driver, two potentials: phi^4 itself, and phi^4 seen through a flow.
 #pragma once
-#include "cpu/flow_kernels.hpp"
-#include "cpu/phi4_kernels.hpp"
+#include "cpu/block_kernels.hpp"
 
 LFQ_NAMESPACE_BEGIN
 
-template <class T>
-using lane_mask = typename native_vector<T>::bits;
 template <class T>
 using lane_mask_bits = typename real_traits<T>::bits;
 
@@ -79,18 +76,13 @@ struct pulled_back_potential {
   // dS~/dz into work.flow.gz. At the ends of trajectories also the field, and S~ without the flow's
   // constant log-det.
   void gradient(const V* z) {
-    lane_sum<T> unused;
-    V* x = flow.template forward<true, false>(z, unused);
-    theory.gradient(x, flow.work.g);
-    flow.template backward<false>(z, x, V(T(-1)));
+    site_sum<T> unused;
+    target_gradient<false, false>(theory, flow, z, V(T(-1)), lane_mask<T>{}, unused, unused, static_cast<V*>(nullptr));
   }
   void gradient(const V* z, site_sum<T>& s) {
-    lane_sum<T> log_det;
-    V* x = flow.template forward<true>(z, log_det);
-    theory.gradient(x, flow.work.g, s);
-    s.total.subtract(log_det);
-    for (int64_t i = 0; i < theory.lat.volume; ++i) w.phi[i] = x[i];
-    flow.template backward<false>(z, x, V(T(-1)));
+    site_sum<T> log_det;
+    target_gradient<false, true>(theory, flow, z, V(T(-1)), lane_mask<T>{}, s, log_det, w.phi);
+    s.total.subtract(log_det.sum());
   }
 
   const V* field() const { return w.phi; }
@@ -111,6 +103,7 @@ struct pulled_back_potential {
     }
   }
   void kick_drift(double k, double d) {
+    if (!gradient_known && flow.plan.fused_at == 0) return step_through_block(theory, flow, w.z, w.pi, T(-k), T(d));
     if (!gradient_known) gradient(w.z);
     gradient_known = false;
     const V vk = V(T(-k)), vd = V(T(d));

@@ -160,10 +160,10 @@ struct cpu_kernels {
       const call_work w = shared.thread(ws, thread);
       const group<T> g(index, n_chains);
       if (!load(g, z, f.volume, w.z, failed)) return;
-      lane_sum<T> sum;
-      const V* y = flow_group<T>{shared.flow, w.flow}.template forward<false>(w.z, sum);
+      site_sum<T> sum;
+      const V* y = flow_group<T>{shared.flow, w.flow}.template forward<false>(w.z, sum, shared.flow.n_layers);
       store_group(g, y, f.volume, x);
-      store_lanes(g, sum, shared.flow.log_det_constant, log_det);
+      store_lanes(g, sum.sum(), shared.flow.log_det_constant, log_det);
     };
     for_tasks(group<T>::count(n_chains), n_threads, task);
     return status(failed, failure);
@@ -176,10 +176,10 @@ struct cpu_kernels {
       const call_work w = shared.thread(ws, thread);
       const group<T> g(index, n_chains);
       if (!load(g, x, f.volume, w.flow.x, failed)) return;
-      lane_sum<T> sum;
+      site_sum<T> sum;
       flow_group<T>{shared.flow, w.flow}.inverse(w.z, sum);
       store_group(g, w.z, f.volume, z);
-      store_lanes(g, sum, -shared.flow.log_det_constant, log_det);
+      store_lanes(g, sum.sum(), -shared.flow.log_det_constant, log_det);
     };
     for_tasks(group<T>::count(n_chains), n_threads, task);
     return status(failed, failure);
@@ -201,11 +201,13 @@ struct cpu_kernels {
       const flow_group<T> flow{shared.flow, w.flow};
       double* gradient = shared.gradient + slot * n;
       for (int64_t i = 0; i < n; ++i) gradient[i] = 0;
+      if (weights) flow.clear_weight_sums();
       for (int64_t index = slot * n_groups / n_slots; index < (slot + 1) * n_groups / n_slots; ++index) {
         if (weights) flow.clear_weight_gradient();
         if (!body(group<T>(index, n_chains), w, flow)) return;
-        if (weights) flow.add_weight_gradient(gradient);
+        if (weights) flow.sum_weight_gradient();
       }
+      if (weights) flow.store_weight_sums(gradient);
     };
     for_tasks(n_slots, n_threads, task);
   }
@@ -216,16 +218,17 @@ struct cpu_kernels {
     over_slots(shared, n_chains, ws, n_threads, dweights != nullptr,
                [&](const group<T>& g, const call_work& w, const flow_group<T>& flow) {
                  if (!load(g, z, f.volume, w.z, failed)) return false;
-                 lane_sum<T> sum;
-                 V* x = flow.template forward<true>(w.z, sum);
+                 site_sum<T> sum;
+                 V* x = flow.template forward<true>(w.z, sum, shared.flow.n_layers);
                  if (!load(g, dx, f.volume, w.flow.g, failed)) return false;
                  V gl(T(0));
                  for (int l = 0; l < g.n_valid; ++l) gl.set(l, T(dlog_det[g.first + l]));
                  if (dweights) {
-                   mask(g, w.flow.g, f.volume);
-                   flow.template backward<true>(w.z, x, gl);
+                   const lane_mask<T> keep = chains_of(g);
+                   for (int64_t i = 0; i < f.volume; ++i) w.flow.g[i] = masked<T>(keep, w.flow.g[i]);
+                   flow.template backward<true>(w.z, x, gl, shared.flow.n_layers);
                  } else {
-                   flow.template backward<false>(w.z, x, gl);
+                   flow.template backward<false>(w.z, x, gl, shared.flow.n_layers);
                  }
                  store_group(g, w.flow.gz, f.volume, dz);
                  return true;
@@ -234,11 +237,10 @@ struct cpu_kernels {
     return status(failed, failure);
   }
   // Lanes that are not chains must not enter sums over chains.
-  static void mask(const group<T>& g, V* v, int64_t n) {
-    if (g.n_valid == V::width) return;
-    V keep(T(0));
-    for (int l = 0; l < g.n_valid; ++l) keep.set(l, T(1));
-    for (int64_t i = 0; i < n; ++i) v[i] = v[i] * keep;
+  static lane_mask<T> chains_of(const group<T>& g) {
+    lane_mask<T> keep = {};
+    for (int l = 0; l < g.n_valid; ++l) keep[l] = ~lane_mask_bits<T>(0);
+    return keep;
   }
   static int loss(const lfq_flow& f, const lfq_phi4& theory, int64_t n_chains, const T* z, double* action,
                   double* log_det, double* dweights, lfq_failure* failure, void* ws, int n_threads) {
@@ -249,16 +251,12 @@ struct cpu_kernels {
       over_slots(shared, n_chains, ws, n_threads, true,
                  [&](const group<T>& g, const call_work& w, const flow_group<T>& flow) {
                    if (!load(g, z, f.volume, w.z, failed)) return false;
-                   lane_sum<T> ld;
-                   site_sum<T> s;
-                   V* x = flow.template forward<true>(w.z, ld);
-                   kernel.gradient(x, w.flow.g, s);
-                   store_lanes(g, s.sum(), 0.0, action);
-                   store_lanes(g, ld, shared.flow.log_det_constant, log_det);
                    V gl(T(0));
                    for (int l = 0; l < g.n_valid; ++l) gl.set(l, T(-1));
-                   mask(g, w.flow.g, f.volume);
-                   flow.template backward<true>(w.z, x, gl);
+                   site_sum<T> s, ld;
+                   target_gradient<true, true>(kernel, flow, w.z, gl, chains_of(g), s, ld, static_cast<V*>(nullptr));
+                   store_lanes(g, s.sum(), 0.0, action);
+                   store_lanes(g, ld.sum(), shared.flow.log_det_constant, log_det);
                    return true;
                  });
     });
@@ -322,12 +320,10 @@ struct cpu_kernels {
         const group<T> g(index, n_chains);
         if (!load(g, z, f.volume, w.z, failed)) return;
         const flow_group<T> flow{shared.flow, w.flow};
-        lane_sum<T> ld;
-        site_sum<T> s;
-        V* x = flow.template forward<true>(w.z, ld);
-        kernel.gradient(x, w.flow.g, s);
-        for (int l = 0; l < g.n_valid; ++l) action[g.first + l] = s.sum()[l] - (ld[l] + shared.flow.log_det_constant);
-        flow.template backward<false>(w.z, x, V(T(-1)));
+        site_sum<T> s, ld;
+        target_gradient<false, true>(kernel, flow, w.z, V(T(-1)), lane_mask<T>{}, s, ld, static_cast<V*>(nullptr));
+        s.total.subtract(ld.sum());
+        store_lanes(g, s.sum(), -shared.flow.log_det_constant, action);
         for (int64_t i = 0; i < f.volume; ++i) w.flow.gz[i] = -w.flow.gz[i];
         store_group(g, w.flow.gz, f.volume, force);
       };

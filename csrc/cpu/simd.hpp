@@ -206,6 +206,7 @@ struct twin {
   twin() = default;
   LFQ_HD twin(V x, V y) : a(x), b(y) {}
   LFQ_HD explicit twin(T x) : a(x), b(x) {}
+  LFQ_HD explicit twin(V x) : a(x), b(x) {}
   friend LFQ_HD twin operator+(twin x, twin y) { return {x.a + y.a, x.b + y.b}; }
   friend LFQ_HD twin operator-(twin x, twin y) { return {x.a - y.a, x.b - y.b}; }
   friend LFQ_HD twin operator*(twin x, twin y) { return {x.a * y.a, x.b * y.b}; }
@@ -230,6 +231,31 @@ struct real_traits<twin<T>> {
   }
 };
 
+// The sites a real stands for: one, or two that are two apart, which is where a row's next site of the same
+// parity lies. at<R>(p) reads them, put(p, v) writes them.
+template <class R>
+struct span;
+template <class T>
+struct span<simd<T>> {
+  static constexpr int sites = 1;
+  static LFQ_HD simd<T> at(const simd<T>* p, int) { return p[0]; }
+  static LFQ_HD void put(simd<T>* p, int, simd<T> v) { p[0] = v; }
+  static LFQ_HD simd<T> sum(simd<T> x, simd<T> start) { return start + x; }
+  static LFQ_HD simd<T> dot(simd<T> x, simd<T> y, simd<T> start) { return fma(x, y, start); }
+  template <class F>
+  static LFQ_HD void each(simd<T> x, F&& f) { f(x); }
+};
+template <class T>
+struct span<twin<T>> {
+  static constexpr int sites = 2;
+  static LFQ_HD twin<T> at(const simd<T>* p, int stride) { return {p[0], p[stride]}; }
+  static LFQ_HD void put(simd<T>* p, int stride, twin<T> v) { p[0] = v.a, p[stride] = v.b; }
+  static LFQ_HD simd<T> sum(twin<T> x, simd<T> start) { return start + x.a + x.b; }
+  static LFQ_HD simd<T> dot(twin<T> x, twin<T> y, simd<T> start) { return fma(x.b, y.b, fma(x.a, y.a, start)); }
+  template <class F>
+  static LFQ_HD void each(twin<T> x, F&& f) { f(x.a), f(x.b); }
+};
+
 template <class B>
 struct word_traits<twin_bits<B>> {
   static LFQ_HD twin_bits<B> broadcast(uint32_t w) {
@@ -248,6 +274,7 @@ template <>
 struct lane_sum<double> {
   simd<double> a = simd<double>(0.0);
   LFQ_HD void add(simd<double> x) { a += x; }
+  LFQ_HD void add(const lane_sum& o) { a += o.a; }
   LFQ_HD void subtract(const lane_sum& o) { a -= o.a; }
   LFQ_HD double operator[](int lane) const { return a[lane]; }
 };
@@ -260,11 +287,22 @@ struct lane_sum<float> {
     memcpy(h, &x.v, sizeof(h));
     for (int i = 0; i < 2; ++i) a[i] += simd<double>(__builtin_convertvector(h[i], simd<double>::native));
   }
+  LFQ_HD void add(const lane_sum& o) {
+    for (int i = 0; i < 2; ++i) a[i] += o.a[i];
+  }
   LFQ_HD void subtract(const lane_sum& o) {
     for (int i = 0; i < 2; ++i) a[i] -= o.a[i];
   }
   LFQ_HD double operator[](int lane) const { return a[lane / simd<double>::width][lane % simd<double>::width]; }
 };
+
+template <class T>
+using lane_mask = typename native_vector<T>::bits;
+// v in the lanes of the mask, 0 in the others
+template <class T>
+LFQ_HD simd<T> masked(lane_mask<T> m, simd<T> v) {
+  return from_bits<simd<T>>(to_bits(v) & m);
+}
 
 // The same for terms that come site by site: single-precision ones go to double four at a time.
 template <class T>

@@ -15,7 +15,8 @@ struct affine_site {
 template <scale_kind S, class R>
 LFQ_HD affine_site<R> affine_parameters(R u_s, R u_t) {
   affine_site<R> a;
-  tanh_pair(u_s, u_t, a.s, a.t);
+  a.s = tanh(u_s);
+  a.t = tanh(u_t);
   a.e = S == scale_kind::neg_abs ? exp_minus(abs(a.s)) : exp(a.s);
   return a;
 }
@@ -25,15 +26,12 @@ LFQ_HD R affine_log_det(R s) {
   return S == scale_kind::neg_abs ? -abs(s) : s;
 }
 
-// From dL/dy and dL/dlog_det: dL/du_s and dL/du_t; dL/dx is dy * e.
+// From scaled = x e, dL/dy and dL/dlog_det: dL/du_s and dL/du_t; dL/dx is dy e.
 template <scale_kind S, class R>
-LFQ_HD void affine_backward(const affine_site<R>& a, R x, R dy, R dlog_det, R& du_s, R& du_t) {
+LFQ_HD void affine_backward(const affine_site<R>& a, R scaled, R dy, R dlog_det, R& du_s, R& du_t) {
   using T = typename real_traits<R>::scalar;
-  R ds = fma(dy, x * a.e, dlog_det);
-  if constexpr (S == scale_kind::neg_abs) {
-    // d|s|/ds = sign(s), taken as 0 at s = 0
-    ds = select(a.s > R(T(0)), -ds, select(a.s < R(T(0)), ds, R(T(0))));
-  }
+  R ds = fma(dy, scaled, dlog_det);
+  if constexpr (S == scale_kind::neg_abs) ds = -times_sign(ds, a.s);  // d|s|/ds, taken as 0 at s = 0
   du_s = ds * fma(-a.s, a.s, R(T(1)));
   du_t = dy * fma(-a.t, a.t, R(T(1)));
 }

@@ -1,6 +1,6 @@
 // exp, tanh, log and sin/cos of a fraction of a turn, written once for scalars, SIMD vectors and GPU
-// threads, so that a number does not depend on where it was computed. Accuracy: at most 3 ulp on the
-// ranges stated (tanh_pair: 4). Polynomials are minimax approximations (Remez), without tables, since a
+// threads, so that a number does not depend on where it was computed. Accuracy: at most 5 ulp on the
+// ranges stated. Polynomials are minimax approximations (Remez), without tables, since a
 // look-up costs an AVX2 machine more than the terms it would save.
 #pragma once
 #include "lfq/real.hpp"
@@ -66,19 +66,17 @@ LFQ_HD R exp(R x) {
   return fma(power, fma(q, r * r, r), power);
 }
 
-// exp(-s) for s in [0, 1]: one polynomial in s - 1/2, no reduction.
+// exp(-s) for s in [0, 1]: one polynomial, no reduction; 1 at 0.
 template <class R>
 LFQ_HD R exp_minus(R s) {
   using T = typename real_traits<R>::scalar;
-  const R r = s - R(T(0.5));
   if constexpr (sizeof(T) == 8)
-    return horner(r, R(T(-0x1.03cb2fc1937bdp-26)), 0x1.68f69986c8312p-23, -0x1.c0b1a97b6190ap-20,
-                  0x1.f8bf78dc7f64ap-17, -0x1.f8c1b3a24b010p-14, 0x1.b9a983ade6191p-11, -0x1.4b3f21e81c832p-8,
-                  0x1.9e0eea5e1a41ap-6, -0x1.9e0eea5e9fc90p-4, 0x1.368b2fc6f98dfp-2, -0x1.368b2fc6f9617p-1,
-                  0x1.368b2fc6f9609p-1);
+    return horner(s, R(T(-0x1.0462ef3062651p-26)), 0x1.0e00b5835cad3p-22, -0x1.6d1ff10911706p-19,
+                  0x1.9f8a2a977ecefp-16, -0x1.a00ea35ca08dep-13, 0x1.6c16271dbb945p-10, -0x1.11110baaba7acp-7,
+                  0x1.555555180f726p-5, -0x1.55555553be43ep-3, 0x1.fffffffff55efp-2, -0x1.ffffffffffe71p-1, 1.0);
   else
-    return horner(r, R(T(0x1.b639579585efbp-11)), -0x1.4ea89fa52dfcbp-8, 0x1.9e20049df0a8dp-6, -0x1.9e083ddc76125p-4,
-                  0x1.368b12fd6497dp-2, -0x1.368b36311a0dbp-1, 0x1.368b2ffc11a46p-1);
+    return horner(s, R(T(0x1.b94dd77d60f1dp-11)), -0x1.f448368e5aee1p-8, 0x1.51877c07ebc55p-5, -0x1.55013605896edp-3,
+                  0x1.fff927fb06640p-2, -0x1.ffffcf3ff120ap-1, 1.0);
 }
 
 // tanh |x| = numerator / denominator, both positive. With 2 |x| = k ln2 + 2 q and h = q coth q,
@@ -110,18 +108,6 @@ LFQ_HD R tanh(R x) {
   R n, d;
   tanh_ratio(x, n, d);
   return with_sign(n / d, x);
-}
-
-// The tanh of two numbers for one division.
-template <class R>
-LFQ_HD void tanh_pair(R x, R y, R& tanh_x, R& tanh_y) {
-  using T = typename real_traits<R>::scalar;
-  R nx, dx, ny, dy;
-  tanh_ratio(x, nx, dx);
-  tanh_ratio(y, ny, dy);
-  const R inverse = R(T(1)) / (dx * dy);
-  tanh_x = with_sign(nx * dy * inverse, x);
-  tanh_y = with_sign(ny * dx * inverse, y);
 }
 
 // Natural logarithm of x 2^-shift, for a positive normal number x.

@@ -24,6 +24,16 @@ struct phi4_site {
     const R local = fma(phi2, R(T(-4) * lam), R(T(-2) * quadratic));
     return fma(phi, local, R(beta) * neighbours);
   }
+  // The same without neighbours.
+  template <class R>
+  LFQ_HD R action_alone(R phi) const {
+    const R phi2 = phi * phi;
+    return phi2 * fma(phi2, R(lam), R(quadratic));
+  }
+  template <class R>
+  LFQ_HD R force_alone(R phi) const {
+    return phi * fma(phi * phi, R(T(-4) * lam), R(T(-2) * quadratic));
+  }
 };
 
 // momenta + k F(phi), with k folded into the couplings: four multiplications a site.

@@ -68,5 +68,11 @@ template <class R>
 LFQ_HD R with_sign(R m, R s) {
   return from_bits<R>(to_bits(m) | (to_bits(s) & sign_mask<R>()));
 }
+// x sign(s), 0 where s is
+template <class R>
+LFQ_HD R times_sign(R x, R s) {
+  using T = typename real_traits<R>::scalar;
+  return select(abs(s) > R(T(0)), from_bits<R>(to_bits(x) ^ (to_bits(s) & sign_mask<R>())), R(T(0)));
+}
 
 LFQ_NAMESPACE_END
