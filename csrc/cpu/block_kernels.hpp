@@ -326,8 +326,8 @@ void target_gradient(const phi4_group<T, D>& theory, const flow_group<T>& flow, 
         block.template run<ENERGY>();
         if constexpr (WEIGHTS) block.store_weights(plan, keep, flow.work.dweights);
         if constexpr (ENERGY) {
-          action.total.add(block.action.sum());
-          log_det.total.add(block.log_det.sum());
+          action.total.add(1.0, block.action.sum());
+          log_det.total.add(1.0, block.log_det.sum());
         }
       });
       if (before == 0) return;

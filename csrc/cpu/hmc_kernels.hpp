@@ -46,19 +46,38 @@ struct phi4_potential {
   hmc_work<T>& w;
 
   const V* field() const { return w.z; }
-  void start(site_sum<T>& s) { theory.action(w.z, s); }
-  void save(int64_t i) { w.z_old[i] = w.z[i]; }
+  bool moved = true;  // since the trajectory began, whose first drift goes from w.z_old to w.z
+
+  void start(lane_sum<T>& s) {
+    site_sum<T> sum;
+    theory.action(w.z, sum);
+    s = sum.sum();
+  }
+  void save() {
+    V* const swap = w.z;
+    w.z = w.z_old;
+    w.z_old = swap;
+    moved = false;
+  }
   void settle(lane_mask<T> accept) {
     for (int64_t i = 0; i < theory.lat.volume; ++i) w.z[i] = blend<T>(accept, w.z[i], w.z_old[i]);
   }
   phi4_kick<T> kick(double k) const { return phi4_kick<T>(theory.beta, theory.lam, k); }
   void kick_drift(double k, double d) {
     if (d == 1.0)
-      theory.template kick_drift<true>(w.z, w.pi, kick(k), T(1));
+      kick_drift<true>(kick(k), T(1));
     else
-      theory.template kick_drift<false>(w.z, w.pi, kick(k), T(d));
+      kick_drift<false>(kick(k), T(d));
   }
-  void last_kick(double k, site_sum<T>& s, site_sum<T>& p2) { theory.kick_energy(w.z, w.pi, kick(k), s, p2); }
+  template <bool UNIT>
+  void kick_drift(const phi4_kick<T>& k, T d) {
+    if (moved)
+      theory.template kick_drift<UNIT, true>(w.z, w.z, w.pi, k, d);
+    else
+      theory.template kick_drift<UNIT, false>(w.z_old, w.z, w.pi, k, d);
+    moved = true;
+  }
+  void last_kick(double k, lane_sum<T>& s, site_sum<T>& p2) { theory.kick_energy(w.z, w.pi, kick(k), k, s, p2); }
 };
 
 // S~(z) = S(f(z)) - log|det df/dz|
@@ -79,21 +98,24 @@ struct pulled_back_potential {
     site_sum<T> unused;
     target_gradient<false, false>(theory, flow, z, V(T(-1)), lane_mask<T>{}, unused, unused, static_cast<V*>(nullptr));
   }
-  void gradient(const V* z, site_sum<T>& s) {
-    site_sum<T> log_det;
-    target_gradient<false, true>(theory, flow, z, V(T(-1)), lane_mask<T>{}, s, log_det, w.phi);
-    s.total.subtract(log_det.sum());
+  void gradient(const V* z, lane_sum<T>& s) {
+    site_sum<T> action, log_det;
+    target_gradient<false, true>(theory, flow, z, V(T(-1)), lane_mask<T>{}, action, log_det, w.phi);
+    s.add(1.0, action.sum());
+    s.add(-1.0, log_det.sum());
   }
 
   const V* field() const { return w.phi; }
-  void start(site_sum<T>& s) {
+  void start(lane_sum<T>& s) {
     gradient(w.z, s);
     gradient_known = true;
   }
-  void save(int64_t i) {
-    w.z_old[i] = w.z[i];
-    w.phi_old[i] = w.phi[i];
-    w.g_old[i] = flow.work.gz[i];
+  void save() {
+    for (int64_t i = 0; i < theory.lat.volume; ++i) {
+      w.z_old[i] = w.z[i];
+      w.phi_old[i] = w.phi[i];
+      w.g_old[i] = flow.work.gz[i];
+    }
   }
   void settle(lane_mask<T> accept) {
     for (int64_t i = 0; i < theory.lat.volume; ++i) {
@@ -112,14 +134,14 @@ struct pulled_back_potential {
       w.z[i] = fma(vd, w.pi[i], w.z[i]);
     }
   }
-  void last_kick(double k, site_sum<T>& s, site_sum<T>& p2) {
+  void last_kick(double k, lane_sum<T>& s, site_sum<T>& p2) {
     gradient(w.z, s);
     gradient_known = true;
     const V vk = V(T(-k));
     for (int64_t i = 0; i < theory.lat.volume; ++i) {
       const V m = fma(vk, flow.work.gz[i], w.pi[i]);
       w.pi[i] = m;
-      p2.add(i, m * m);
+      p2.add_product(i, m, m);
     }
   }
 };
@@ -135,7 +157,7 @@ inline double momentum_unit(const lfq_hmc& h) {
 
 // One trajectory of the splitting: adjacent kicks merged, the action and the momenta squared taken with the last.
 template <class T, class P>
-void trajectory(P& potential, const lfq_hmc& h, site_sum<T>& s, site_sum<T>& p2) {
+void trajectory(P& potential, const lfq_hmc& h, lane_sum<T>& s, site_sum<T>& p2) {
   const lfq_integrator& in = h.integrator;
   const double unit = momentum_unit(h);
   double kick = in.kick[0];
@@ -281,29 +303,30 @@ bool run_hmc(P& potential, const lfq_hmc& h, const group<T>& g, const hmc_output
   const int64_t volume = potential.theory.lat.volume;
   double s0[W];
   {
-    site_sum<T> s;
+    lane_sum<T> s;
     potential.start(s);
-    g.totals(s.sum(), s0);
+    g.totals(s, s0);
   }
   int64_t n = 0;
   const double unit = momentum_unit(h), half_mass = 0.5 / (unit * unit);
   for (int64_t sample = 0; sample < h.n_samples; ++sample) {
     for (int t = 0; t < h.thin; ++t, ++n) {
       const uint64_t number = h.first_trajectory + uint64_t(n);
-      site_sum<T> sum_k0, sum_k1, sum_s1;
+      site_sum<T> sum_k0, sum_k1;
+      lane_sum<T> sum_s1;
       const simd<T> to_unit = simd<T>(T(unit));
       normals<T>(stream{h.seed, number, LFQ_PURPOSE_MOMENTA}, h.first_chain, g, volume,
                  [&](int64_t i, simd<T> p) LFQ_LAMBDA_INLINE {
         p = p * to_unit;
         w.pi[i] = p;
-        sum_k0.add(i, p * p);
-        potential.save(i);
+        sum_k0.add_product(i, p, p);
       });
+      potential.save();
       trajectory<T>(potential, h, sum_s1, sum_k1);
       double k0[W], k1[W], s1[W], uniform[W];
       g.totals(sum_k0.sum(), k0);
       g.totals(sum_k1.sum(), k1);
-      g.totals(sum_s1.sum(), s1);
+      g.totals(sum_s1, s1);
       accept_uniforms(stream{h.seed, number, LFQ_PURPOSE_ACCEPT}, h.first_chain, g, uniform);
       lane_mask<T> accept = {};
       bool all = true;

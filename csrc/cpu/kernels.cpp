@@ -322,7 +322,7 @@ struct cpu_kernels {
         const flow_group<T> flow{shared.flow, w.flow};
         site_sum<T> s, ld;
         target_gradient<false, true>(kernel, flow, w.z, V(T(-1)), lane_mask<T>{}, s, ld, static_cast<V*>(nullptr));
-        s.total.subtract(ld.sum());
+        s.total.add(-1.0, ld.sum());
         store_lanes(g, s.sum(), -shared.flow.log_det_constant, action);
         for (int64_t i = 0; i < f.volume; ++i) w.flow.gz[i] = -w.flow.gz[i];
         store_group(g, w.flow.gz, f.volume, force);
@@ -340,7 +340,8 @@ struct cpu_kernels {
                              const double unit = momentum_unit(h);
                              const int64_t sites = p.theory.lat.volume;
                              for (int64_t i = 0; i < sites; ++i) p.w.pi[i] = p.w.pi[i] * V(T(unit));
-                             site_sum<T> s, p2;
+                             lane_sum<T> s;
+                             site_sum<T> p2;
                              trajectory<T>(p, h, s, p2);
                              for (int64_t i = 0; i < sites; ++i) p.w.pi[i] = p.w.pi[i] / V(T(unit));
                              store_group(g, p.w.z, volume, z);

@@ -22,10 +22,14 @@ template <class T>
 struct halo {
   simd<T>* below = nullptr;  // of slabs only: under slice 0, the last slice of the slab before
   simd<T>* above = nullptr;  // over the last slice: slice 0 (of the slab after)
+  simd<T>* left = nullptr;   // of each row, a column as it was before it moved: see kick_drift
+  simd<T>* first = nullptr;
   void plan(arena& mem, const lfq_phi4& theory, bool split) {
     const lattice lat(theory.ndim, theory.extent);
     if (split) below = mem.take<simd<T>>(lat.volume / lat.extent[0]);
     above = mem.take<simd<T>>(lat.volume / lat.extent[0]);
+    left = mem.take<simd<T>>(lat.extent[0]);
+    first = mem.take<simd<T>>(lat.extent[0]);
   }
 };
 
@@ -123,16 +127,16 @@ struct phi4_group {
       });
   }
 
-  // p += k F(phi), then phi += d p, in one pass over the lattice. UNIT: d = 1, the momenta being in units of
-  // the step. A slice moves once both its neighbours were kicked: while the next one is. The first slice
-  // moves long before the last is kicked, which sees a copy of it.
-  template <bool UNIT>
-  void kick_drift(V* phi, V* p, const phi4_kick<T>& kick, T d) const {
+  // p += k F(phi), then to = phi + d p, in one pass over the lattice. IN_PLACE: `to` is phi. UNIT: d = 1, the
+  // momenta being in units of the step. A slice moves once both its neighbours were kicked: while the next one
+  // is. The first slice moves long before the last is kicked, which sees a copy of it.
+  template <bool UNIT, bool IN_PLACE>
+  void kick_drift(const V* phi, V* to, V* p, const phi4_kick<T>& kick, T d) const {
     const V vd(d);
     const auto moved = [&](V x, V v) LFQ_LAMBDA_INLINE { return UNIT ? x + v : fma(vd, v, x); };
     if constexpr (D == 1) {
       row(phi, 0, [&](int64_t i, V x, V, V all) LFQ_LAMBDA_INLINE { p[i] = kick(p[i], x, all); });
-      for (int64_t i = 0; i < lat.volume; ++i) phi[i] = moved(phi[i], p[i]);
+      for (int64_t i = 0; i < lat.volume; ++i) to[i] = moved(phi[i], p[i]);
       return;
     } else {
       const int n = lat.length, slices = lat.extent[0];
@@ -143,58 +147,93 @@ struct phi4_group {
         for (int64_t i = 0; i < slice; ++i) edge.above[i] = phi[i];
       int s = 0;
       if constexpr (D == 2)
-        for (; s + 1 < slices; s += 2) {
-          V* below = s > 0 ? phi + (s - 1) * slice : split ? edge.below : phi + last;
-          const V* above = s + 2 < slices ? phi + (s + 2) * slice : edge.above;
-          if (s > 0)
-            two_rows<true>(phi + s * slice, below, above, p + s * slice, kick, moved);
+        if (slices % 2 == 0) {
+          if (n < 2 * columns)
+            two_row_steps<IN_PLACE, false>(phi, to, p, 0, n, kick, moved);
           else
-            two_rows<false>(phi, below, above, p, kick, moved);
+            for (int x0 = 0, x1 = 0; x0 < n; x0 = x1) {
+              x1 = n - x0 < 2 * columns ? n : x0 + columns;
+              two_row_steps<IN_PLACE, true>(phi, to, p, x0, x1, kick, moved);
+            }
+          s = slices;
         }
       for (; s < slices; ++s)
         for (int64_t r = s * rows; r < (s + 1) * rows; ++r) {
           const int64_t before = (s > 0 ? r - rows : r) * n;
           row(phi, r, [&](int64_t i, V x, V, V all) LFQ_LAMBDA_INLINE { p[i] = kick(p[i], x, all); },
               edge.above, [&](int x) LFQ_LAMBDA_INLINE {
-                if (s > 0) phi[before + x] = moved(phi[before + x], p[before + x]);
+                if (s > 0) to[before + x] = moved(phi[before + x], p[before + x]);
               });
         }
-      for (int64_t i = last; i < lat.volume; ++i) phi[i] = moved(phi[i], p[i]);
+      for (int64_t i = last; i < lat.volume; ++i) to[i] = moved(phi[i], p[i]);
+    }
+  }
+  // Long rows are taken some columns at a time, so that the rows a site needs are still in the first-level
+  // cache when they are needed again. What moved already is remembered in edge.left and edge.first.
+  static constexpr int columns = 32;
+
+  template <bool IN_PLACE, bool BLOCKED, class Move>
+  LFQ_HD void two_row_steps(const V* phi, V* to, V* p, int x0, int x1, const phi4_kick<T>& kick, Move&& moved) const {
+    const int n = lat.length, rows = lat.extent[0];
+    if (BLOCKED && x0 == 0)
+      for (int r = 0; r < rows; ++r) {
+        edge.left[r] = phi[r * int64_t(n) + n - 1];
+        edge.first[r] = phi[r * int64_t(n)];
+      }
+    for (int r = 0; r < rows; r += 2) {
+      const int64_t at = r * int64_t(n);
+      const V* below = r > 0 ? phi + at - n : split ? edge.below : phi + (rows - 1) * int64_t(n);
+      const V* above = r + 2 < rows ? phi + at + 2 * n : edge.above;
+      if (r > 0)
+        two_rows<true, IN_PLACE, BLOCKED>(phi + at, to + at, below, above, p + at, r, x0, x1, kick, moved);
+      else
+        two_rows<false, IN_PLACE, BLOCKED>(phi, to, below, above, p, r, x0, x1, kick, moved);
     }
   }
   // Kicks two rows and moves the first of them, and MOVE_BELOW the row below: neighbours of a site come from
   // registers where they can.
-  template <bool MOVE_BELOW, class Move>
-  LFQ_HD void two_rows(V* phi, V* below, const V* above, V* p, const phi4_kick<T>& kick, Move&& moved) const {
+  template <bool MOVE_BELOW, bool IN_PLACE, bool BLOCKED, class Move>
+  LFQ_HD void two_rows(const V* phi, V* target, const V* below, const V* above, V* p, int r, int x0, int x1,
+                       const phi4_kick<T>& kick, Move&& moved) const {
     const int n = lat.length;
-    V *phi1 = phi + n, *p1 = p + n;
-    const V* p_below = p - n;
-    const V first0 = phi[0], first1 = phi1[0];
-    V left0 = phi[n - 1], left1 = phi1[n - 1], here0 = first0, here1 = first1;
+    // fewer pointers to hold
+    V* to = IN_PLACE ? const_cast<V*>(phi) : target;
+    const V *phi1 = phi + n, *p_below = p - n;
+    V *p1 = p + n, *to_below = IN_PLACE ? const_cast<V*>(below) : to - n;
+    V left0 = BLOCKED ? edge.left[r] : phi[n - 1], left1 = BLOCKED ? edge.left[r + 1] : phi1[n - 1];
+    V here0 = phi[x0], here1 = phi1[x0];
+    const V end0 = !BLOCKED ? here0 : x1 < n ? phi[x1] : edge.first[r];
+    const V end1 = !BLOCKED ? here1 : x1 < n ? phi1[x1] : edge.first[r + 1];
     const auto visit = [&](int x, V right0, V right1) LFQ_LAMBDA_INLINE {
       const V under = below[x];
       const V k0 = kick(p[x], here0, (left0 + right0) + (under + here1));
       const V k1 = kick(p1[x], here1, (left1 + right1) + (here0 + above[x]));
       p[x] = k0;
       p1[x] = k1;
-      if constexpr (MOVE_BELOW) below[x] = moved(under, p_below[x]);
-      phi[x] = moved(here0, k0);
+      if constexpr (MOVE_BELOW) to_below[x] = moved(under, p_below[x]);
+      to[x] = moved(here0, k0);
       left0 = here0, left1 = here1;
       here0 = right0, here1 = right1;
     };
-    for (int x = 0; x + 1 < n; ++x) visit(x, phi[x + 1], phi1[x + 1]);
-    visit(n - 1, first0, first1);
+    for (int x = x0; x + 1 < x1; ++x) visit(x, phi[x + 1], phi1[x + 1]);
+    visit(x1 - 1, end0, end1);
+    if constexpr (BLOCKED) edge.left[r] = left0, edge.left[r + 1] = left1;
   }
-  // The last kick, with the action after it and the square of the momenta.
-  void kick_energy(const V* phi, V* p, const phi4_kick<T>& kick, site_sum<T>& s, site_sum<T>& p2) const {
+  // The last kick, with the action after it and the square of the momenta. Since the sum of -phi F counts the
+  // quadratic terms of S twice and the quartic one four times, S = sum of -phi F / 2 - lam phi^4.
+  void kick_energy(const V* phi, V* p, const phi4_kick<T>& kick, double k, lane_sum<T>& s, site_sum<T>& p2) const {
     exchange(phi);
+    site_sum<T> phi_force, phi4;
     for (int64_t r = 0; r < lat.n_rows; ++r)
-      row(phi, r, [&](int64_t i, V x, V forward, V all) LFQ_LAMBDA_INLINE {
-        const V m = kick(p[i], x, all);
+      row(phi, r, [&](int64_t i, V x, V, V all) LFQ_LAMBDA_INLINE {
+        const V x2 = x * x, f = kick.force(x, x2, all), m = p[i] + f;
         p[i] = m;
-        s.add(i, site.action(x, forward));
-        p2.add(i, m * m);
+        phi_force.add_product(i, x, f);
+        phi4.add_product(i, x2, x2);
+        p2.add_product(i, m, m);
       });
+    s.add(-0.5 / k, phi_force.sum());
+    s.add(-lam, phi4.sum());
   }
 };
 

@@ -274,8 +274,7 @@ template <>
 struct lane_sum<double> {
   simd<double> a = simd<double>(0.0);
   LFQ_HD void add(simd<double> x) { a += x; }
-  LFQ_HD void add(const lane_sum& o) { a += o.a; }
-  LFQ_HD void subtract(const lane_sum& o) { a -= o.a; }
+  LFQ_HD void add(double factor, const lane_sum& o) { a += simd<double>(factor) * o.a; }
   LFQ_HD double operator[](int lane) const { return a[lane]; }
 };
 template <>
@@ -287,11 +286,8 @@ struct lane_sum<float> {
     memcpy(h, &x.v, sizeof(h));
     for (int i = 0; i < 2; ++i) a[i] += simd<double>(__builtin_convertvector(h[i], simd<double>::native));
   }
-  LFQ_HD void add(const lane_sum& o) {
-    for (int i = 0; i < 2; ++i) a[i] += o.a[i];
-  }
-  LFQ_HD void subtract(const lane_sum& o) {
-    for (int i = 0; i < 2; ++i) a[i] -= o.a[i];
+  LFQ_HD void add(double factor, const lane_sum& o) {
+    for (int i = 0; i < 2; ++i) a[i] += simd<double>(factor) * o.a[i];
   }
   LFQ_HD double operator[](int lane) const { return a[lane / simd<double>::width][lane % simd<double>::width]; }
 };
@@ -314,6 +310,14 @@ struct site_sum {
       total.add(x);
     } else {
       part += x;
+      if ((site & 3) == 3) settle();
+    }
+  }
+  LFQ_HD void add_product(int64_t site, simd<T> x, simd<T> y) {
+    if constexpr (sizeof(T) == 8) {
+      total.a = fma(x, y, total.a);
+    } else {
+      part = fma(x, y, part);
       if ((site & 3) == 3) settle();
     }
   }

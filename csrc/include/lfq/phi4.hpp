@@ -47,6 +47,11 @@ struct phi4_kick {
     const R local = fma(phi * phi, R(cubic), R(linear));
     return fma(phi, local, fma(R(hopping), neighbours, momentum));
   }
+  // k F(phi)
+  template <class R>
+  LFQ_HD R force(R phi, R phi2, R neighbours) const {
+    return fma(phi, fma(phi2, R(cubic), R(linear)), R(hopping) * neighbours);
+  }
 };
 
 LFQ_NAMESPACE_END

@@ -58,7 +58,7 @@ LFQ_HD void box_muller(typename real_traits<R>::bits a, typename real_traits<R>:
     const R lo = from_bits<R>((a & (B{} + U(0xffff))) | to_bits(R(T(0x1p23f)))) - R(T(0x1p23f));
     log_u = log(fma(hi, R(T(0x1p16f)), lo + R(T(0.5f))), 32);
   }
-  const R r = sqrt(log_u * R(T(-2)));
+  const R r = sqrt(-(log_u + log_u));
   R c, s;
   cos_sin_turn24(b & (B{} + U(0xffffff)), c, s);
   n0 = r * c;
