@@ -137,6 +137,9 @@ int check_hmc(const lfq_hmc* h, int64_t n_chains) {
     return fail(LFQ_ERR_ARGUMENT, "integrator: n_stages is %d, must be 1 to %d", int(h->integrator.n_stages), LFQ_MAX_STAGES);
   if (!std::isfinite(h->step_size) || h->step_size == 0)
     return fail(LFQ_ERR_ARGUMENT, "step_size is %g, must be finite and not zero", h->step_size);
+  bool moves = false;
+  for (int i = 0; i < h->integrator.n_stages; ++i) moves = moves || h->integrator.drift[i] != 0;
+  if (!moves) return fail(LFQ_ERR_ARGUMENT, "integrator: every drift is 0");
   if (h->n_steps < 1) return fail(LFQ_ERR_ARGUMENT, "n_steps is %d, must be positive", int(h->n_steps));
   if (h->thin < 1) return fail(LFQ_ERR_ARGUMENT, "thin is %d, must be positive", int(h->thin));
   if (h->n_samples < 0) return fail(LFQ_ERR_ARGUMENT, "n_samples is %lld, must not be negative", (long long)h->n_samples);

@@ -68,6 +68,9 @@ struct window {
   }
 };
 
+// Output channels held in registers at a time, for up to three sites: 24 accumulators of 32 registers, or 12 of 16.
+constexpr int channel_block = simd_bytes == 64 ? 8 : 4;
+
 // Accumulators for NX sites (2 apart in a row) and CO output channels.
 template <class T, int CO, int NX>
 LFQ_HD void convolve_block(const window& w, const int64_t* rows, int x, const int32_t* taps, int n_taps,
@@ -112,12 +115,14 @@ void convolve(const window& w, int parity, int tap_set, const simd<T>* in, int n
           for (int c = 0; c < CO; ++c) sink(base + x + 2 * k, co + c, acc[k][c]);
       };
       int x = x0;
-      for (; x + 2 < L; x += 4) sites(constant<2>(), x);
+      for (; x + 4 < L; x += 6) sites(constant<3>(), x);
+      if (x + 2 < L) sites(constant<2>(), x), x += 4;
       if (x < L) sites(constant<1>(), x);
     };
     int co = 0;
-    for (; co + 8 <= n_out; co += 8) channels(constant<8>(), co);
-    if (n_out - co >= 4) channels(constant<4>(), co), co += 4;
+    if (channel_block == 8)
+      for (; co + 8 <= n_out; co += 8) channels(constant<channel_block>(), co);
+    for (; n_out - co >= 4; co += 4) channels(constant<4>(), co);
     if (n_out - co >= 2) channels(constant<2>(), co), co += 2;
     if (n_out - co >= 1) channels(constant<1>(), co);
   }
@@ -155,8 +160,9 @@ void convolve_weight_gradient(const window& w, int parity, int tap_set, const si
       };
       const auto outputs = [&](auto cin, int ci) {
         int co = 0;
-        for (; co + 8 <= n_out; co += 8) block(cin, constant<8>(), ci, co);
-        if (n_out - co >= 4) block(cin, constant<4>(), ci, co), co += 4;
+        if (channel_block == 8)
+          for (; co + 8 <= n_out; co += 8) block(cin, constant<channel_block>(), ci, co);
+        for (; n_out - co >= 4; co += 4) block(cin, constant<4>(), ci, co);
         if (n_out - co >= 2) block(cin, constant<2>(), ci, co), co += 2;
         if (n_out - co >= 1) block(cin, constant<1>(), ci, co);
       };
