@@ -5,7 +5,7 @@ from ._kernels import info
 from ._version import __version__
 from .actions import Phi4, PulledBack
 from .flows import AffineFlow, Compose, Flow, InterleaveMap, UpsampleMap, load_flow
-from .hmc import HMC, INTEGRATORS, Integrator, Run, State
+from .hmc import HMC, INTEGRATORS, ClusterHMC, FourierHMC, Integrator, Run, State
 from .priors import Gaussian, Interleave, Lattice, Upsample
 from .train import Fit, train, train_ladder
 
@@ -13,9 +13,11 @@ __all__ = [
     "HMC",
     "INTEGRATORS",
     "AffineFlow",
+    "ClusterHMC",
     "Compose",
     "Fit",
     "Flow",
+    "FourierHMC",
     "Gaussian",
     "Integrator",
     "Interleave",

@@ -443,7 +443,7 @@ def _sampler(config: Config, run: Run, prior: str | None) -> dict[str, Any]:
     cost = analysis.cost_per_independent_sample(run, table)
     slowest = table[cost.observable]
     return {
-        "name": _sampler_label(config, run.hmc.tau) if prior is None else "flow-HMC",
+        "name": _sampler_label(config, run.sampler.tau) if prior is None else "flow-HMC",
         "prior": prior,
         "L": config.target.shape[0],
         "shape": config.target.shape,
@@ -452,8 +452,8 @@ def _sampler(config: Config, run: Run, prior: str | None) -> dict[str, Any]:
         "acceptance": float(run.acceptance),
         "n_chains": config.sampling.n_chains,
         "n_samples": config.sampling.n_samples,
-        "n_steps": run.hmc.n_steps,
-        "trajectory_length": run.hmc.tau,
+        "n_steps": run.sampler.n_steps,
+        "trajectory_length": run.sampler.tau,
         "integrator": config.sampling.integrator,
         "exp_minus_dh": list(run.exp_minus_dh()),
         "observables": {
