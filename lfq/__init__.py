@@ -7,18 +7,21 @@ from .actions import Phi4, PulledBack
 from .flows import AffineFlow, Compose, Flow, InterleaveMap, UpsampleMap, load_flow
 from .hmc import HMC, INTEGRATORS, ClusterHMC, FourierHMC, Integrator, Run, State
 from .priors import Gaussian, Interleave, Lattice, Upsample
+from .samplers import Annealing, IndependenceMetropolis, Reweighting, Weighted, reverse_ess
 from .train import Fit, train, train_ladder
 
 __all__ = [
     "HMC",
     "INTEGRATORS",
     "AffineFlow",
+    "Annealing",
     "ClusterHMC",
     "Compose",
     "Fit",
     "Flow",
     "FourierHMC",
     "Gaussian",
+    "IndependenceMetropolis",
     "Integrator",
     "Interleave",
     "InterleaveMap",
@@ -26,13 +29,16 @@ __all__ = [
     "NotFiniteError",
     "Phi4",
     "PulledBack",
+    "Reweighting",
     "Run",
     "State",
     "Upsample",
     "UpsampleMap",
+    "Weighted",
     "__version__",
     "info",
     "load_flow",
+    "reverse_ess",
     "train",
     "train_ladder",
 ]

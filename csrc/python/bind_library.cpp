@@ -90,6 +90,8 @@ void bind_library(py::module_& m) {
                                 py::arg("start") = int(LFQ_PURPOSE_START), py::arg("latent") = int(LFQ_PURPOSE_LATENT),
                                 py::arg("weights") = int(LFQ_PURPOSE_WEIGHTS), py::arg("length") = int(LFQ_PURPOSE_LENGTH),
                                 py::arg("bond") = int(LFQ_PURPOSE_BOND), py::arg("cluster") = int(LFQ_PURPOSE_CLUSTER),
+                                py::arg("proposal") = int(LFQ_PURPOSE_PROPOSAL),
+                                py::arg("resample") = int(LFQ_PURPOSE_RESAMPLE),
                                 py::arg("user") = int(LFQ_PURPOSE_USER));
   m.attr("CLUSTERS") = py::dict(py::arg("swendsen-wang") = int(LFQ_CLUSTER_SWENDSEN_WANG),
                                 py::arg("wolff") = int(LFQ_CLUSTER_WOLFF));
