@@ -4,6 +4,7 @@ from ._core import NotFiniteError
 from ._kernels import info
 from ._version import __version__
 from .actions import Phi4, PulledBack
+from .comparison import Comparison, Contender, DisagreementWarning, compare
 from .flows import AffineFlow, Compose, Flow, InterleaveMap, UpsampleMap, load_flow
 from .hmc import HMC, INTEGRATORS, ClusterHMC, FourierHMC, Integrator, Run, State
 from .priors import Gaussian, Interleave, Lattice, Upsample
@@ -16,7 +17,10 @@ __all__ = [
     "AffineFlow",
     "Annealing",
     "ClusterHMC",
+    "Comparison",
     "Compose",
+    "Contender",
+    "DisagreementWarning",
     "Fit",
     "Flow",
     "FourierHMC",
@@ -36,6 +40,7 @@ __all__ = [
     "UpsampleMap",
     "Weighted",
     "__version__",
+    "compare",
     "info",
     "load_flow",
     "reverse_ess",

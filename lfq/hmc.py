@@ -482,10 +482,11 @@ class HMC(Sampler):
     ) -> HMC:
         """The same HMC with the trajectory length of least cost per independent sample.
 
-        Lengths go up from `tau` in steps of a factor sqrt(2), each with the fewest integrator steps that reach
-        `acceptance`, until the cost has risen well above the least one. The cost is 2 tau_int of the slowest of
-        `lfq.analysis.SLOW_OBSERVABLES`, from pilot runs, times the seconds of a trajectory, which grow linearly
-        with the force evaluations and are measured for two lengths. Then a larger and a smaller step are tried.
+        Lengths go up from `tau` in steps of a factor sqrt(2), and down where that does not pay, each with the fewest
+        integrator steps that reach `acceptance`, until the cost has risen well above the least one. The cost is
+        2 tau_int of the slowest of `lfq.analysis.SLOW_OBSERVABLES`, from pilot runs, times the seconds of a
+        trajectory, which grow linearly with the force evaluations and are measured for two lengths. Then a
+        larger and a smaller step are tried.
 
         Parameters
         ----------
@@ -515,16 +516,21 @@ class HMC(Sampler):
         tuned = self.tune(acceptance, n_chains, seed, n_warmup)
         state = tuned.advance(tuned.start(n_chains, seed), 1, n_warmup, measure=False).state
         seconds = self._seconds_model(state)
-        best, least, current = None, math.inf, self
-        for number in range(1 + math.floor(2 * math.log2(longest / self.tau))):
-            tau = self.tau * math.sqrt(2) ** number
-            guess = max(1, round(current.n_steps * tau / current.tau))
-            current = replace(current, tau=tau, n_steps=guess).tune(acceptance, n_chains, seed, 20, start=state)
-            cost, state = current._pilot_cost(state, seconds, 1.3 * least, max_trajectories)
-            if cost < least:
-                best, least = current, cost
-            elif cost > 1.5 * least:
+        best, least = None, math.inf
+        upwards = range(1 + math.floor(2 * math.log2(longest / self.tau)))
+        for numbers in (upwards, range(-1, -11, -1)):
+            if best is not None and best.tau != self.tau:
                 break
+            current = tuned
+            for number in numbers:
+                tau = self.tau * math.sqrt(2) ** number
+                guess = max(1, round(current.n_steps * tau / current.tau))
+                current = replace(current, tau=tau, n_steps=guess).tune(acceptance, n_chains, seed, 20, start=state)
+                cost, state = current._pilot_cost(state, seconds, 1.3 * least, max_trajectories)
+                if cost < least:
+                    best, least = current, cost
+                elif cost > 1.5 * least or number < 0:
+                    break
         for factor in (0.8, 1.25):
             other = replace(best, n_steps=max(1, round(best.n_steps * factor)))
             try:
@@ -686,7 +692,7 @@ class FourierHMC(HMC):
         )  # fmt: skip
         phi[:] = latent
 
-    def tune_cost(self, masses: Iterable[float] = (4.0, 2.0, 1.0, 0.5), **keywords) -> FourierHMC:
+    def tune_cost(self, masses: Iterable[float] = (4.0, 2.0, 1.0, 0.5, 0.25), **keywords) -> FourierHMC:
         """As `HMC.tune_cost`, over masses too: from the largest down, until the cost rises."""
         best, least = None, math.inf
         for mass in sorted(masses, reverse=True):

@@ -16,8 +16,10 @@ __all__ = [
     "draw_autocorrelations",
     "draw_configurations",
     "draw_costs",
+    "draw_throughput",
     "draw_tau_int",
     "draw_training",
+    "write_comparison_figures",
     "write_figures",
 ]
 
@@ -53,12 +55,23 @@ def _figure(width: float, height: float, rows: int = 1, columns: int = 1, **keyw
 
 def _sampler_colours(samplers: list[dict[str, Any]]) -> list[str]:
     """One for each sampler; plain HMC with another trajectory length is a lighter grey."""
-    colours = _colours([s["prior"] for s in samplers if s["prior"]])
-    return [_LONG_HMC_COLOUR if s["prior"] is None and s["name"] != "HMC" else colours[s["prior"]] for s in samplers]
+
+    def key(sampler):
+        return sampler["prior"] or ("" if sampler["name"].lower().startswith("hmc") else sampler["name"])
+
+    colours = _colours(list(dict.fromkeys(key(s) for s in samplers if key(s))))
+    greys = iter([_HMC_COLOUR, _LONG_HMC_COLOUR, *["#c8c8c8"] * len(samplers)])
+    return [colours[key(s)] if key(s) else next(greys) for s in samplers]
 
 
 def _label(sampler: dict[str, Any]) -> str:
     return sampler["name"] if sampler["prior"] is None else f"flow-HMC, {sampler['prior']}"
+
+
+def _with_chains(results: dict[str, Any]) -> dict[str, Any]:
+    """The results without samplers whose fields are independent, and have no autocorrelation."""
+    chains = [s for s in results["samplers"] if s["observables"]["M2"]["tau_int"] is not None]
+    return results | {"samplers": chains}
 
 
 def _smooth(series: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -101,7 +114,7 @@ def draw_training(trainings: list):
     return figure
 
 
-def draw_tau_int(results: dict[str, Any]):
+def draw_tau_int(results: dict[str, Any], logarithmic: bool = False):
     """Bars of tau_int with errors, for every observable that sets the cost and every sampler."""
     samplers = results["samplers"]
     colours = _sampler_colours(samplers)
@@ -122,6 +135,9 @@ def draw_tau_int(results: dict[str, Any]):
     ax.set_xticks(range(len(SLOW_OBSERVABLES)), [_SYMBOLS[name] for name in SLOW_OBSERVABLES])
     ax.tick_params(axis="x", length=0)
     ax.set_ylabel(r"$\tau_{\mathrm{int}}$ [trajectories]")
+    if logarithmic:
+        ax.set_yscale("log")
+        ax.axhline(0.5, color="#999999", linewidth=0.6, zorder=0)
     ax.legend(frameon=False)
     return figure
 
@@ -155,6 +171,26 @@ def draw_costs(results: dict[str, Any]):
     return figure
 
 
+def draw_throughput(results: dict[str, Any]):
+    """Independent samples against wall time, training included: where a line starts is what training took."""
+    samplers = results["samplers"]
+    figure, axes = _figure(8, 4.4)
+    ax = axes[0, 0]
+    starts = [max(sampler["train_seconds"], 1e-2) for sampler in samplers]
+    end = 100 * max(*starts, results["seconds"])
+    for sampler, colour in zip(samplers, _sampler_colours(samplers), strict=True):
+        time = np.geomspace(1e-2, end, 400)
+        worth = (time - sampler["train_seconds"]) * sampler["n_effective_per_second"]
+        shown = worth > 1
+        ax.plot(time[shown], worth[shown], color=colour, linewidth=1.6, label=_label(sampler))
+    ax.set_xscale("log")
+    ax.set_yscale("log")
+    ax.set_xlabel("wall time, training included [s]")
+    ax.set_ylabel("independent samples")
+    ax.legend(frameon=False, fontsize=8)
+    return figure
+
+
 def draw_autocorrelations(results: dict[str, Any], runs: dict):
     """Autocorrelation function of M^2 of every sampler, with one standard error.
 
@@ -170,8 +206,8 @@ def draw_autocorrelations(results: dict[str, Any], runs: dict):
     ax = axes[0, 0]
     for sampler, run, colour in zip(samplers, runs.values(), _sampler_colours(samplers), strict=True):
         series = run.observables["M2"]
-        rho, error = autocorrelation(series, min(len(series) - 1, math.ceil(4 * longest)))
-        lag = np.arange(len(rho))
+        rho, error = autocorrelation(series, min(len(series) - 1, math.ceil(4 * longest / run.thin)))
+        lag = run.thin * np.arange(len(rho))
         ax.fill_between(lag, rho - error, rho + error, color=colour, alpha=0.25, linewidth=0)
         ax.plot(lag, rho, color=colour, linewidth=1.5, label=_label(sampler))
     ax.axhline(0, color="#999999", linewidth=0.6, zorder=0)
@@ -254,6 +290,10 @@ def write_figures(
         )
         figures["training"] = draw_training(trainings)
         figures["configurations"] = draw_configurations(trainings, example)
+    return _write(out, figures, captions)
+
+
+def _write(out: Path, figures: dict, captions: dict[str, str]) -> dict[str, Path]:
     files = {}
     for name, figure in figures.items():
         path = out / f"{name}.png"
@@ -261,3 +301,20 @@ def write_figures(
             figure.savefig(file, format="png", facecolor="white")
         files[captions[name]] = path
     return files
+
+
+def write_comparison_figures(out: Path, results: dict[str, Any], runs: dict) -> dict[str, Path]:
+    """Draw every figure of a comparison as a PNG in a directory; returns the files by caption."""
+    chains = _with_chains(results)
+    captions = {
+        "cost": "Cost of an independent sample of the slowest observable.",
+        "throughput": "Independent samples against wall time, training included.",
+        "tau_int": "Autocorrelation times, each sampler tuned to least cost.",
+        "autocorrelation": "Autocorrelation function of M^2; bands are one standard error.",
+    }
+    figures = {"cost": draw_costs(results), "throughput": draw_throughput(results)}
+    if chains["samplers"]:
+        figures["tau_int"] = draw_tau_int(chains, logarithmic=True)
+        shown = {sampler["name"]: runs[sampler["name"]] for sampler in chains["samplers"]}
+        figures["autocorrelation"] = draw_autocorrelations(chains, shown)
+    return _write(out, figures, captions)

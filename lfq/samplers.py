@@ -258,11 +258,24 @@ class Weighted:
 
     @property
     def n_effective(self) -> float:
-        """Independent samples these are worth: the variance of phi^2 over the squared error of its mean."""
+        """Independent samples these are worth: (sum w)^2 / sum w^2, or, where that is less, the variance of phi^2 over
+        the squared error of its mean between populations, whose particles may share ancestors."""
         value, error = self.mean("phi2")
         w = self._weights()
         variance = (w * (self.observables["phi2"] - value) ** 2).sum() / w.sum()
-        return float(variance / error**2) if error > 0 else math.nan
+        by_weights = w.sum() ** 2 / (w**2).sum()
+        return float(min(by_weights, variance / error**2) if error > 0 else by_weights)
+
+    @property
+    def tail_index(self) -> float:
+        """k of the tail P(w > x) ~ x^(-1/k) of the populations' weights: infinite variance from 1/2, mean from 1.
+
+        Hill's estimator (Ann. Statist. 3 (1975) 1163) of the 3 sqrt(N) largest, as many as arXiv:1507.02646 takes.
+        """
+        w = np.sort(self._sums(np.ones(self.n_samples)))
+        largest = w[-1 - math.ceil(3 * math.sqrt(len(w))) :] if len(w) > 25 else w
+        with np.errstate(divide="ignore"):
+            return float(np.log(largest[1:] / largest[0]).mean())
 
     @property
     def log_z(self) -> float:

@@ -130,6 +130,14 @@ def test_annealing_interpolates_between_the_gaussian_and_the_theory(rng):
     assert sampler._theory_at(1.0) == (SMALL, 1.0)
 
 
+def test_the_tail_index_is_that_of_a_pareto_distribution(rng):
+    """P(w > x) = x^(-1/k): k to 4 sigma of its estimator, k over the root of the number of weights it takes."""
+    for k in (0.25, 0.8):
+        w = rng.pareto(1 / k, size=20000) + 1
+        found = lfq.Weighted(SMALL, np.empty(0), np.log(w), {}, np.arange(20000), 1.0, 1.0).tail_index
+        assert abs(found - k) < 4 * k / math.sqrt(3 * math.sqrt(20000))
+
+
 # ---- independence Metropolis ----------------------------------------------------------------
 
 
