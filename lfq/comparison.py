@@ -36,6 +36,9 @@ __all__ = [
 RELIABLE_TAU = 1000
 """A run of fewer autocorrelation times than this, over all chains, is marked."""
 
+SHORTEST_CHAIN = 10
+"""So is one whose chains are shorter than this many autocorrelation times, however many they are."""
+
 AGREEMENT = ("phi2", "nn", "abs_M", "phi2_smeared")
 """Observables in which samplers must agree, all at once: a chi-square of four degrees of freedom."""
 
@@ -161,7 +164,8 @@ def chain_record(name: str, run: Run, table: dict[str, analysis.Estimate] | None
         "cost_per_independent_sample_force_evaluations": cost.force_evaluations,
         "cost_relative_error": cost.relative_error,
         "n_tau_int": slowest.n_samples / slowest.tau_int,
-        "long_enough": slowest.n_samples >= RELIABLE_TAU * slowest.tau_int,
+        "long_enough": slowest.n_samples >= RELIABLE_TAU * slowest.tau_int
+        and run.n_samples >= SHORTEST_CHAIN * slowest.tau_int,
     }
 
 
@@ -262,7 +266,10 @@ def agreement(runs: Mapping[str, Run | Weighted]) -> tuple[dict[str, float], lis
 
 def _judged(record: dict[str, Any]) -> bool:
     """Whether the errors of a sampler can be relied on enough to hold it against others."""
-    return record["n_tau_int"] >= JUDGED_TAU and record.get("tail_index", 0.0) < HEAVY_TAIL
+    if "tail_index" in record:
+        return record["n_tau_int"] >= JUDGED_TAU and record["tail_index"] < HEAVY_TAIL
+    chain = record["n_tau_int"] / record["n_chains"]
+    return record["n_tau_int"] >= JUDGED_TAU and chain >= SHORTEST_CHAIN
 
 
 # ---- the comparison -------------------------------------------------------------------------
@@ -472,6 +479,7 @@ def compare(
     chi2, disagreeing = agreement(judged) if len(judged) > 1 else ({}, [])
     for record in records:
         record["chi2"] = chi2.get(record["name"])
+        record["judged"] = record["name"] in judged
         record["agrees"] = record["name"] not in disagreeing
     if disagreeing:
         warnings.warn(

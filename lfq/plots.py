@@ -23,10 +23,10 @@ __all__ = [
     "write_figures",
 ]
 
-# Okabe and Ito's palette, told apart with any colour vision; grey is HMC in every figure.
+# Okabe and Ito's palette, told apart with any colour vision, then three of Tol's; grey is HMC in every figure.
 _HMC_COLOUR = "#555555"
 _LONG_HMC_COLOUR = "#a5a5a5"
-_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")
+_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#882255", "#999933", "#332288")
 
 _SYMBOLS = {
     "M2": r"$M^2$",
@@ -69,8 +69,8 @@ def _label(sampler: dict[str, Any]) -> str:
 
 
 def _with_chains(results: dict[str, Any]) -> dict[str, Any]:
-    """The results without samplers whose fields are independent, and have no autocorrelation."""
-    chains = [s for s in results["samplers"] if s["observables"]["M2"]["tau_int"] is not None]
+    """The results without samplers whose fields are independent, or whose chains are too short to be judged."""
+    chains = [s for s in results["samplers"] if s["judged"] and s["observables"]["M2"]["tau_int"] is not None]
     return results | {"samplers": chains}
 
 
@@ -138,11 +138,13 @@ def draw_tau_int(results: dict[str, Any], logarithmic: bool = False):
     if logarithmic:
         ax.set_yscale("log")
         ax.axhline(0.5, color="#999999", linewidth=0.6, zorder=0)
-    ax.legend(frameon=False)
+        figure.legend(loc="outside right center", frameon=False)
+    else:
+        ax.legend(frameon=False)
     return figure
 
 
-def draw_costs(results: dict[str, Any]):
+def draw_costs(results: dict[str, Any], logarithmic: bool = False):
     """Bars of the cost of an independent sample, in wall time and in force evaluations."""
     samplers = results["samplers"]
     figure, axes = _figure(10, 1.2 + 0.5 * len(samplers), 1, 2, sharey=True)
@@ -163,7 +165,11 @@ def draw_costs(results: dict[str, Any]):
         )
         for row, cost in enumerate(costs + errors):
             ax.annotate(f"{costs[row]:.3g}", (cost, row), (4, 0), textcoords="offset points", va="center")
-        ax.set_xlim(0, 1.15 * (costs + errors).max())
+        if logarithmic:
+            ax.set_xscale("log")
+            ax.set_xlim(0.4 * costs.min(), 8 * (costs + errors).max())
+        else:
+            ax.set_xlim(0, 1.15 * (costs + errors).max())
         ax.set_xlabel(label)
         ax.tick_params(axis="y", length=0)
     axes[0, 0].set_yticks(range(len(samplers)), [_label(sampler) for sampler in samplers])
@@ -187,7 +193,7 @@ def draw_throughput(results: dict[str, Any]):
     ax.set_yscale("log")
     ax.set_xlabel("wall time, training included [s]")
     ax.set_ylabel("independent samples")
-    ax.legend(frameon=False, fontsize=8)
+    figure.legend(loc="outside right center", frameon=False)
     return figure
 
 
@@ -307,12 +313,12 @@ def write_comparison_figures(out: Path, results: dict[str, Any], runs: dict) -> 
     """Draw every figure of a comparison as a PNG in a directory; returns the files by caption."""
     chains = _with_chains(results)
     captions = {
-        "cost": "Cost of an independent sample of the slowest observable.",
+        "cost": "Cost of an independent sample of the slowest observable, training not included.",
         "throughput": "Independent samples against wall time, training included.",
         "tau_int": "Autocorrelation times, each sampler tuned to least cost.",
         "autocorrelation": "Autocorrelation function of M^2; bands are one standard error.",
     }
-    figures = {"cost": draw_costs(results), "throughput": draw_throughput(results)}
+    figures = {"cost": draw_costs(results, logarithmic=True), "throughput": draw_throughput(results)}
     if chains["samplers"]:
         figures["tau_int"] = draw_tau_int(chains, logarithmic=True)
         shown = {sampler["name"]: runs[sampler["name"]] for sampler in chains["samplers"]}

@@ -150,7 +150,7 @@ def comparison_rows(results: dict[str, Any]) -> list[list[str]]:
                 _short(sampler["n_effective_per_second_with_training"]) if trained else "",
                 f"{sampler['train_seconds']:.1f}" if trained else "",
                 _pay_off(sampler),
-                maybe(sampler["sign"], lambda sign, s=sampler: _measured(sign, s["sign_error"])),
+                _measured(sampler["sign"], sampler["sign_error"]) if sampler["judged"] else "",
                 maybe(sampler["sign_tau_int"], _short),
                 maybe(sampler.get("reverse_ess"), "{:.2g}".format),
                 maybe(sampler.get("chi2"), lambda chi2: f"{chi2 / 4:.2f}"),
@@ -161,7 +161,7 @@ def comparison_rows(results: dict[str, Any]) -> list[list[str]]:
 
 def _tau_int(tau: float, error: float, sampler: dict[str, Any]) -> str:
     """With its error, or as a lower bound where the run is too short to know."""
-    return with_error(tau, error) if sampler["n_tau_int"] >= JUDGED_TAU else f"> {_short(tau)}"
+    return with_error(tau, error) if sampler["judged"] else f"> {_short(tau)}"
 
 
 def comparison_notes(results: dict[str, Any]) -> list[str]:
