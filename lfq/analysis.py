@@ -24,6 +24,7 @@ __all__ = [
     "cost_per_independent_sample",
     "derived",
     "estimate",
+    "fit_exponent",
     "integrated_time",
     "summarize",
 ]
@@ -264,6 +265,29 @@ def integrated_time(samples) -> float:
     if not falling.any():
         return float(max(tau.max(initial=0.5), 0.5))
     return float(max(tau[np.argmax(falling)], 0.5))
+
+
+def fit_exponent(extents, costs, relative_errors) -> tuple[float, float]:
+    """z of cost = c L^z, by least squares in the logarithms.
+
+    Parameters
+    ----------
+    extents, costs, relative_errors : array_like, shape (n,)
+        At least two.
+
+    Returns
+    -------
+    z, error : float
+        The error grows by sqrt(chi^2 / (n - 2)) where that is above one, as when the costs follow no power law.
+    """
+    x, y = np.log(np.asarray(extents, float)), np.log(np.asarray(costs, float))
+    w = 1 / np.asarray(relative_errors, float) ** 2
+    if not (x.ndim == 1 and x.shape == y.shape == w.shape and x.size >= 2 and np.ptp(x) > 0):
+        raise ValueError("fit_exponent: needs at least two extents, and a cost and an error for each")
+    x, y = x - np.average(x, weights=w), y - np.average(y, weights=w)
+    z, variance = (w * x * y).sum() / (w * x * x).sum(), 1 / (w * x * x).sum()
+    chi2 = (w * (y - z * x) ** 2).sum() / max(x.size - 2, 1)
+    return float(z), float(math.sqrt(variance * max(chi2 if x.size > 2 else 1.0, 1.0)))
 
 
 def summarize(run) -> dict[str, Estimate]:

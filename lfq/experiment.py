@@ -247,7 +247,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def machine(config: Config) -> dict[str, str]:
+def machine(n_threads: int = 0) -> dict[str, str]:
     """What the timings of a run depend on."""
     model = platform.processor() or platform.machine()
     try:
@@ -259,7 +259,7 @@ def machine(config: Config) -> dict[str, str]:
     info = lfq.info()
     return {
         "processor": model,
-        "threads": str(config.run.threads or info["threads"]),
+        "threads": str(n_threads or info["threads"]),
         "instruction set": str(info["isa"]),
         "system": f"{platform.system()} {platform.machine()}",
     }
@@ -414,12 +414,12 @@ def _stored_state(config: Config, file: RunFile, name: str) -> State:
     return State(latent=latent, trajectory=status["trajectory"], seed=status["seed"])
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """The value with NaN and infinities, which JSON lacks, as None."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     if isinstance(value, (float, np.floating)):
         return float(value) if math.isfinite(value) else None
     return int(value) if isinstance(value, np.integer) else value
@@ -477,14 +477,14 @@ def collect(config: Config, trainings: list[Training], runs: dict[str, Run]) -> 
         sampler["ess"] = levels[-1].ess
         sampler["train_seconds"] = sum(training.seconds for training in levels)
     pay_off(samplers, lambda sampler: sampler["prior"] is not None)
-    return _finite(
+    return finite(
         {
             "version": lfq.__version__,
             "config": config.to_dict(),
             "levels": [_level(config, training) for training in trainings],
             "samplers": samplers,
             "versions": versions(),
-            "machine": machine(config),
+            "machine": machine(config.run.threads),
         }
     )
 
@@ -659,10 +659,10 @@ def run_comparison(config: Config, out: str | os.PathLike, *, progress: Progress
         progress=progress,
     )
     levels = [_level(config, training) for training in trainings.values()]
-    results = _finite(
+    results = finite(
         {"version": lfq.__version__, "config": config.to_dict(), "levels": levels}
         | found.results
-        | {"versions": versions(), "machine": machine(config)}
+        | {"versions": versions(), "machine": machine(config.run.threads)}
     )
     with write_atomically(out / "results.json") as stream:
         stream.write(json.dumps(results, indent=1, allow_nan=False).encode())

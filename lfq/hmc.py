@@ -693,10 +693,14 @@ class FourierHMC(HMC):
         phi[:] = latent
 
     def tune_cost(self, masses: Iterable[float] = (4.0, 2.0, 1.0, 0.5, 0.25), **keywords) -> FourierHMC:
-        """As `HMC.tune_cost`, over masses too: from the largest down, until the cost rises."""
+        """As `HMC.tune_cost`, over masses too: from the largest down, until the cost rises.
+
+        Each mass but the first starts from the length that was best for the one before. Pilot runs have at most
+        200 trajectories unless said.
+        """
         best, least = None, math.inf
         for mass in sorted(masses, reverse=True):
-            tuned, cost = replace(self, mass=mass)._least_cost(**keywords)
+            tuned, cost = replace(best or self, mass=mass)._least_cost(**{"max_trajectories": 200, **keywords})
             if cost > least:
                 break
             best, least = tuned, cost

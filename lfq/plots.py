@@ -16,6 +16,7 @@ __all__ = [
     "draw_autocorrelations",
     "draw_configurations",
     "draw_costs",
+    "draw_scaling",
     "draw_throughput",
     "draw_tau_int",
     "draw_training",
@@ -174,6 +175,45 @@ def draw_costs(results: dict[str, Any], logarithmic: bool = False):
         ax.tick_params(axis="y", length=0)
     axes[0, 0].set_yticks(range(len(samplers)), [_label(sampler) for sampler in samplers])
     axes[0, 0].invert_yaxis()
+    return figure
+
+
+def draw_scaling(sizes: list[dict[str, Any]]):
+    """Cost of an independent sample per site against the lattice's extent, in both clocks.
+
+    Parameters
+    ----------
+    sizes : list of dict
+        `lfq.Comparison.results` of one list of samplers at several extents.
+    """
+    figure, axes = _figure(10, 4.4, 1, 2)
+    panels = (
+        ("cost_per_independent_sample_s", 1e9, "wall time per independent sample and site [ns]"),
+        ("cost_per_independent_sample_force_evaluations", 1, "force evaluations per independent sample"),
+    )
+    samplers = sizes[0]["samplers"]
+    for ax, (key, unit, label) in zip(axes[0], panels, strict=True):
+        for sampler, colour in zip(samplers, _sampler_colours(samplers), strict=True):
+            found = [s for size in sizes for s in size["samplers"] if s["name"] == sampler["name"] and s["judged"]]
+            sites = [math.prod(s["shape"]) if unit != 1 else 1 for s in found]
+            costs = np.array([s[key] for s in found]) * unit / sites
+            ax.errorbar(
+                [s["L"] for s in found],
+                costs,
+                costs * [s["cost_relative_error"] for s in found],
+                color=colour,
+                marker="o",
+                markersize=4,
+                linewidth=1.4,
+                label=sampler["name"],
+            )
+        ax.set_xscale("log", base=2)
+        ax.set_yscale("log")
+        extents = [size["theory"]["shape"][0] for size in sizes]
+        ax.set_xticks(extents, map(str, extents))
+        ax.set_xlabel("L")
+        ax.set_title(label, fontsize=10)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center", frameon=False)
     return figure
 
 

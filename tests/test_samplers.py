@@ -354,6 +354,23 @@ def test_integrated_time_is_that_of_the_gamma_method(rng):
     assert analysis.integrated_time(rng.normal(size=(1000, 4))) == pytest.approx(0.5, abs=0.05)
 
 
+def test_fitted_exponents(rng):
+    """Unbiased with errors that are right: 400 fits of 4 noisy costs; 4 sigma. Larger where no power law fits."""
+    extents, z = np.array([8, 16, 32, 64]), 2.1
+    fits = []
+    for _ in range(400):
+        noise = 1 + 0.02 * rng.normal(size=4)
+        fits.append(analysis.fit_exponent(extents, 3 * extents**z * noise, [0.02] * 4))
+    found = np.array([fit[0] for fit in fits])
+    exact = 0.02 / math.sqrt(((np.log(extents) - np.log(extents).mean()) ** 2).sum())
+    assert abs(found.mean() - z) < 4 * exact / 20
+    assert found.std() == pytest.approx(exact, rel=0.15)
+    assert min(fit[1] for fit in fits) == pytest.approx(exact, rel=1e-9)
+    assert analysis.fit_exponent(extents, extents**2.0 + 100, [0.01] * 4)[1] > 5 * exact
+    with pytest.raises(ValueError, match="fit_exponent"):
+        analysis.fit_exponent([8], [1.0], [0.1])
+
+
 # ---- errors ---------------------------------------------------------------------------------
 
 

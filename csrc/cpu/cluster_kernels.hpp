@@ -18,15 +18,19 @@ LFQ_HD auto bond_active(R a, R word) {
 
 struct cluster_work {
   double* field;     // magnitudes and signs, whatever the chain's type; padded by a vector
-  uint8_t* bonds;    // bit mu: the bond from this site to x + mu
+  uint64_t* bonds;   // for each axis mu and row, a bit for the bond from each site x to x + mu
+  uint8_t* inside;   // Wolff: whether the site is in the cluster
   uint32_t* parent;  // Swendsen-Wang: a site of the same cluster, not above this one. Wolff: the cluster's sites
   uint32_t* flips;   // one bit for each site
 
+  static int64_t row_words(const lattice& lat) { return (lat.length + 63) / 64; }
   void plan(arena& mem, const lfq_phi4& theory) {
     constexpr int pad = simd<double>::width;
-    const int64_t volume = lattice(theory.ndim, theory.extent).volume;
+    const lattice lat(theory.ndim, theory.extent);
+    const int64_t volume = lat.volume;
     field = mem.take<double>(volume + pad);
-    bonds = mem.take<uint8_t>(volume + pad);
+    bonds = mem.take<uint64_t>(lat.ndim * lat.n_rows * row_words(lat));
+    inside = mem.take<uint8_t>(volume);
     parent = mem.take<uint32_t>(volume);
     flips = mem.take<uint32_t>((volume + 127) / 128 * 4);
   }
@@ -74,9 +78,21 @@ struct cluster_chain {
     return v;
   }
 
+  LFQ_HD uint64_t* bond_row(int mu, int64_t row) const {
+    return w.bonds + (mu * lat.n_rows + row) * cluster_work::row_words(lat);
+  }
+
+  // Lanes of ones and zeros to bits, lane 0 lowest.
+  static LFQ_HD uint64_t to_mask(B lanes) {
+    typedef uint8_t bytes __attribute__((vector_size(V::width)));
+    const bytes narrow = __builtin_convertvector(lanes, bytes);
+    uint64_t packed = 0;
+    memcpy(&packed, &narrow, sizeof(narrow));
+    return packed * 0x0102040810204080u >> 56;
+  }
+
   // A vector of sites at a time along rows; lanes beyond a row's end are dropped.
   void activate(uint32_t first_block) const {
-    typedef uint8_t bytes __attribute__((vector_size(V::width)));
     const int n = lat.length;
     const V scale(coupling), two52(0x1p52);
     B lane;
@@ -91,20 +107,20 @@ struct cluster_chain {
         up[mu] = w.field + lat.row_start(c);
         --c[mu];
       }
+      for (int mu = 0; mu < D; ++mu)
+        for (int64_t i = 0; i < cluster_work::row_words(lat); ++i) bond_row(mu, r)[i] = 0;
       for (int x = 0; x < n; x += V::width) {
         B word[4];
         words(LFQ_PURPOSE_BOND, B(lane + uint64_t(first_block + uint32_t(r * n + x))), word);
         const V here = load(self + x);
-        B found = {};
+        const uint64_t sites = n - x < V::width ? (uint64_t(1) << (n - x)) - 1 : ~uint64_t(0);
         for (int mu = 0; mu < D; ++mu) {
           V next = load(mu < D - 1 ? up[mu] + x : self + x + 1);
           if (mu == D - 1 && n - x <= V::width) next.set(n - 1 - x, self[0]);
           const B low = (word[mu] & (B{} + uint64_t(0xffffffffu))) | to_bits(two52);
           const auto active = bond_active(scale * (here * next), from_bits<V>(low) - two52);
-          found |= B(active) & (B{} + (uint64_t(1) << mu));
+          bond_row(mu, r)[x / 64] |= (to_mask(B(active) & (B{} + uint64_t(1))) & sites) << (x % 64);
         }
-        const bytes packed = __builtin_convertvector(found, bytes);
-        memcpy(w.bonds + r * n + x, &packed, size_t(n - x < V::width ? n - x : V::width));
       }
     }
   }
@@ -129,26 +145,39 @@ struct cluster_chain {
   int64_t swendsen_wang(uint32_t update, T* phi) const {
     const int n = lat.length;
     activate(update * uint32_t(lat.volume));
-    constexpr uint8_t along = uint8_t(1) << (D - 1);
+    const int64_t row_words = cluster_work::row_words(lat);
     // Runs of active bonds along the rows need no search: each names its first site.
     for (int64_t r = 0; r < lat.n_rows; ++r) {
+      const uint64_t* along = bond_row(D - 1, r);
       uint32_t run = uint32_t(r * n);
       w.parent[run] = run;
-      for (int64_t x = r * n + 1; x < (r + 1) * n; ++x) {
-        run = w.bonds[x - 1] & along ? run : uint32_t(x);
-        w.parent[x] = run;
+      for (int x = 1; x < n; ++x) {
+        const uint32_t site = uint32_t(r * n + x);
+        run = along[(x - 1) / 64] >> ((x - 1) % 64) & 1 ? run : site;
+        w.parent[site] = run;
       }
     }
     for (int64_t r = 0; r < lat.n_rows; ++r) {
       int c[LFQ_MAX_DIM] = {};
       lat.coordinates(r, c);
-      if (w.bonds[r * n + n - 1] & along) join(uint32_t(r * n), uint32_t(r * n + n - 1));
+      const uint64_t* along = bond_row(D - 1, r);
+      if (along[(n - 1) / 64] >> ((n - 1) % 64) & 1) join(uint32_t(r * n), uint32_t(r * n + n - 1));
       for (int mu = 0; mu < D - 1; ++mu) {
         ++c[mu];
         const int64_t next = lat.row_start(c);
         --c[mu];
-        for (int x = 0; x < n; ++x)
-          if (w.bonds[r * n + x] >> mu & 1) join(uint32_t(r * n + x), uint32_t(next + x));
+        const uint64_t *across = bond_row(mu, r), *along_next = bond_row(D - 1, next / n);
+        uint64_t before = 0;
+        for (int64_t i = 0; i < row_words; ++i) {
+          // A bond whose left neighbour joins the same two runs adds nothing.
+          const uint64_t square = across[i] & along[i] & along_next[i];
+          uint64_t left = across[i] & ~(square << 1 | before);
+          before = square >> 63;
+          for (; left; left &= left - 1) {
+            const int x = int(64 * i) + __builtin_ctzll(left);
+            join(uint32_t(r * n + x), uint32_t(next + x));
+          }
+        }
       }
     }
     const uint32_t blocks = uint32_t((lat.volume + 127) / 128);
@@ -175,7 +204,7 @@ struct cluster_chain {
     const uint64_t random = uint64_t(word[0]) << 32 | word[1];
     const uint32_t start = uint32_t((unsigned __int128)(random)*uint64_t(lat.volume) >> 64);
     const uint32_t first_block = update * uint32_t(lat.volume);
-    uint8_t* inside = w.bonds;
+    uint8_t* inside = w.inside;
     int64_t stride[D], size = 1, done = 0;
     stride[D - 1] = 1;
     for (int mu = D - 2; mu >= 0; --mu) stride[mu] = stride[mu + 1] * lat.extent[mu + 1];
@@ -231,7 +260,7 @@ struct cluster_chain {
   int64_t run(const lfq_cluster& cluster, T* phi) const {
     int64_t flipped = 0;
     if (cluster.kind == LFQ_CLUSTER_WOLFF)
-      for (int64_t i = 0; i < lat.volume; ++i) w.bonds[i] = 0;
+      for (int64_t i = 0; i < lat.volume; ++i) w.inside[i] = 0;
     for (int32_t update = 0; update < cluster.n_updates; ++update) {
       if (cluster.kind == LFQ_CLUSTER_WOLFF) {
         flipped += wolff(uint32_t(update), phi);
