@@ -531,6 +531,7 @@ class HMC(Sampler):
                     best, least = current, cost
                 elif cost > 1.5 * least or number < 0:
                     break
+            best = best or current
         for factor in (0.8, 1.25):
             other = replace(best, n_steps=max(1, round(best.n_steps * factor)))
             try:
@@ -550,7 +551,10 @@ class HMC(Sampler):
         return lambda n: max(times[0] + slope * (n - forces[0]), 0.0)
 
     def _pilot_cost(self, state: State, seconds, hopeless: float, max_trajectories: int) -> tuple[float, State]:
-        """Seconds per independent sample, and the state after the pilot; stops early once `hopeless`."""
+        """Seconds per independent sample, and the state after the pilot; stops early once `hopeless`.
+
+        Infinite where the pilot is too short to see tau_int: such short trajectories would only look cheap.
+        """
         from .analysis import SLOW_OBSERVABLES, integrated_time
 
         state = self.advance(state, 1, 10, measure=False).state
@@ -563,7 +567,7 @@ class HMC(Sampler):
             tau_int = max(integrated_time(run.observables[name]) for name in SLOW_OBSERVABLES)
             cost = 2 * tau_int * seconds(run.force_evaluations_per_trajectory)
             if done >= max_trajectories or done >= 40 * tau_int or (done >= 100 and cost > 2 * hopeless):
-                return cost, state
+                return cost if done >= 15 * tau_int else math.inf, state
 
 
 def _plain_theory(theory, what: str) -> Phi4:
@@ -696,12 +700,12 @@ class FourierHMC(HMC):
         """As `HMC.tune_cost`, over masses too: from the largest down, until the cost rises.
 
         Each mass but the first starts from the length that was best for the one before. Pilot runs have at most
-        200 trajectories unless said.
+        400 trajectories unless said.
         """
         best, least = None, math.inf
         for mass in sorted(masses, reverse=True):
-            tuned, cost = replace(best or self, mass=mass)._least_cost(**{"max_trajectories": 200, **keywords})
-            if cost > least:
+            tuned, cost = replace(best or self, mass=mass)._least_cost(**{"max_trajectories": 400, **keywords})
+            if best is not None and cost > least:
                 break
             best, least = tuned, cost
         if best is None:
