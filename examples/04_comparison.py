@@ -1,6 +1,6 @@
 """Every sampler on the line of constant physics, L = 8 to 64: the runs behind docs/comparison.md.
 
-python examples/04_comparison.py                    # half an hour on one core; leaves comparison.json
+python examples/04_comparison.py                    # ten minutes on one core; leaves comparison.json
 python examples/04_comparison.py --draw --docs docs # table and figure of docs/comparison.md from it
 """
 
@@ -9,6 +9,7 @@ import json
 import math
 import platform
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import lfq
@@ -17,8 +18,11 @@ from lfq.experiment import finite, machine
 from lfq.plots import draw_scaling
 
 BETA = {4: 0.5, 8: 0.576, 16: 0.634, 32: 0.6614, 64: 0.67435}
-SECONDS = {8: 5, 16: 5, 32: 10, 64: 20}
-CHAINS = {8: 64, 16: 64, 32: 32, 64: 16}
+SECONDS = {8: 3, 16: 3, 32: 5, 64: 10}
+CHAINS = {8: 32, 16: 32, 32: 32, 64: 16}
+# Where a search over lengths would take longer than everything else: the length, and mass, of the size before are
+# kept, and only the number of steps is tuned.
+KEPT_FROM = {"Fourier": 32, "flow-HMC": 64}
 TIMING_ERROR = 0.05  # of wall times on a machine that does other work too
 
 
@@ -26,37 +30,54 @@ def theory(extent):
     return lfq.Phi4((extent, extent), beta=BETA[extent], lam=0.5)
 
 
-def samplers(extent, proposals):
-    """Every sampler of the theory at one size; `proposals` is a deep flow for independence Metropolis."""
-    target = theory(extent)
+def samplers(extent, proposals, before):
+    """Every sampler of the theory at one size.
+
+    `proposals` is a deep flow for independence Metropolis, `before` the tuned samplers of the size before.
+    """
+    target, tau = theory(extent), max(1.0, extent / 12)
     prior = lfq.Upsample(theory(extent // 2))
     fit = lfq.train(lfq.AffineFlow(), prior, target, n_steps=500, batch_size=256, seed=1)
     fixed = lfq.HMC(target, tau=1.0).tune(0.9, CHAINS[extent], seed=1)
     flow = {"training_seconds": proposals.seconds}
     return {
         "HMC, tau = 1": lfq.Contender(fixed, tune=False),
-        "HMC": lfq.HMC(target),
-        "HMC, random length": lfq.HMC(target, length_spread=0.3),
-        "HMC, OMF2": lfq.HMC(target, integrator="omf2"),
+        "HMC": lfq.HMC(target, tau=tau),
+        "HMC, random length": lfq.HMC(target, tau=tau, length_spread=0.3),
+        "HMC, OMF2": lfq.HMC(target, tau=tau, integrator="omf2"),
         "Swendsen-Wang": lfq.ClusterHMC(target),
         "Wolff": lfq.ClusterHMC(target, cluster="wolff", n_updates=3),
-        "Fourier": lfq.FourierHMC(target),
-        "flow-HMC": lfq.Contender(lfq.HMC(target.pullback(fit.flow)), training_seconds=fit.seconds, prior=fit.prior),
+        "Fourier": kept("Fourier", lfq.FourierHMC(target), extent, before),
+        "flow-HMC": replace(
+            kept("flow-HMC", lfq.HMC(target.pullback(fit.flow)), extent, before),
+            training_seconds=fit.seconds,
+            prior=fit.prior,
+        ),
         "independence": lfq.Contender(lfq.IndependenceMetropolis(target, proposals.flow), **flow),
         "reweighting": lfq.Contender(lfq.Reweighting(target, proposals.flow), **flow),
         "SMC": lfq.Annealing(target, n_temperatures=6 * extent, resample=0.5),
     }
 
 
+def kept(name, sampler, extent, before):
+    """The sampler, to be tuned by the comparison, or with what was best at the size before."""
+    if extent < KEPT_FROM[name] or name not in before:
+        return lfq.Contender(sampler)
+    last = before[name].sampler
+    mass = {"mass": last.mass} if name == "Fourier" else {}
+    guess = replace(sampler, tau=last.tau, n_steps=last.n_steps, **mass)
+    return lfq.Contender(guess.tune(0.8, CHAINS[extent], seed=3), tune=False)
+
+
 def run(extents, path):
     coarse = theory(8)
     flow = lfq.AffineFlow(n_blocks=4, hidden=(8,), scale="exp(s)")
     proposals = lfq.train(flow, lfq.Gaussian(coarse.shape), coarse, n_steps=1000, batch_size=256, seed=2)
-    sizes = []
+    sizes, before = [], {}
     for extent in extents:
         found = lfq.compare(
             theory(extent),
-            samplers(extent, proposals),
+            samplers(extent, proposals, before),
             seconds=SECONDS[extent],
             n_chains=CHAINS[extent],
             seed=3,
@@ -64,6 +85,7 @@ def run(extents, path):
         )
         print(f"L = {extent}\n\n{found}\n", flush=True)
         sizes.append(found.results)
+        before = found.runs
     facts = {"machine": machine(), "lfq": lfq.__version__, "python": platform.python_version()}
     path.write_text(json.dumps(finite({"sizes": sizes} | facts), indent=1, allow_nan=False) + "\n")
 

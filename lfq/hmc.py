@@ -699,15 +699,17 @@ class FourierHMC(HMC):
     def tune_cost(self, masses: Iterable[float] = (4.0, 2.0, 1.0, 0.5, 0.25), **keywords) -> FourierHMC:
         """As `HMC.tune_cost`, over masses too: from the largest down, until the cost rises.
 
-        Each mass but the first starts from the length that was best for the one before. Pilot runs have at most
-        400 trajectories unless said.
+        The lighter the modes, the shorter the best trajectory: each mass but the first starts from half the length
+        that was best before. Pilot runs have at most 400 trajectories unless said.
         """
         best, least = None, math.inf
         for mass in sorted(masses, reverse=True):
-            tuned, cost = replace(best or self, mass=mass)._least_cost(**{"max_trajectories": 400, **keywords})
-            if best is not None and cost > least:
+            begin = self if best is None else replace(best, tau=best.tau / 2, n_steps=max(1, best.n_steps // 2))
+            tuned, cost = replace(begin, mass=mass)._least_cost(**{"max_trajectories": 400, **keywords})
+            if best is None or cost < least:
+                best, least = tuned, cost
+            elif cost > 1.2 * least:
                 break
-            best, least = tuned, cost
         if best is None:
             raise ValueError("masses: must hold at least one")
         return best
