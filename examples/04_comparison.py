@@ -1,7 +1,7 @@
 """Every sampler on the line of constant physics, L = 8 to 64: the runs behind docs/comparison.md.
 
 python examples/04_comparison.py                    # ten minutes on one core; leaves comparison.json
-python examples/04_comparison.py --draw --docs docs # table and figure of docs/comparison.md from it
+python examples/04_comparison.py --draw --docs docs # tables and figure of docs/comparison.md from it
 """
 
 import argparse
@@ -74,6 +74,7 @@ def run(extents, path):
     flow = lfq.AffineFlow(n_blocks=4, hidden=(8,), scale="exp(s)")
     proposals = lfq.train(flow, lfq.Gaussian(coarse.shape), coarse, n_steps=1000, batch_size=256, seed=2)
     sizes, before = [], {}
+    facts = {"machine": machine(), "lfq": lfq.__version__, "python": platform.python_version()}
     for extent in extents:
         found = lfq.compare(
             theory(extent),
@@ -86,8 +87,7 @@ def run(extents, path):
         print(f"L = {extent}\n\n{found}\n", flush=True)
         sizes.append(found.results)
         before = found.runs
-    facts = {"machine": machine(), "lfq": lfq.__version__, "python": platform.python_version()}
-    path.write_text(json.dumps(finite({"sizes": sizes} | facts), indent=1, allow_nan=False) + "\n")
+        path.write_text(json.dumps(finite({"sizes": sizes} | facts), indent=1, allow_nan=False) + "\n")
 
 
 def exponents(sizes, name, clock):
@@ -107,6 +107,11 @@ def exponents(sizes, name, clock):
     return fit_exponent(extents, costs, errors)
 
 
+def digits(number):
+    """Three significant digits without an exponent."""
+    return f"{float(f'{number:.3g}'):.0f}" if number >= 100 else f"{number:.3g}"
+
+
 def table(results):
     """The cost of an independent sample at every size, in both clocks, and its exponent, as Markdown."""
     sizes, lines = results["sizes"], []
@@ -121,7 +126,7 @@ def table(results):
             cells = []
             for size in sizes:
                 r = next(s for s in size["samplers"] if s["name"] == name)
-                cells.append(f"{unit * r[clock]:.3g}" if r["judged"] else "-")
+                cells.append(digits(unit * r[clock]) if r["judged"] else "-")
                 cells[-1] += "" if r["long_enough"] or not r["judged"] else "*"
             z = exponents(sizes, name, clock)
             lines.append(f"| {name} | " + " | ".join(cells) + f" | {'' if z is None else with_error(*z)} |")

@@ -534,10 +534,7 @@ class HMC(Sampler):
             best = best or current
         for factor in (0.8, 1.25):
             other = replace(best, n_steps=max(1, round(best.n_steps * factor)))
-            try:
-                cost, state = other._pilot_cost(state, seconds, least, max_trajectories)
-            except _core.NotFiniteError:
-                continue
+            cost, state = other._pilot_cost(state, seconds, least, max_trajectories)
             if cost < least:
                 best, least = other, cost
         return best, least
@@ -553,14 +550,17 @@ class HMC(Sampler):
     def _pilot_cost(self, state: State, seconds, hopeless: float, max_trajectories: int) -> tuple[float, State]:
         """Seconds per independent sample, and the state after the pilot; stops early once `hopeless`.
 
-        Infinite where the pilot is too short to see tau_int: such short trajectories would only look cheap.
+        Infinite where the pilot diverges, or is too short to see tau_int: such short trajectories would only
+        look cheap.
         """
         from .analysis import SLOW_OBSERVABLES, integrated_time
 
-        state = self.advance(state, 1, 10, measure=False).state
-        parts, done = [], 0
+        begin, parts, done = state, [], 0
         while True:
-            block = self.advance(state, min(max(50, done), max_trajectories - done))
+            try:
+                block = self.advance(state, min(max(50, done), max_trajectories - done))
+            except _core.NotFiniteError:
+                return math.inf, begin
             state, done = block.state, done + len(block.dh)
             parts.append(block)
             run = Run.from_blocks(self.theory, self, parts)
@@ -696,7 +696,7 @@ class FourierHMC(HMC):
         )  # fmt: skip
         phi[:] = latent
 
-    def tune_cost(self, masses: Iterable[float] = (4.0, 2.0, 1.0, 0.5, 0.25), **keywords) -> FourierHMC:
+    def tune_cost(self, masses: Iterable[float] = (4.0, 2.0, 1.0, 0.5), **keywords) -> FourierHMC:
         """As `HMC.tune_cost`, over masses too: from the largest down, until the cost rises.
 
         The lighter the modes, the shorter the best trajectory: each mass but the first starts from half the length

@@ -61,7 +61,7 @@ def _sampler_colours(samplers: list[dict[str, Any]]) -> list[str]:
         return sampler["prior"] or ("" if sampler["name"].lower().startswith("hmc") else sampler["name"])
 
     colours = _colours(list(dict.fromkeys(key(s) for s in samplers if key(s))))
-    greys = iter([_HMC_COLOUR, _LONG_HMC_COLOUR, *["#c8c8c8"] * len(samplers)])
+    greys = iter([_HMC_COLOUR, _LONG_HMC_COLOUR, *["#b8b8b8"] * len(samplers)])
     return [colours[key(s)] if key(s) else next(greys) for s in samplers]
 
 
@@ -192,9 +192,14 @@ def draw_scaling(sizes: list[dict[str, Any]]):
         ("cost_per_independent_sample_force_evaluations", 1, "force evaluations per independent sample"),
     )
     samplers = sizes[0]["samplers"]
+    colours = _sampler_colours(samplers)
+    # Where colours repeat, as the light greys of HMC do, lines differ.
+    styles = [("-", "--", ":", "-.")[colours[:i].count(colour) % 4] for i, colour in enumerate(colours)]
     for ax, (key, unit, label) in zip(axes[0], panels, strict=True):
-        for sampler, colour in zip(samplers, _sampler_colours(samplers), strict=True):
+        for sampler, colour, style in zip(samplers, colours, styles, strict=True):
             found = [s for size in sizes for s in size["samplers"] if s["name"] == sampler["name"] and s["judged"]]
+            if not found:
+                continue
             sites = [math.prod(s["shape"]) if unit != 1 else 1 for s in found]
             costs = np.array([s[key] for s in found]) * unit / sites
             ax.errorbar(
@@ -202,6 +207,7 @@ def draw_scaling(sizes: list[dict[str, Any]]):
                 costs,
                 costs * [s["cost_relative_error"] for s in found],
                 color=colour,
+                linestyle=style,
                 marker="o",
                 markersize=4,
                 linewidth=1.4,
