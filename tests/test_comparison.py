@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import lfq
-from lfq import cli, comparison, report
+from lfq import cli, comparison, plots, report
 from lfq.analysis import SLOW_OBSERVABLES
 
 for package in ("h5py", "matplotlib", "pyerrors", "rich", "typer"):
@@ -87,6 +87,18 @@ def test_the_table_has_every_sampler(found):
     # The flow's proposals are hardly ever accepted: the run is marked, and tau_int is a bound.
     independence = next(row for row in rows if row[0].startswith("independence"))
     assert independence[0].endswith("*") and independence[3].startswith("> ")
+
+
+def test_costs_are_drawn_against_the_extent(found):
+    """A line for every sampler that can be judged, at its cost per site and in forces."""
+    figure = plots.draw_scaling([found.results])
+    seconds, forces = figure.axes
+    judged = [record for record in found.results["samplers"] if record["judged"]]
+    assert len(seconds.lines) == len(forces.lines) == len(judged) >= 3
+    for line, record in zip(seconds.lines, judged, strict=True):
+        assert line.get_xydata()[0] == pytest.approx([8, 1e9 * record["cost_per_independent_sample_s"] / 64])
+    for line, record in zip(forces.lines, judged, strict=True):
+        assert line.get_ydata()[0] == pytest.approx(record["cost_per_independent_sample_force_evaluations"])
 
 
 @dataclass(frozen=True)
