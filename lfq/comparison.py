@@ -103,7 +103,7 @@ class Comparison:
     ----------
     results : dict
         ``samplers``: one record for each (see `chain_record`), in the order given; ``disagreeing``: names of those
-        that do not agree with the others; ``theory``, ``n_chains``, ``seconds``, ``reference``.
+        that do not agree with the others; ``theory``, ``n_chains``, ``seconds``.
     runs : dict of str to Run or Weighted
     """
 
