@@ -203,6 +203,61 @@ def _hmc_measured(shape, n, dtype, n_threads):
     )
 
 
+# ---- samplers --------------------------------------------------------------------------------
+def _clusters(cluster: str):
+    """Cluster updates of near-critical fields; each call starts where the last one ended."""
+
+    def build(shape, n, dtype, n_threads):
+        sampler = lfq.ClusterHMC(theory(shape), cluster=cluster)
+        phi, flipped = thermal_fields(shape, n, dtype), np.empty(n, dtype=np.int64)
+        record, settings, trajectory = sampler.theory._record(), sampler._record(), 0
+
+        def call():
+            nonlocal trajectory
+            _core.cluster_update(record, settings, 1, 0, trajectory, phi, flipped, n_threads)
+            trajectory += 1
+
+        sites = phi.size
+        if cluster == "wolff":
+            sites = 0
+            for _ in range(20):
+                call()
+                sites += flipped.sum() / 20
+        phases = costs.clusters(len(shape), cluster == "wolff")
+        return Work(call, sites, phases, group_bytes(0, shape, dtype, False) + 13 * math.prod(shape), phi.nbytes)
+
+    return build
+
+
+def _fourier(shape, n, dtype, n_threads):
+    n_trajectories = 2
+    hmc = lfq.FourierHMC(theory(shape), n_steps=N_STEPS, dtype=dtype, n_threads=n_threads)
+    phi = thermal_fields(shape, n, dtype)
+    single, ndim = phi.itemsize == 4, len(shape)
+    ends = [(1 / N_STEPS) * phase for phase in costs.trajectory_ends(ndim, single)]
+    return Work(
+        _advance(hmc, phi, n_trajectories),
+        phi.size * N_STEPS * n_trajectories,
+        [costs.force(ndim), *costs.hartley(shape), *costs.hartley(shape), costs.Cost(fma=3, group=6), *ends],
+        group_bytes(4, shape, dtype, False),
+        phi.nbytes,
+    )
+
+
+def _annealing(shape, n, dtype, n_threads):
+    n_temperatures = 5
+    sampler = lfq.Annealing(theory(shape), None, n_temperatures, n_steps=N_STEPS, dtype=dtype, n_threads=n_threads)
+    single, ndim = np.dtype(dtype).itemsize == 4, len(shape)
+    ends = [(1 / N_STEPS) * phase for phase in costs.trajectory_ends(ndim, single)]
+    return Work(
+        lambda: sampler.sample(n, seed=1),
+        n * math.prod(shape) * N_STEPS * n_temperatures,
+        [costs.kick_drift(ndim), *ends],
+        group_bytes(2, shape, dtype, True),
+        n * math.prod(shape) * np.dtype(dtype).itemsize,
+    )
+
+
 # ---- flows -----------------------------------------------------------------------------------
 def _flow_inputs(structure, shape, n, dtype):
     flow = lfq.AffineFlow(**structure)
@@ -313,6 +368,22 @@ def _flow_hmc(shape, n, dtype, n_threads):
     )
 
 
+def _independence(shape, n, dtype, n_threads):
+    """Proposals, their weights and observables."""
+    flow = lfq.AffineFlow(**PAPER)
+    sampler = lfq.IndependenceMetropolis(theory(shape), flow, dtype=dtype, n_threads=n_threads)
+    state, single = sampler.start(n, seed=1), np.dtype(dtype).itemsize == 4
+    forward = [costs.load(single), *costs.flow_forward(flow, single, False), costs.store(single)]
+    action = [costs.load(single), costs.action(len(shape), single)]
+    return Work(
+        lambda: sampler.advance(state, 1),
+        2 * state.latent.size,  # the chain's own field is measured again at the start of a call
+        [costs.normal(single) + costs.Cost(array=1), *forward, *action, *costs.observables(shape, single)],
+        group_bytes(3, shape, dtype, False),
+        3 * state.latent.nbytes,
+    )
+
+
 _L8, _L16, _L64, _L256 = (8, 8), (16, 16), (64, 64), (256, 256)
 _FIELDS = {"16^2": (_L16, 1024), "64^2": (_L64, 64), "256^2": (_L256, 32), "32^3": ((32,) * 3, 32)}
 _CHAINS = {
@@ -332,6 +403,11 @@ KERNELS = {
     "leapfrog": Kernel("leapfrog steps alone", "site-updates/s", _CHAINS, _leapfrog),
     "hmc": Kernel("HMC trajectory, 10 steps", "site-updates/s", _CHAINS, _hmc),
     "hmc_measured": Kernel("the same, observables after each", "site-updates/s", _CHAINS, _hmc_measured),
+    "swendsen_wang": Kernel("Swendsen-Wang sweep", "sites/s", _CHAINS, _clusters("swendsen-wang")),
+    "wolff": Kernel("Wolff cluster, sites flipped", "sites/s", _CHAINS, _clusters("wolff")),
+    "fourier_hmc": Kernel("Fourier-accelerated HMC trajectory, 10 steps", "site-updates/s", _CHAINS, _fourier),
+    "annealing": Kernel("annealing, 5 trajectories of 10 steps", "site-updates/s", _CHAINS, _annealing),
+    "independence": Kernel("independence Metropolis, paper's net", "sites/s", _FLOWS, _independence),
     "forward": Kernel("flow forward, paper's net", "sites/s", _FLOWS, _coupling_forward),
     "vjp": Kernel("flow vjp with weights, paper's net", "sites/s", _FLOWS, _coupling_vjp),
     "sampling": Kernel("flow sampling, paper's net", "sites/s", _FLOWS, _sampling),

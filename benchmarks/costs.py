@@ -162,6 +162,31 @@ def observables(shape, single: bool) -> list[Cost]:
     ]
 
 
+# ---- clusters and modes (csrc/cpu/cluster_kernels.hpp, fourier_kernels.hpp) --------------------
+def clusters(ndim: int, wolff: bool) -> list[Cost]:
+    """Activating the bonds of a site, in double for both types: a Philox block, and a comparison for each bond.
+
+    The search for components is scalar, branches on data, and is in no bound. A Wolff cluster asks each of
+    its sites for all 2 ndim bonds, and for the blocks of ndim neighbours.
+    """
+    block = Cost(fma=20, other=40)
+    bond = exp(False) + Cost(fma=2, add=3, other=7)
+    blocks, bonds = (1 + ndim, 2 * ndim) if wolff else (1, ndim)
+    return [blocks * block + bonds * bond + Cost(array=2)]
+
+
+def hartley(shape) -> list[Cost]:
+    """The transform along every axis: a stage for each factor 2 of the extent, then the odd factor densely."""
+    phases = []
+    for extent in shape:
+        odd = extent
+        while odd % 2 == 0:
+            odd //= 2
+        stages = (extent // odd).bit_length() - 1
+        phases.append(Cost(fma=odd + stages, add=stages, other=stages / 4, group=2))
+    return phases
+
+
 # ---- flows (csrc/cpu/flow_kernels.hpp), 2-d, one block: each site once active, once frozen ----------
 def taps(kernel_size: int, ndim: int = 2) -> tuple[int, int]:
     """Taps of a window at even and at odd offsets."""

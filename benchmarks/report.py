@@ -261,6 +261,8 @@ def derived_table(result: dict) -> str:
             ".0%",
         ),
         ("flow-HMC step / HMC step, time", lambda lat, d: ratio("hmc", "flow_hmc", lat, d), ".1f"),
+        ("accelerated step / HMC step, time", lambda lat, d: ratio("hmc", "fourier_hmc", lat, d), ".1f"),
+        ("Swendsen-Wang sweep / leapfrog step, time", lambda lat, d: ratio("leapfrog", "swendsen_wang", lat, d), ".1f"),
     ):
         cells = [_pair([get(lat, d) for d in DTYPES], form) for lat in lattices]
         lines.append(f"| {name} | " + " | ".join("" if cell == "- / -" else cell for cell in cells) + " |")

@@ -4,19 +4,28 @@ from ._core import NotFiniteError
 from ._kernels import info
 from ._version import __version__
 from .actions import Phi4, PulledBack
+from .comparison import Comparison, Contender, DisagreementWarning, compare
 from .flows import AffineFlow, Compose, Flow, InterleaveMap, UpsampleMap, load_flow
-from .hmc import HMC, INTEGRATORS, Integrator, Run, State
+from .hmc import HMC, INTEGRATORS, ClusterHMC, FourierHMC, Integrator, Run, State
 from .priors import Gaussian, Interleave, Lattice, Upsample
+from .samplers import Annealing, IndependenceMetropolis, Reweighting, Weighted, reverse_ess
 from .train import Fit, train, train_ladder
 
 __all__ = [
     "HMC",
     "INTEGRATORS",
     "AffineFlow",
+    "Annealing",
+    "ClusterHMC",
+    "Comparison",
     "Compose",
+    "Contender",
+    "DisagreementWarning",
     "Fit",
     "Flow",
+    "FourierHMC",
     "Gaussian",
+    "IndependenceMetropolis",
     "Integrator",
     "Interleave",
     "InterleaveMap",
@@ -24,13 +33,17 @@ __all__ = [
     "NotFiniteError",
     "Phi4",
     "PulledBack",
+    "Reweighting",
     "Run",
     "State",
     "Upsample",
     "UpsampleMap",
+    "Weighted",
     "__version__",
+    "compare",
     "info",
     "load_flow",
+    "reverse_ess",
     "train",
     "train_ladder",
 ]

@@ -10,12 +10,14 @@ class NotFiniteError(ValueError, ArithmeticError): ...
 theory_dtype: np.dtype[np.void]
 layer_dtype: np.dtype[np.void]
 hmc_dtype: np.dtype[np.void]
+cluster_dtype: np.dtype[np.void]
 N_OBSERVABLES: int
 MAX_HIDDEN: int
 MAX_CHANNELS: int
 MAX_STAGES: int
 PURPOSES: dict[str, int]
 LAYERS: dict[str, int]
+CLUSTERS: dict[str, int]
 
 def version() -> str: ...
 def abi_version() -> int: ...
@@ -26,6 +28,9 @@ def max_threads() -> int: ...
 def philox4x32(counter: NDArray[np.uint32], key: NDArray[np.uint32]) -> NDArray[np.uint32]: ...
 def normal(
     seed: int, purpose: int, trajectory: int, first_chain: int, n_chains: int, out: Real, n_threads: int = 0
+) -> None: ...
+def uniform(
+    seed: int, purpose: int, first_trajectory: int, first_chain: int, n_chains: int, out: Doubles
 ) -> None: ...
 def phi4_action(theory: Records, phi: Real, action: Doubles, n_threads: int = 0) -> None: ...
 def phi4_force(theory: Records, phi: Real, force: Real, n_threads: int = 0) -> None: ...
@@ -102,6 +107,42 @@ def hmc(
     phi: Real,
     dh: Doubles,
     accepted: NDArray[np.uint8],
+    smear: Doubles,
+    observables: Doubles,
+    n_threads: int = 0,
+) -> None: ...
+def fourier_evolve(
+    theory: Records, hmc: Records, mass: float, phi: Real, momenta: Real, n_threads: int = 0
+) -> None: ...
+def fourier_hmc(
+    theory: Records,
+    hmc: Records,
+    mass: float,
+    phi: Real,
+    dh: Doubles,
+    accepted: NDArray[np.uint8],
+    smear: Doubles,
+    observables: Doubles,
+    n_threads: int = 0,
+) -> None: ...
+def cluster_update(
+    theory: Records,
+    cluster: Records,
+    seed: int,
+    first_chain: int,
+    trajectory: int,
+    phi: Real,
+    flipped: NDArray[np.int64],
+    n_threads: int = 0,
+) -> None: ...
+def cluster_hmc(
+    theory: Records,
+    hmc: Records,
+    cluster: Records,
+    phi: Real,
+    dh: Doubles,
+    accepted: NDArray[np.uint8],
+    flipped: NDArray[np.int64],
     smear: Doubles,
     observables: Doubles,
     n_threads: int = 0,

@@ -24,6 +24,8 @@ __all__ = [
     "cost_per_independent_sample",
     "derived",
     "estimate",
+    "fit_exponent",
+    "integrated_time",
     "summarize",
 ]
 
@@ -238,6 +240,54 @@ def autocorrelation(samples, max_lag: int) -> tuple[np.ndarray, np.ndarray]:
         return rho, np.zeros_like(rho)
     scatter = (gamma - rho[:, None] * gamma[0]) / mean[0]
     return rho, scatter.std(axis=1, ddof=1) / math.sqrt(n_chains)
+
+
+def integrated_time(samples) -> float:
+    """tau_int with the automatic window of hep-lat/0306017 sec. 3.3 (S = 1.5), in NumPy alone: for tuning.
+
+    Parameters
+    ----------
+    samples : array_like, shape (n_samples, n_chains) or (n_samples,)
+
+    Returns
+    -------
+    float
+        Not below 1/2. A sum that finds no window, in a run too short, is the one over all lags.
+    """
+    samples = _series(samples, "integrated_time")
+    n_samples = len(samples)
+    rho, _ = autocorrelation(samples, n_samples // 2)
+    tau = 0.5 + np.cumsum(rho[1:])
+    window = np.arange(1, len(rho))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        decay = np.where(tau > 0.5, 1.5 / np.log((2 * tau + 1) / (2 * tau - 1)), 1e-9)
+        falling = np.exp(-window / decay) - decay / np.sqrt(window * n_samples) < 0
+    if not falling.any():
+        return float(max(tau.max(initial=0.5), 0.5))
+    return float(max(tau[np.argmax(falling)], 0.5))
+
+
+def fit_exponent(extents, costs, relative_errors) -> tuple[float, float]:
+    """z of cost = c L^z, by least squares in the logarithms.
+
+    Parameters
+    ----------
+    extents, costs, relative_errors : array_like, shape (n,)
+        At least two.
+
+    Returns
+    -------
+    z, error : float
+        The error grows by sqrt(chi^2 / (n - 2)) where that is above one, as when the costs follow no power law.
+    """
+    x, y = np.log(np.asarray(extents, float)), np.log(np.asarray(costs, float))
+    w = 1 / np.asarray(relative_errors, float) ** 2
+    if not (x.ndim == 1 and x.shape == y.shape == w.shape and x.size >= 2 and np.ptp(x) > 0):
+        raise ValueError("fit_exponent: needs at least two extents, and a cost and an error for each")
+    x, y = x - np.average(x, weights=w), y - np.average(y, weights=w)
+    z, variance = (w * x * y).sum() / (w * x * x).sum(), 1 / (w * x * x).sum()
+    chi2 = (w * (y - z * x) ** 2).sum() / max(x.size - 2, 1)
+    return float(z), float(math.sqrt(variance * max(chi2 if x.size > 2 else 1.0, 1.0)))
 
 
 def summarize(run) -> dict[str, Estimate]:

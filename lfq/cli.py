@@ -1,4 +1,4 @@
-"""The command line: `lfq run`, `lfq info`, `lfq selftest`, `lfq default`."""
+"""The command line: `lfq run`, `lfq compare`, `lfq info`, `lfq selftest`, `lfq default`."""
 
 import contextlib
 import sys
@@ -9,6 +9,7 @@ from typing import Annotated
 from ._optional import load
 
 DEFAULT_OUT = Path("lfq-run")
+COMPARISON_OUT = Path("lfq-comparison")
 
 
 @contextlib.contextmanager
@@ -39,15 +40,13 @@ def _progress_bars() -> Iterator:
             bars.stop()
 
 
-def _print_results(results: dict, out: Path) -> None:
+def _print_table(lines: list[list[str]], notes: list[str], left: str) -> None:
+    """A table with its headings in the first line, turned round where it is too wide; notes; what is where."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    from .report import COLUMNS, footnotes, table_rows
-
-    lines = [list(COLUMNS), *table_rows(results)]
     columns = zip(*lines, strict=True)
     widths = [max(len(word) for word in (*heading.split(), *cells)) for heading, *cells in columns]
     n_labels, needed = 2, sum(widths) + 3 * len(widths)
@@ -64,9 +63,16 @@ def _print_results(results: dict, out: Path) -> None:
     for line in lines[1:]:
         table.add_row(*map(Text, line))
     console.print(table)
-    for note in footnotes(results):
-        console.print(Text(note, style="dim"))
-    console.print(Text(f"\nresults.json, run.h5, flows and report.html are in {out}"))
+    for note in notes:
+        console.print(Text(note, style="bold red" if "DISAGREEMENT" in note else "dim"))
+    console.print(Text(f"\n{left}"))
+
+
+def _print_results(results: dict, out: Path) -> None:
+    from .report import COLUMNS, footnotes, table_rows
+
+    left = f"results.json, run.h5, flows and report.html are in {out}"
+    _print_table([list(COLUMNS), *table_rows(results)], footnotes(results), left)
 
 
 def _shown(value: object) -> str:
@@ -106,6 +112,28 @@ def _application():
             return 130
         _print_results(results, out)
         return 0
+
+    @app.command()
+    def compare(
+        config: Annotated[Path | None, config_argument] = None,
+        out: Annotated[Path, typer.Option(help="Directory of the results, new or empty.")] = COMPARISON_OUT,
+    ) -> int:
+        """Compare samplers of one theory, each tuned on its own, at equal budget."""
+        import warnings
+
+        from . import report
+        from .comparison import DisagreementWarning
+        from .config import load_config
+        from .experiment import run_comparison
+
+        loaded = load_config(config)
+        # Said in the table's notes and by the exit code.
+        warnings.simplefilter("ignore", DisagreementWarning)
+        with _progress_bars() as progress:
+            results = run_comparison(loaded, out, progress=progress)
+        lines = [list(report.COMPARISON_COLUMNS), *report.comparison_rows(results)]
+        _print_table(lines, report.comparison_notes(results), f"results.json, flows and report.html are in {out}")
+        return 1 if results["disagreeing"] else 0
 
     @app.command()
     def info() -> int:
@@ -151,7 +179,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns
     -------
     int
-        0; 1 where a self-test failed; 2 after an error, told in one line on stderr; 130 when interrupted.
+        0; 1 where a self-test failed or samplers disagree; 2 after an error, told in one line on stderr; 130
+        when interrupted.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     try:

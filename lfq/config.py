@@ -1,4 +1,4 @@
-"""The configuration of `lfq run`: TOML in, checked frozen dataclasses out.
+"""The configuration of `lfq run` and `lfq compare`: TOML in, checked frozen dataclasses out.
 
 Every error is a `ConfigError` that names the section, the key and what is wrong with it, before any
 work starts.
@@ -20,12 +20,14 @@ from ._optional import load
 
 __all__ = [
     "ChainConfig",
+    "ComparisonConfig",
     "Config",
     "ConfigError",
     "FlowConfig",
     "LadderConfig",
     "PriorConfig",
     "RunConfig",
+    "SamplerConfig",
     "SamplingConfig",
     "TargetConfig",
     "TrainingConfig",
@@ -123,6 +125,49 @@ class SamplingConfig:
 
 
 @dataclass(frozen=True)
+class ComparisonConfig:
+    """``[comparison]``: what `lfq compare` gives to each sampler."""
+
+    seconds: float = _key(20.0, above=0)
+    n_chains: int = _key(64, at_least=2)
+    n_warmup: int = _key(200, at_least=0)
+    acceptance: float = _key(0.8, above=0, below=1)
+
+
+SAMPLER_KINDS = (
+    "hmc",
+    "swendsen-wang",
+    "wolff",
+    "fourier",
+    "flow-hmc",
+    "independence",
+    "reweighting",
+    "annealing",
+)
+"""What a ``[[sampler]]`` can be."""
+
+
+@dataclass(frozen=True)
+class SamplerConfig:
+    """``[[sampler]]``: one sampler of `lfq compare`. `name` labels it; its kind, and prior, by default.
+
+    `tau` is where the search for the trajectory length begins; with `tune = false` it is kept, and only the number
+    of steps is tuned.
+    """
+
+    kind: str = _key(choices=SAMPLER_KINDS)
+    name: str = _key("", pattern=r"[A-Za-z0-9_., +-]*")
+    prior: str | None = _key(None)
+    tau: float = _key(1.0, above=0)
+    tune: bool = _key(True)
+    length_spread: float = _key(0.0, at_least=0, below=1)
+    integrator: str = _key("leapfrog", choices=("leapfrog", "omf2", "omf4"))
+    n_updates: int = _key(1, at_least=1)
+    n_temperatures: int = _key(20, at_least=1)
+    resample: float = _key(0.0, at_least=0, at_most=1)
+
+
+@dataclass(frozen=True)
 class LadderConfig:
     """``[ladder]``: theories from the coarsest to the target; a flow is trained for all but the first."""
 
@@ -143,6 +188,8 @@ class Config:
     prior: tuple[PriorConfig, ...] = ()
     sampling: SamplingConfig = SamplingConfig()
     ladder: LadderConfig | None = None
+    comparison: ComparisonConfig | None = None
+    sampler: tuple[SamplerConfig, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists and scalars, without the keys that are not set."""
@@ -273,6 +320,7 @@ _SECTIONS = {
     "prior_chains": ChainConfig,
     "sampling": SamplingConfig,
     "ladder": LadderConfig,
+    "comparison": ComparisonConfig,
 }
 
 _PRIOR_KEYS = {
@@ -298,6 +346,36 @@ def _prior(index: int, table: Any) -> PriorConfig:
     return prior if prior.name else dataclasses.replace(prior, name=prior.kind)
 
 
+def _sampler(index: int, table: Any) -> SamplerConfig:
+    sampler = _table(f"sampler {index}", SamplerConfig, table)
+    name = sampler.kind if sampler.prior is None else f"{sampler.kind}, {sampler.prior}"
+    return sampler if sampler.name else dataclasses.replace(sampler, name=name)
+
+
+def _check_samplers(config: Config) -> None:
+    names: set[str] = set()
+    trained = [prior.name for prior in config.prior]
+    for index, sampler in enumerate(config.sampler, 1):
+        section = f"sampler {index}"
+        if sampler.name in names:
+            raise ConfigError(section, "name", f"{sampler.name!r} is taken: give this sampler another name")
+        names.add(sampler.name)
+        needs = sampler.kind in ("flow-hmc", "independence", "reweighting")
+        if sampler.prior is None:
+            if needs:
+                raise ConfigError(section, "prior", f"is missing: the kind {sampler.kind} needs a [[prior]] by name")
+            continue
+        if not needs and sampler.kind != "annealing":
+            raise ConfigError(section, "prior", f"means nothing to the kind {sampler.kind}")
+        if sampler.prior not in trained:
+            problem = f"no [[prior]] is named {sampler.prior!r}{_nearest(sampler.prior, trained)}"
+            raise ConfigError(section, "prior", problem)
+        kind = next(prior.kind for prior in config.prior if prior.name == sampler.prior)
+        if sampler.kind in ("independence", "annealing") and kind != "gaussian":
+            problem = f"the kind {sampler.kind} draws unit normals, and {sampler.prior!r} is not the gaussian prior"
+            raise ConfigError(section, "prior", problem)
+
+
 def _check_stable(section: str, beta: float, lam: float, ndim: int) -> None:
     if lam < 0:
         raise ConfigError(section, "lam", f"must not be negative: the action is unbounded below, got {lam}")
@@ -307,6 +385,7 @@ def _check_stable(section: str, beta: float, lam: float, ndim: int) -> None:
 
 
 def _check_together(config: Config) -> None:
+    _check_samplers(config)
     target, ndim = config.target, len(config.target.shape)
     _check_stable("target", target.beta, target.lam, ndim)
     names: set[str] = set()
@@ -358,10 +437,14 @@ def parse_config(text: str) -> Config:
             if not isinstance(table, list):
                 raise ConfigError("prior", "", "is a list of tables: write [[prior]]")
             sections["prior"] = tuple(_prior(index, entry) for index, entry in enumerate(table, 1))
+        elif section == "sampler":
+            if not isinstance(table, list):
+                raise ConfigError("sampler", "", "is a list of tables: write [[sampler]]")
+            sections["sampler"] = tuple(_sampler(index, entry) for index, entry in enumerate(table, 1))
         elif section in _SECTIONS:
             sections[section] = _table(section, _SECTIONS[section], table)
         else:
-            raise ConfigError(section, "", f"unknown section{_nearest(section, [*_SECTIONS, 'prior'])}")
+            raise ConfigError(section, "", f"unknown section{_nearest(section, [*_SECTIONS, 'prior', 'sampler'])}")
     if "target" not in sections:
         raise ConfigError("target", "", "is missing")
     config = Config(**sections)

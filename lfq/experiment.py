@@ -1,4 +1,4 @@
-"""The pipeline of `lfq run`: train a flow from every prior, then compare flow-HMC with HMC.
+"""The pipelines of `lfq run` and `lfq compare`: train a flow from every prior, then sample and compare.
 
 Every stage stores its result as it completes, and a run that was interrupted continues with the same
 random numbers: the outcome is that of an uninterrupted one, bit for bit.
@@ -23,21 +23,26 @@ import numpy as np
 
 import lfq
 
-from . import analysis
 from ._optional import load
-from .config import Config, ConfigError, PriorConfig, SamplingConfig, parse_config
+from .comparison import Contender, chain_record, compare, pay_off
+from .config import ComparisonConfig, Config, ConfigError, PriorConfig, SamplerConfig, SamplingConfig, parse_config
 from .hmc import HMC, Block, Run, State
 from .io import FileFormatError, RunFile, load_tensors, save_tensors, write_atomically
 from .observables import OBSERVABLES
 
-__all__ = ["ExperimentError", "Training", "collect", "run_experiment", "sample", "stage_seed", "train"]
+__all__ = [
+    "ExperimentError",
+    "Training",
+    "collect",
+    "run_comparison",
+    "run_experiment",
+    "sample",
+    "stage_seed",
+    "train",
+]
 
 Progress = Callable[[str, int, int, str], None]
 """Called with the name of a stage, steps done, steps in all, and a remark."""
-
-RELIABLE_TAU = 1000
-"""A run of fewer autocorrelation times than this, over all chains, is marked."""
-
 
 PACKAGES = {"pyerrors": "error analysis", "matplotlib": "drawing figures", "h5py": "a run file"}
 """Optional packages that a run needs, and what for."""
@@ -170,6 +175,8 @@ def make_hmc(config: Config, theory, name: str = "hmc") -> HMC:
 
 def _check_buildable(config: Config) -> None:
     """Construct everything once, so that what only lfq itself can judge fails before any work."""
+    if config.sampler or config.comparison:
+        raise ConfigError("sampler" if config.sampler else "comparison", "", "is for `lfq compare`, not `lfq run`")
     theory = target_theory(config)
     make_hmc(config, theory)
     if config.prior or config.ladder:
@@ -240,7 +247,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def machine(config: Config) -> dict[str, str]:
+def machine(n_threads: int = 0) -> dict[str, str]:
     """What the timings of a run depend on."""
     model = platform.processor() or platform.machine()
     try:
@@ -252,7 +259,7 @@ def machine(config: Config) -> dict[str, str]:
     info = lfq.info()
     return {
         "processor": model,
-        "threads": str(config.run.threads or info["threads"]),
+        "threads": str(n_threads or info["threads"]),
         "instruction set": str(info["isa"]),
         "system": f"{platform.system()} {platform.machine()}",
     }
@@ -407,12 +414,12 @@ def _stored_state(config: Config, file: RunFile, name: str) -> State:
     return State(latent=latent, trajectory=status["trajectory"], seed=status["seed"])
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """The value with NaN and infinities, which JSON lacks, as None."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     if isinstance(value, (float, np.floating)):
         return float(value) if math.isfinite(value) else None
     return int(value) if isinstance(value, np.integer) else value
@@ -439,41 +446,8 @@ def _sampler_label(config: Config, tau: float) -> str:
 
 
 def _sampler(config: Config, run: Run, prior: str | None) -> dict[str, Any]:
-    table = analysis.summarize(run)
-    cost = analysis.cost_per_independent_sample(run, table)
-    slowest = table[cost.observable]
-    return {
-        "name": _sampler_label(config, run.hmc.tau) if prior is None else "flow-HMC",
-        "prior": prior,
-        "L": config.target.shape[0],
-        "shape": config.target.shape,
-        "beta": config.target.beta,
-        "lam": config.target.lam,
-        "acceptance": float(run.acceptance),
-        "n_chains": config.sampling.n_chains,
-        "n_samples": config.sampling.n_samples,
-        "n_steps": run.hmc.n_steps,
-        "trajectory_length": run.hmc.tau,
-        "integrator": config.sampling.integrator,
-        "exp_minus_dh": list(run.exp_minus_dh()),
-        "observables": {
-            name: {
-                "value": entry.value,
-                "error": entry.error,
-                "tau_int": entry.tau_int,
-                "tau_int_error": entry.tau_int_error,
-            }
-            for name, entry in table.items()
-        },
-        "seconds_per_trajectory": run.seconds_per_trajectory,
-        "force_evaluations_per_trajectory": run.force_evaluations_per_trajectory,
-        "slowest_observable": cost.observable,
-        "cost_per_independent_sample_s": cost.seconds,
-        "cost_per_independent_sample_force_evaluations": cost.force_evaluations,
-        "cost_relative_error": cost.relative_error,
-        "n_tau_int": slowest.n_samples / slowest.tau_int,
-        "long_enough": slowest.n_samples >= RELIABLE_TAU * slowest.tau_int,
-    }
+    name = _sampler_label(config, run.sampler.tau) if prior is None else "flow-HMC"
+    return {"name": name, "prior": prior} | chain_record(name, run)
 
 
 def collect(config: Config, trainings: list[Training], runs: dict[str, Run]) -> dict[str, Any]:
@@ -495,25 +469,22 @@ def collect(config: Config, trainings: list[Training], runs: dict[str, Run]) -> 
         cost as much as training and flow-HMC; None where that never happens.
     """
     samplers = [_sampler(config, runs[name], prior) for name, prior in sampler_names(config).items()]
-    reference = min(s["cost_per_independent_sample_s"] for s in samplers if s["prior"] is None)
     for sampler in samplers:
         if sampler["prior"] is None:
             continue
         levels = [t for t in trainings if t.name == sampler["prior"]]
         levels = levels or [t for t in trainings if t.name.startswith("ladder-")]
-        seconds = sum(training.seconds for training in levels)
-        gain = reference - sampler["cost_per_independent_sample_s"]
         sampler["ess"] = levels[-1].ess
-        sampler["train_seconds"] = seconds
-        sampler["samples_to_pay_off"] = seconds / gain if gain > 0 else None
-    return _finite(
+        sampler["train_seconds"] = sum(training.seconds for training in levels)
+    pay_off(samplers, lambda sampler: sampler["prior"] is not None)
+    return finite(
         {
             "version": lfq.__version__,
             "config": config.to_dict(),
             "levels": [_level(config, training) for training in trainings],
             "samplers": samplers,
             "versions": versions(),
-            "machine": machine(config),
+            "machine": machine(config.run.threads),
         }
     )
 
@@ -589,4 +560,113 @@ def run_experiment(
     with write_atomically(out / "report.html") as stream:
         stream.write(report.html_report(results, config, figures).encode())
     progress("figures and report", 1, 1, "")
+    return results
+
+
+# ---- lfq compare ----------------------------------------------------------------------------
+
+DEFAULT_SAMPLERS = tuple(
+    SamplerConfig(kind=kind, name=kind, length_spread=spread)
+    for kind, spread in (("hmc", 0.2), ("swendsen-wang", 0.0), ("wolff", 0.0))
+)
+"""Samplers of a comparison whose configuration names none; flow-HMC with every trained flow joins them."""
+
+
+def _contender(config: Config, sampler: SamplerConfig, trainings: dict[str, Training]) -> Contender:
+    """The sampler of one ``[[sampler]]``."""
+    theory, training = target_theory(config), trainings.get(sampler.prior)
+    common = {"dtype": config.run.dtype, "n_threads": config.run.threads or None}
+    moves = {"tau": sampler.tau, "integrator": sampler.integrator, "length_spread": sampler.length_spread}
+    makers = {
+        "hmc": lambda: HMC(theory, **moves, **common),
+        "swendsen-wang": lambda: lfq.ClusterHMC(theory, n_updates=sampler.n_updates, **moves, **common),
+        "wolff": lambda: lfq.ClusterHMC(theory, cluster="wolff", n_updates=sampler.n_updates, **moves, **common),
+        "fourier": lambda: lfq.FourierHMC(theory, **moves, **common),
+        "flow-hmc": lambda: HMC(theory.pullback(training.flow), **moves, **common),
+        "independence": lambda: lfq.IndependenceMetropolis(theory, training.flow, **common),
+        "reweighting": lambda: lfq.Reweighting(theory, training.flow, prior, **common),
+        "annealing": lambda: lfq.Annealing(
+            theory,
+            training and training.flow,
+            sampler.n_temperatures,
+            tau=sampler.tau,
+            resample=sampler.resample,
+            **common,
+        ),
+    }
+    prior = None
+    if training is not None:
+        prior = make_prior(config, next(p for p in config.prior if p.name == sampler.prior))
+    with _section(f"sampler {sampler.name}"):
+        made = makers[sampler.kind]()
+        if isinstance(made, HMC) and not sampler.tune:
+            comparison = config.comparison or ComparisonConfig()
+            made = made.tune(comparison.acceptance, comparison.n_chains, stage_seed(config.run.seed, "tune"))
+        return Contender(made, training.seconds if training else 0.0, sampler.tune, prior)
+
+
+def run_comparison(config: Config, out: str | os.PathLike, *, progress: Progress | None = None) -> dict[str, Any]:
+    """Train the flows, compare the samplers, and leave results, figures and a report in a directory.
+
+    Parameters
+    ----------
+    config : Config
+        ``[[sampler]]`` lists the samplers; without any, HMC, Swendsen-Wang and Wolff clusters, and flow-HMC
+        with each flow.
+    out : path-like
+        A new or empty directory.
+    progress : callable, optional
+        Called as ``progress(stage, done, total, remark)``.
+
+    Returns
+    -------
+    dict
+        What ``results.json`` holds: `lfq.Comparison.results`, and ``config``, ``levels``, ``versions``, ``machine``.
+
+    Raises
+    ------
+    ConfigError, ExperimentError, ImportError
+        As `run_experiment`.
+    """
+    from . import plots, report
+
+    progress, out = progress or (lambda *_: None), Path(out)
+    if config.ladder:
+        raise ConfigError("ladder", "", "is for `lfq run`, not `lfq compare`")
+    if not config.sampler:
+        flows = [SamplerConfig("flow-hmc", f"flow-hmc, {prior.name}", prior.name) for prior in config.prior]
+        config = replace(config, sampler=(*DEFAULT_SAMPLERS, *flows))
+    _check_buildable(replace(config, sampler=(), comparison=None))
+    for package, purpose in PACKAGES.items():
+        load(package, purpose)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if any(out.iterdir()):
+            raise ExperimentError(f"{out} is not empty: --out takes another place")
+        for folder in ("flows", "training"):
+            (out / folder).mkdir()
+        with write_atomically(out / "config.toml") as stream:
+            stream.write(config.to_toml().encode())
+    except OSError as error:
+        raise ExperimentError(f"cannot write to {out}: {error.strerror or error}") from None
+    trainings = {prior.name: train(config, prior, out, progress) for prior in config.prior}
+    contenders = {s.name: _contender(config, s, trainings) for s in config.sampler}
+    found = compare(
+        target_theory(config),
+        contenders,
+        **vars(config.comparison or ComparisonConfig()),
+        seed=stage_seed(config.run.seed, "compare"),
+        progress=progress,
+    )
+    levels = [_level(config, training) for training in trainings.values()]
+    results = finite(
+        {"version": lfq.__version__, "config": config.to_dict(), "levels": levels}
+        | found.results
+        | {"versions": versions(), "machine": machine(config.run.threads)}
+    )
+    with write_atomically(out / "results.json") as stream:
+        stream.write(json.dumps(results, indent=1, allow_nan=False).encode())
+    figures = plots.write_comparison_figures(out, results, found.runs)
+    with write_atomically(out / "report.html") as stream:
+        stream.write(report.comparison_report(results, config, figures).encode())
     return results

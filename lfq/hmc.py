@@ -1,9 +1,10 @@
-"""Hybrid Monte Carlo of a theory, or of its pullback through a flow."""
+"""Hybrid Monte Carlo of a theory or of its pullback through a flow, plain, with clusters, or accelerated."""
 
 from __future__ import annotations
 
 import math
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -15,7 +16,7 @@ from ._kernels import check_count, check_seed, check_threads, fields, real_dtype
 from .actions import Phi4, PulledBack
 from .observables import OBSERVABLES
 
-__all__ = ["HMC", "INTEGRATORS", "Block", "Integrator", "Run", "State"]
+__all__ = ["HMC", "INTEGRATORS", "Block", "ClusterHMC", "FourierHMC", "Integrator", "Run", "Sampler", "State"]
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,8 @@ class Block:
         After the block.
     phi : ndarray, shape (n_chains, *shape)
         The fields after the block.
+    flipped : ndarray of int64, shape of dh, or None
+        Sites whose sign the cluster updates of a trajectory changed, each time counted.
     """
 
     observables: dict[str, np.ndarray]
@@ -110,186 +113,33 @@ class Block:
     seconds: float
     state: State
     phi: np.ndarray
+    flipped: np.ndarray | None = None
 
 
-@dataclass(frozen=True)
-class HMC:
-    """Hybrid Monte Carlo with many chains side by side.
+class Sampler(ABC):
+    """What all samplers of chains share: `start` and `advance` make a sampler, the rest follows.
 
-    Parameters
-    ----------
-    theory : Phi4 or PulledBack
-        What to sample; for a pulled-back theory this is flow-HMC.
-    tau : float
-        Trajectory length; momenta have unit mass.
-    n_steps : int
-        Integrator steps per trajectory.
-    integrator : {"leapfrog", "omf2", "omf4"} or Integrator
-    dtype : {"float64", "float32"}
-        Of fields and momenta. Energies are summed in double in both.
-    n_threads : int, optional
-        All by default. Results do not depend on it.
+    A trajectory is one step of a chain, whatever the sampler: that which `thin`, tau_int and costs count.
     """
 
     theory: Phi4 | PulledBack
-    tau: float = 1.0
-    n_steps: int = 10
-    integrator: str | Integrator = "leapfrog"
-    dtype: str = "float64"
-    n_threads: int | None = None
 
-    def __post_init__(self):
-        if not isinstance(self.theory, (Phi4, PulledBack)):
-            raise TypeError(f"theory: must be a Phi4 or its pullback, got {type(self.theory).__name__}")
-        if not (isinstance(self.tau, (int, float)) and math.isfinite(self.tau) and self.tau > 0):
-            raise ValueError(f"tau: must be positive, got {self.tau!r}")
-        check_count(self.n_steps, "n_steps", 1, 10**6)
-        check_threads(self.n_threads)
-        real_dtype(self.dtype)
-        if isinstance(self.integrator, str):
-            if self.integrator not in INTEGRATORS:
-                raise ValueError(f"integrator: must be one of {', '.join(INTEGRATORS)}, got {self.integrator!r}")
-            object.__setattr__(self, "integrator", INTEGRATORS[self.integrator])
-        elif not isinstance(self.integrator, Integrator):
-            raise TypeError(f"integrator: must be a name or an Integrator, got {self.integrator!r}")
-        if (
-            not 1 <= self.integrator.n_stages <= _core.MAX_STAGES
-            or len(self.integrator.kick) != len(self.integrator.drift) + 1
-        ):
-            raise ValueError("integrator: needs 1 to 8 drifts and one kick more")
+    @abstractmethod
+    def start(self, n_chains: int, seed: int) -> State:
+        """Chains at their beginning."""
 
-    @property
-    def step_size(self) -> float:
-        return self.tau / self.n_steps
-
-    @property
-    def force_evaluations_per_trajectory(self) -> int:
-        """The pulled-back force at a trajectory's start is kept from the last one; the plain one is not."""
-        return self.n_steps * self.integrator.n_stages + (not isinstance(self.theory, PulledBack))
-
-    # ---- dynamics --------------------------------------------------------------------------
-    def _settings(self, n_samples=0, thin=1, seed=0, first_chain=0, trajectory=0) -> np.ndarray:
-        h = np.zeros(1, dtype=_core.hmc_dtype)
-        i = self.integrator
-        h["integrator"]["n_stages"] = i.n_stages
-        h["integrator"]["kick"][0, : len(i.kick)] = i.kick
-        h["integrator"]["drift"][0, : len(i.drift)] = i.drift
-        h["step_size"], h["n_steps"], h["thin"], h["n_samples"] = (
-            self.step_size,
-            self.n_steps,
-            thin,
-            n_samples,
-        )
-        h["seed"], h["first_chain"], h["first_trajectory"] = seed, first_chain, trajectory
-        return h
-
-    def evolve(self, latent, momenta, backward: bool = False) -> tuple[np.ndarray, np.ndarray]:
-        """Integrate one trajectory: no momentum refresh, no accept step.
-
-        Parameters
-        ----------
-        latent, momenta : array_like, shape (..., *shape)
-        backward : bool
-            Integrate back in time, with negative step size.
-
-        Returns
-        -------
-        latent, momenta : ndarray
-            New arrays.
-        """
-        latent, _ = fields(latent, self.theory.shape, "latent")
-        momenta, _ = fields(momenta, self.theory.shape, "momenta")
-        if momenta.shape != latent.shape:
-            raise ValueError(f"momenta: shape {momenta.shape} differs from the latent's, {latent.shape}")
-        latent, momenta = latent.copy(), momenta.astype(latent.dtype, copy=True)
-        h = self._settings()
-        if backward:
-            h["step_size"] *= -1
-        layers, weights = self.theory._program()
-        _core.evolve(
-            layers,
-            weights,
-            self.theory._physical._record(),
-            h,
-            latent,
-            momenta,
-            check_threads(self.n_threads),
-        )
-        return latent, momenta
-
-    def start(self, n_chains: int, seed: int, phi=None, first_chain: int = 0) -> State:
-        """Chains at their beginning.
-
-        Parameters
-        ----------
-        n_chains : int
-        seed : int
-        phi : array_like, shape (n_chains, *shape), optional
-            Fields to start from. By default normals of standard deviation 1/2: in the tail of wider ones
-            a coarse step is unstable, and such a chain would never move. For a pulled-back theory, the
-            same after 20 fine trajectories of plain HMC, since a flow may be steep far from the fields
-            it was trained on.
-        first_chain : int
-            Global number of the first chain.
-        """
-        n_chains = check_count(n_chains, "n_chains", 1, 2**31)
-        seed = check_seed(seed)
-        first_chain = check_count(first_chain, "first_chain", 0, 2**32 - n_chains)
-        pulled_back = isinstance(self.theory, PulledBack)
-        if phi is None and pulled_back:
-            plain = replace(self, theory=self.theory.theory, tau=1.3, n_steps=26, integrator="leapfrog")
-            rough = plain.advance(plain.start(n_chains, seed, first_chain=first_chain), 1, 20)
-            return State(self.theory.latent(rough.phi, self.n_threads), rough.state.trajectory, seed, first_chain)
-        if phi is None:
-            latent = np.empty((n_chains, *self.theory.shape), dtype=self.dtype)
-            _core.normal(seed, _core.PURPOSES["start"], 0, first_chain, n_chains, latent, check_threads(self.n_threads))
-            latent *= 0.5
-        else:
-            phi, leading = fields(phi, self.theory.shape, "phi")
-            if leading != (n_chains,):
-                raise ValueError(f"phi: shape {phi.shape} is not {n_chains} fields of shape {self.theory.shape}")
-            if not np.isfinite(phi).all():
-                raise _core.NotFiniteError(f"phi: chain {int(np.argwhere(~np.isfinite(phi))[0][0])} holds NaN or Inf")
-            phi = phi.astype(self.dtype)
-            latent = self.theory.latent(phi, self.n_threads) if pulled_back else phi
-        return State(latent, 0, seed, first_chain)
-
+    @abstractmethod
     def advance(self, state: State, n_samples: int, thin: int = 1, measure: bool = True) -> Block:
-        """`n_samples` samples, `thin` trajectories apart, of every chain in one call.
+        """`n_samples` samples, `thin` trajectories apart, of every chain in one call."""
 
-        Without `measure` the block's observables are empty.
+    @property
+    @abstractmethod
+    def force_evaluations_per_trajectory(self) -> float:
+        """Work of a trajectory in units of the theory's force."""
 
-        Raises
-        ------
-        NotFiniteError
-            dH became NaN or Inf: names chain and trajectory. `state` is as it was.
-        """
-        n_samples = check_count(n_samples, "n_samples")
-        thin = check_count(thin, "thin", 1, 2**31 - 1)
-        latent, leading = fields(state.latent, self.theory.shape, "latent")
-        latent = latent.astype(self.dtype, copy=True).reshape(-1, *self.theory.shape)
-        n = len(latent)
-        phi = np.empty_like(latent)
-        dh = np.empty((n_samples * thin, n))
-        accepted = np.empty((n_samples * thin, n), dtype=np.uint8)
-        values = np.empty((n_samples if measure else 0, n, len(OBSERVABLES)))
-        physical = self.theory._physical
-        settings = self._settings(n_samples, thin, state.seed, state.first_chain, state.trajectory)
-        layers, weights = self.theory._program()
-        begin = time.perf_counter()
-        _core.hmc(
-            layers, weights, physical._record(), settings, latent, phi, dh, accepted, physical._smear(), values,
-            check_threads(self.n_threads),
-        )  # fmt: skip
-        seconds = time.perf_counter() - begin
-        return Block(
-            observables={name: np.ascontiguousarray(values[..., i]) for i, name in enumerate(OBSERVABLES)},
-            dh=dh,
-            accepted=accepted.view(bool),
-            seconds=seconds,
-            state=replace(state, latent=latent, trajectory=state.trajectory + n_samples * thin),
-            phi=phi,
-        )
+    def _forces(self, flipped) -> float:
+        """The same for a run, with what only that knows."""
+        return self.force_evaluations_per_trajectory
 
     def blocks(self, state: State, n_samples: int, thin: int = 1, block_size: int | None = None) -> Iterator[Block]:
         """Advance in blocks of `block_size` samples; by default of about a fifth of a second.
@@ -318,57 +168,6 @@ class HMC:
             else:
                 times.append(used / (n * state.n_chains))
         return float(np.median(times))
-
-    # ---- runs ------------------------------------------------------------------------------
-    def tune(self, acceptance: float = 0.9, n_chains: int = 64, seed: int = 0, n_warmup: int = 100) -> HMC:
-        """The same HMC with the fewest steps per trajectory that reach an acceptance.
-
-        Measures the acceptance in pilot trajectories from a thermalised state; counts as reached within
-        0.01 of the target.
-
-        Parameters
-        ----------
-        acceptance : float
-            In (0, 1).
-        n_chains, n_warmup : int
-            Pilot chains and their thermalisation in trajectories.
-
-        Returns
-        -------
-        HMC
-        """
-        if not 0 < acceptance < 1:
-            raise ValueError(f"acceptance: must lie between 0 and 1, got {acceptance}")
-        n_pilot = max(8, 3000 // check_count(n_chains, "n_chains", 1))
-        n, state = self.n_steps, self.start(n_chains, seed)
-        while True:
-            try:
-                warm = replace(self, n_steps=n).advance(state, 1, check_count(n_warmup, "n_warmup", 1))
-                if warm.accepted[n_warmup // 2 :].mean() > 0.5:
-                    break
-            except _core.NotFiniteError:
-                pass
-            if n > 10**5:
-                raise RuntimeError(f"tune: no acceptance above one half with {n} steps for tau = {self.tau}")
-            n *= 2
-        state, measured = warm.state, {}
-
-        def rate(n_steps: int) -> float:
-            if n_steps not in measured:
-                try:
-                    block = replace(self, n_steps=n_steps).advance(state, 1, n_pilot)
-                    measured[n_steps] = float(block.accepted.mean())
-                except _core.NotFiniteError:
-                    measured[n_steps] = 0.0
-            return measured[n_steps]
-
-        goal, low = acceptance - 0.01, 0
-        while rate(n) < goal:
-            low, n = n, 2 * n
-        while n - low > 1:
-            middle = (low + n) // 2
-            low, n = (low, middle) if rate(middle) >= goal else (middle, n)
-        return replace(self, n_steps=n)
 
     def sample(
         self,
@@ -415,6 +214,520 @@ class HMC:
         return Run.from_blocks(self.theory, self, blocks)
 
 
+@dataclass(frozen=True)
+class HMC(Sampler):
+    """Hybrid Monte Carlo with many chains side by side.
+
+    Parameters
+    ----------
+    theory : Phi4 or PulledBack
+        What to sample; for a pulled-back theory this is flow-HMC.
+    tau : float
+        Trajectory length; momenta have unit mass.
+    n_steps : int
+        Integrator steps per trajectory.
+    integrator : {"leapfrog", "omf2", "omf4"} or Integrator
+    dtype : {"float64", "float32"}
+        Of fields and momenta. Energies are summed in double in both.
+    n_threads : int, optional
+        All by default. Results do not depend on it.
+    length_spread : float
+        In [0, 1): each trajectory takes n_steps (1 - spread) .. n_steps (1 + spread) steps of size
+        tau / n_steps, all equally likely and equal for all chains. Keeps modes whose period fits tau from
+        standing still (Mackenzie, Phys. Lett. B 226 (1989) 369).
+    """
+
+    theory: Phi4 | PulledBack
+    tau: float = 1.0
+    n_steps: int = 10
+    integrator: str | Integrator = "leapfrog"
+    dtype: str = "float64"
+    n_threads: int | None = None
+    length_spread: float = 0.0
+
+    _flips = False
+
+    def __post_init__(self):
+        if not isinstance(self.theory, (Phi4, PulledBack)):
+            raise TypeError(f"theory: must be a Phi4 or its pullback, got {type(self.theory).__name__}")
+        if not (isinstance(self.tau, (int, float)) and math.isfinite(self.tau) and self.tau > 0):
+            raise ValueError(f"tau: must be positive, got {self.tau!r}")
+        check_count(self.n_steps, "n_steps", 1, 10**6)
+        check_threads(self.n_threads)
+        real_dtype(self.dtype)
+        if not (isinstance(self.length_spread, (int, float)) and 0 <= self.length_spread < 1):
+            raise ValueError(f"length_spread: must be at least 0 and below 1, got {self.length_spread!r}")
+        if isinstance(self.integrator, str):
+            if self.integrator not in INTEGRATORS:
+                raise ValueError(f"integrator: must be one of {', '.join(INTEGRATORS)}, got {self.integrator!r}")
+            object.__setattr__(self, "integrator", INTEGRATORS[self.integrator])
+        elif not isinstance(self.integrator, Integrator):
+            raise TypeError(f"integrator: must be a name or an Integrator, got {self.integrator!r}")
+        if (
+            not 1 <= self.integrator.n_stages <= _core.MAX_STAGES
+            or len(self.integrator.kick) != len(self.integrator.drift) + 1
+        ):
+            raise ValueError("integrator: needs 1 to 8 drifts and one kick more")
+
+    @property
+    def step_size(self) -> float:
+        return self.tau / self.n_steps
+
+    @property
+    def n_steps_spread(self) -> int:
+        """Most steps by which a trajectory is longer or shorter than n_steps."""
+        return min(round(self.length_spread * self.n_steps), self.n_steps - 1)
+
+    @property
+    def force_evaluations_per_trajectory(self) -> float:
+        """The pulled-back force at a trajectory's start is kept from the last one; the plain one is not."""
+        return self.n_steps * self.integrator.n_stages + (not isinstance(self.theory, PulledBack))
+
+    # ---- dynamics --------------------------------------------------------------------------
+    def _settings(self, n_samples=0, thin=1, seed=0, first_chain=0, trajectory=0) -> np.ndarray:
+        h = np.zeros(1, dtype=_core.hmc_dtype)
+        i = self.integrator
+        h["integrator"]["n_stages"] = i.n_stages
+        h["integrator"]["kick"][0, : len(i.kick)] = i.kick
+        h["integrator"]["drift"][0, : len(i.drift)] = i.drift
+        h["step_size"], h["n_steps"], h["thin"], h["n_samples"] = (
+            self.step_size,
+            self.n_steps,
+            thin,
+            n_samples,
+        )
+        h["seed"], h["first_chain"], h["first_trajectory"] = seed, first_chain, trajectory
+        h["n_steps_spread"] = self.n_steps_spread
+        return h
+
+    def evolve(self, latent, momenta, backward: bool = False) -> tuple[np.ndarray, np.ndarray]:
+        """Integrate one trajectory: no momentum refresh, no accept step.
+
+        Parameters
+        ----------
+        latent, momenta : array_like, shape (..., *shape)
+        backward : bool
+            Integrate back in time, with negative step size.
+
+        Returns
+        -------
+        latent, momenta : ndarray
+            New arrays.
+        """
+        latent, _ = fields(latent, self.theory.shape, "latent")
+        momenta, _ = fields(momenta, self.theory.shape, "momenta")
+        if momenta.shape != latent.shape:
+            raise ValueError(f"momenta: shape {momenta.shape} differs from the latent's, {latent.shape}")
+        latent, momenta = latent.copy(), momenta.astype(latent.dtype, copy=True)
+        h = self._settings()
+        if backward:
+            h["step_size"] *= -1
+        self._evolve(h, latent, momenta)
+        return latent, momenta
+
+    def _evolve(self, settings, latent, momenta):
+        layers, weights = self.theory._program()
+        _core.evolve(
+            layers, weights, self.theory._physical._record(), settings, latent, momenta, check_threads(self.n_threads)
+        )
+
+    def _run(self, settings, latent, phi, dh, accepted, flipped, values):
+        """The trajectories of `settings`, from and to `latent`; phi receives the fields they end in."""
+        layers, weights = self.theory._program()
+        physical = self.theory._physical
+        _core.hmc(
+            layers, weights, physical._record(), settings, latent, phi, dh, accepted, physical._smear(), values,
+            check_threads(self.n_threads),
+        )  # fmt: skip
+
+    def start(self, n_chains: int, seed: int, phi=None, first_chain: int = 0) -> State:
+        """Chains at their beginning.
+
+        Parameters
+        ----------
+        n_chains : int
+        seed : int
+        phi : array_like, shape (n_chains, *shape), optional
+            Fields to start from. By default normals of standard deviation 1/2: in the tail of wider ones
+            a coarse step is unstable, and such a chain would never move. For a pulled-back theory, the
+            same after 20 fine trajectories of plain HMC, since a flow may be steep far from the fields
+            it was trained on.
+        first_chain : int
+            Global number of the first chain.
+        """
+        n_chains = check_count(n_chains, "n_chains", 1, 2**31)
+        seed = check_seed(seed)
+        first_chain = check_count(first_chain, "first_chain", 0, 2**32 - n_chains)
+        pulled_back = isinstance(self.theory, PulledBack)
+        if phi is None and pulled_back:
+            plain = HMC(self.theory.theory, tau=1.3, n_steps=26, dtype=self.dtype, n_threads=self.n_threads)
+            rough = plain.advance(plain.start(n_chains, seed, first_chain=first_chain), 1, 20)
+            return State(self.theory.latent(rough.phi, self.n_threads), rough.state.trajectory, seed, first_chain)
+        if phi is None:
+            latent = np.empty((n_chains, *self.theory.shape), dtype=self.dtype)
+            _core.normal(seed, _core.PURPOSES["start"], 0, first_chain, n_chains, latent, check_threads(self.n_threads))
+            latent *= 0.5
+        else:
+            phi, leading = fields(phi, self.theory.shape, "phi")
+            if leading != (n_chains,):
+                raise ValueError(f"phi: shape {phi.shape} is not {n_chains} fields of shape {self.theory.shape}")
+            if not np.isfinite(phi).all():
+                raise _core.NotFiniteError(f"phi: chain {int(np.argwhere(~np.isfinite(phi))[0][0])} holds NaN or Inf")
+            phi = phi.astype(self.dtype)
+            latent = self.theory.latent(phi, self.n_threads) if pulled_back else phi
+        return State(latent, 0, seed, first_chain)
+
+    def advance(self, state: State, n_samples: int, thin: int = 1, measure: bool = True) -> Block:
+        """`n_samples` samples, `thin` trajectories apart, of every chain in one call.
+
+        Without `measure` the block's observables are empty.
+
+        Raises
+        ------
+        NotFiniteError
+            dH became NaN or Inf: names chain and trajectory. `state` is as it was.
+        """
+        n_samples = check_count(n_samples, "n_samples")
+        thin = check_count(thin, "thin", 1, 2**31 - 1)
+        latent, leading = fields(state.latent, self.theory.shape, "latent")
+        latent = latent.astype(self.dtype, copy=True).reshape(-1, *self.theory.shape)
+        n = len(latent)
+        phi = np.empty_like(latent)
+        dh = np.empty((n_samples * thin, n))
+        accepted = np.empty((n_samples * thin, n), dtype=np.uint8)
+        flipped = np.empty((n_samples * thin, n), dtype=np.int64) if self._flips else None
+        values = np.empty((n_samples if measure else 0, n, len(OBSERVABLES)))
+        settings = self._settings(n_samples, thin, state.seed, state.first_chain, state.trajectory)
+        begin = time.perf_counter()
+        self._run(settings, latent, phi, dh, accepted, flipped, values)
+        seconds = time.perf_counter() - begin
+        return Block(
+            observables={name: np.ascontiguousarray(values[..., i]) for i, name in enumerate(OBSERVABLES)},
+            dh=dh,
+            accepted=accepted.view(bool),
+            seconds=seconds,
+            state=replace(state, latent=latent, trajectory=state.trajectory + n_samples * thin),
+            phi=phi,
+            flipped=flipped,
+        )
+
+    # ---- runs ------------------------------------------------------------------------------
+    def tune(
+        self,
+        acceptance: float = 0.9,
+        n_chains: int = 64,
+        seed: int = 0,
+        n_warmup: int = 100,
+        start: State | None = None,
+    ) -> HMC:
+        """The same HMC with the fewest steps per trajectory that reach an acceptance.
+
+        Measures the acceptance in pilot trajectories from a thermalised state; counts as reached within
+        0.01 of the target.
+
+        Parameters
+        ----------
+        acceptance : float
+            In (0, 1).
+        n_chains, n_warmup : int
+            Pilot chains and their thermalisation in trajectories.
+        start : State, optional
+            Where to start the thermalisation, instead of `n_chains` new chains of `seed`.
+
+        Returns
+        -------
+        HMC
+        """
+        if not 0 < acceptance < 1:
+            raise ValueError(f"acceptance: must lie between 0 and 1, got {acceptance}")
+        n_pilot = max(8, 3000 // check_count(n_chains, "n_chains", 1))
+        n, state = self.n_steps, self.start(n_chains, seed) if start is None else start
+        while True:
+            try:
+                warm = replace(self, n_steps=n).advance(state, 1, check_count(n_warmup, "n_warmup", 1))
+                if warm.accepted[n_warmup // 2 :].mean() > 0.5:
+                    break
+            except _core.NotFiniteError:
+                pass
+            if n > 10**5:
+                raise RuntimeError(f"tune: no acceptance above one half with {n} steps for tau = {self.tau}")
+            n *= 2
+        state, measured = warm.state, {}
+
+        def rate(n_steps: int) -> float:
+            if n_steps not in measured:
+                try:
+                    block = replace(self, n_steps=n_steps).advance(state, 1, n_pilot)
+                    measured[n_steps] = float(block.accepted.mean())
+                except _core.NotFiniteError:
+                    measured[n_steps] = 0.0
+            return measured[n_steps]
+
+        goal, low = acceptance - 0.01, 0
+        while rate(n) < goal:
+            low, n = n, 2 * n
+        while n - low > 1:
+            middle = (low + n) // 2
+            low, n = (low, middle) if rate(middle) >= goal else (middle, n)
+        return replace(self, n_steps=n)
+
+    def tune_cost(
+        self,
+        acceptance: float = 0.8,
+        n_chains: int = 64,
+        seed: int = 0,
+        n_warmup: int = 100,
+        longest: float = 32.0,
+        max_trajectories: int = 1000,
+        clock: str = "seconds",
+    ) -> HMC:
+        """The same HMC with the trajectory length of least cost per independent sample.
+
+        Lengths go up from `tau` in steps of a factor sqrt(2), and down where that does not pay, each with the fewest
+        integrator steps that reach `acceptance`, until the cost has risen well above the least one. The cost is
+        2 tau_int of the slowest of `lfq.analysis.SLOW_OBSERVABLES`, from pilot runs, times the seconds of a
+        trajectory, which grow linearly with the force evaluations and are measured for two lengths, or times its
+        force evaluations. Then a larger and a smaller step are tried.
+
+        Parameters
+        ----------
+        acceptance : float
+            In (0, 1). For a second-order integrator cost is flat around 0.6 to 0.9.
+        n_chains, n_warmup : int
+            Pilot chains, and their thermalisation in trajectories.
+        seed : int
+        longest : float
+            Longest trajectory tried.
+        max_trajectories : int
+            Of each pilot run, at most.
+        clock : {"seconds", "forces"}
+            What a trajectory costs. Seconds depend on the machine and its load; the choice by force evaluations is
+            the same everywhere.
+
+        Returns
+        -------
+        HMC
+        """
+        return self._least_cost(acceptance, n_chains, seed, n_warmup, longest, max_trajectories, clock)[0]
+
+    def _least_cost(
+        self,
+        acceptance=0.8,
+        n_chains=64,
+        seed=0,
+        n_warmup=100,
+        longest=32.0,
+        max_trajectories=1000,
+        clock="seconds",
+    ) -> tuple[HMC, float]:
+        """`tune_cost`, and the cost that was found."""
+        if not longest >= self.tau:
+            raise ValueError(f"longest: must be at least tau = {self.tau}, got {longest}")
+        check_count(max_trajectories, "max_trajectories", 100)
+        if clock not in ("seconds", "forces"):
+            raise ValueError(f'clock: must be "seconds" or "forces", got {clock!r}')
+        tuned = self.tune(acceptance, n_chains, seed, n_warmup)
+        state = tuned.advance(tuned.start(n_chains, seed), 1, n_warmup, measure=False).state
+        price = self._seconds_model(state) if clock == "seconds" else float
+        best, least = None, math.inf
+        upwards = range(1 + math.floor(2 * math.log2(longest / self.tau)))
+        for numbers in (upwards, range(-1, -11, -1)):
+            if best is not None and best.tau != self.tau:
+                break
+            current = tuned
+            for number in numbers:
+                tau = self.tau * math.sqrt(2) ** number
+                guess = max(1, round(current.n_steps * tau / current.tau))
+                current = replace(current, tau=tau, n_steps=guess).tune(acceptance, n_chains, seed, 20, start=state)
+                cost, state = current._pilot_cost(state, price, 1.3 * least, max_trajectories)
+                if cost < least:
+                    best, least = current, cost
+                elif cost > 1.5 * least or number < 0:
+                    break
+            best = best or current
+        for factor in (0.8, 1.25):
+            other = replace(best, n_steps=max(1, round(best.n_steps * factor)))
+            cost, state = other._pilot_cost(state, price, least, max_trajectories)
+            if cost < least:
+                best, least = other, cost
+        return best, least
+
+    def _seconds_model(self, state: State) -> Callable[[float], float]:
+        """Seconds of a trajectory of one chain as a function of its force evaluations."""
+        few, many = (replace(self, n_steps=n, tau=n * 0.01, length_spread=0.0) for n in (2, 12))
+        forces = [s.force_evaluations_per_trajectory for s in (few, many)]
+        times = [s.time_trajectory(state, 0.05) for s in (few, many)]
+        slope = max(times[1] - times[0], 0.1 * times[0]) / (forces[1] - forces[0])
+        return lambda n: max(times[0] + slope * (n - forces[0]), 0.0)
+
+    def _pilot_cost(self, state: State, price, hopeless: float, max_trajectories: int) -> tuple[float, State]:
+        """The price (of so many force evaluations) of an independent sample, and the state after the pilot; stops early once `hopeless`.
+
+        Infinite where the pilot diverges, or is too short to see tau_int: such short trajectories would only
+        look cheap.
+        """
+        from .analysis import SLOW_OBSERVABLES, integrated_time
+
+        begin, parts, done = state, [], 0
+        while True:
+            try:
+                block = self.advance(state, min(max(50, done), max_trajectories - done))
+            except _core.NotFiniteError:
+                return math.inf, begin
+            state, done = block.state, done + len(block.dh)
+            parts.append(block)
+            run = Run.from_blocks(self.theory, self, parts)
+            tau_int = max(integrated_time(run.observables[name]) for name in SLOW_OBSERVABLES)
+            cost = 2 * tau_int * price(run.force_evaluations_per_trajectory)
+            if done >= max_trajectories or done >= 40 * tau_int or (done >= 100 and cost > 2 * hopeless):
+                return cost if done >= 15 * tau_int else math.inf, state
+
+
+def _plain_theory(theory, what: str) -> Phi4:
+    if not isinstance(theory, Phi4):
+        raise TypeError(f"theory: {what} need a Phi4, got {type(theory).__name__}")
+    return theory
+
+
+@dataclass(frozen=True)
+class ClusterHMC(HMC):
+    """HMC and embedded cluster updates in turn (Brower and Tamayo, Phys. Rev. Lett. 62 (1989) 1087).
+
+    A trajectory of HMC moves magnitudes and signs; the cluster updates after it move the signs at fixed
+    magnitudes, where they are an Ising model with couplings beta abs(phi_x phi_y). Each part leaves the
+    distribution of the theory invariant, so both together do.
+
+    Parameters
+    ----------
+    cluster : {"swendsen-wang", "wolff"}
+        Every cluster flips with probability 1/2, or the cluster of a random site does.
+    n_updates : int
+        Sweeps, or single clusters, after each trajectory.
+
+    Notes
+    -----
+    Other parameters are those of `HMC`. ``run.flipped`` tells how many sites the clusters changed. In force
+    evaluations a Swendsen-Wang sweep counts as one, since both touch every bond once, and Wolff clusters as the
+    fraction of the lattice that they flip; in seconds a sweep is worth some tens of forces.
+    """
+
+    cluster: str = "swendsen-wang"
+    n_updates: int = 1
+
+    _flips = True
+
+    def __post_init__(self):
+        _plain_theory(self.theory, "cluster updates")
+        super().__post_init__()
+        if self.cluster not in _core.CLUSTERS:
+            raise ValueError(f"cluster: must be one of {', '.join(_core.CLUSTERS)}, got {self.cluster!r}")
+        check_count(self.n_updates, "n_updates", 0, 2**32 // self.theory.volume)
+
+    def _record(self) -> np.ndarray:
+        record = np.zeros(1, dtype=_core.cluster_dtype)
+        record["kind"], record["n_updates"] = _core.CLUSTERS[self.cluster], self.n_updates
+        return record
+
+    def _run(self, settings, latent, phi, dh, accepted, flipped, values):
+        _core.cluster_hmc(
+            self.theory._record(), settings, self._record(), latent, dh, accepted, flipped,
+            self.theory._smear(), values, check_threads(self.n_threads),
+        )  # fmt: skip
+        phi[:] = latent
+
+    @property
+    def force_evaluations_per_trajectory(self) -> float:
+        """Those of HMC, and one for each Swendsen-Wang sweep; of Wolff clusters only a run knows the size."""
+        return super().force_evaluations_per_trajectory + (self.cluster == "swendsen-wang") * self.n_updates
+
+    def _forces(self, flipped) -> float:
+        wolff = flipped.mean() / self.theory.volume if self.cluster == "wolff" else 0.0
+        return self.force_evaluations_per_trajectory + float(wolff)
+
+    def update(self, phi, seed: int, trajectory: int = 0, first_chain: int = 0) -> tuple[np.ndarray, np.ndarray]:
+        """The cluster updates of one trajectory alone.
+
+        Parameters
+        ----------
+        phi : array_like, shape (n_chains, *shape)
+        seed, trajectory, first_chain : int
+            Of the random numbers.
+
+        Returns
+        -------
+        phi : ndarray
+            A new array.
+        flipped : ndarray of int64, shape (n_chains,)
+        """
+        phi, leading = fields(phi, self.theory.shape, "phi")
+        if len(leading) != 1:
+            raise ValueError(f"phi: shape {phi.shape} is not (n_chains, *{self.theory.shape})")
+        phi, flipped = phi.copy(), np.empty(leading, dtype=np.int64)
+        first_chain = check_count(first_chain, "first_chain", 0, 2**32 - len(phi))
+        _core.cluster_update(
+            self.theory._record(), self._record(), check_seed(seed), first_chain,
+            check_count(trajectory, "trajectory", 0, 2**56 - 1), phi, flipped, check_threads(self.n_threads),
+        )  # fmt: skip
+        return phi, flipped
+
+
+@dataclass(frozen=True)
+class FourierHMC(HMC):
+    """HMC with Fourier acceleration (Batrouni et al., Phys. Rev. D 32 (1985) 2736).
+
+    The mode of momentum p moves with the mass (p^2 + m^2) / (4 D + m^2), p^2 = 4 sum sin^2(p_mu / 2): slow modes
+    are light ones. A large m is plain HMC. In the free theory m^2 = 2 / beta - 2 D makes all frequencies
+    equal; where interactions push back a long mode harder than its propagator tells, as at lam = 0.5, an m near the
+    renormalised mass is unstable, and `tune_cost` finds a larger one.
+
+    Parameters
+    ----------
+    mass : float
+        m, positive, in lattice units.
+
+    Notes
+    -----
+    Other parameters are those of `HMC`; momenta of `evolve` are unit normals, one for each mode of the Hartley
+    transform along the axes.
+    """
+
+    mass: float = 2.0
+
+    def __post_init__(self):
+        _plain_theory(self.theory, "accelerated modes")
+        super().__post_init__()
+        if not (isinstance(self.mass, (int, float)) and math.isfinite(self.mass) and self.mass > 0):
+            raise ValueError(f"mass: must be positive, got {self.mass!r}")
+
+    def _evolve(self, settings, latent, momenta):
+        _core.fourier_evolve(self.theory._record(), settings, self.mass, latent, momenta, check_threads(self.n_threads))
+
+    def _run(self, settings, latent, phi, dh, accepted, flipped, values):
+        _core.fourier_hmc(
+            self.theory._record(), settings, self.mass, latent, dh, accepted, self.theory._smear(), values,
+            check_threads(self.n_threads),
+        )  # fmt: skip
+        phi[:] = latent
+
+    def tune_cost(self, masses: Iterable[float] = (4.0, 2.0, 1.0, 0.5), **keywords) -> FourierHMC:
+        """As `HMC.tune_cost`, over masses too: from the largest down, until the cost rises.
+
+        The lighter the modes, the shorter the best trajectory: each mass but the first starts from half the length
+        that was best before. Pilot runs have at most 400 trajectories unless said.
+        """
+        best, least = None, math.inf
+        for mass in sorted(masses, reverse=True):
+            begin = self if best is None else replace(best, tau=best.tau / 2, n_steps=max(1, best.n_steps // 2))
+            tuned, cost = replace(begin, mass=mass)._least_cost(**{"max_trajectories": 400, **keywords})
+            if best is None or cost < least:
+                best, least = tuned, cost
+            elif cost > 1.2 * least:
+                break
+        if best is None:
+            raise ValueError("masses: must hold at least one")
+        return best
+
+
 def _progress_line(done: int, total: int) -> None:
     import sys
 
@@ -428,7 +741,7 @@ class Run:
     Attributes
     ----------
     theory : Phi4 or PulledBack
-    hmc : HMC
+    sampler : Sampler
     observables : dict of str to ndarray, shape (n_samples, n_chains)
         Those of `lfq.observables.OBSERVABLES`, and abs_M, M2, chi = V M^2 and the action density S/V.
     dh, accepted : ndarray, shape (n_trajectories, n_chains)
@@ -438,19 +751,22 @@ class Run:
         After the last sample.
     phi : ndarray, shape (n_chains, *shape)
         The last fields.
+    flipped : ndarray of int64, shape of dh, or None
+        See `Block`.
     """
 
     theory: Phi4 | PulledBack
-    hmc: HMC
+    sampler: Sampler
     observables: dict[str, np.ndarray]
     dh: np.ndarray
     accepted: np.ndarray
     seconds: float
     state: State
     phi: np.ndarray
+    flipped: np.ndarray | None = None
 
     @classmethod
-    def from_blocks(cls, theory: Phi4 | PulledBack, hmc: HMC, blocks: Iterable[Block]) -> Run:
+    def from_blocks(cls, theory: Phi4 | PulledBack, sampler: Sampler, blocks: Iterable[Block]) -> Run:
         """Join consecutive blocks."""
         blocks = list(blocks)
         if not blocks:
@@ -466,18 +782,19 @@ class Run:
             + physical.lam * found["phi4"]
         )
         return cls(
-            theory, hmc, found,
+            theory, sampler, found,
             dh=np.concatenate([b.dh for b in blocks]),
             accepted=np.concatenate([b.accepted for b in blocks]),
             seconds=sum(b.seconds for b in blocks),
             state=blocks[-1].state,
             phi=blocks[-1].phi,
+            flipped=None if blocks[0].flipped is None else np.concatenate([b.flipped for b in blocks]),
         )  # fmt: skip
 
     @cached_property
     def seconds_per_trajectory(self) -> float:
-        """Of one chain, all side by side, measurements not included: `HMC.time_trajectory`, when first asked."""
-        return self.hmc.time_trajectory(self.state)
+        """Of one chain, all side by side, measurements not included: `Sampler.time_trajectory`, when first asked."""
+        return self.sampler.time_trajectory(self.state)
 
     @property
     def n_chains(self) -> int:
@@ -496,8 +813,8 @@ class Run:
         return float(self.accepted.mean())
 
     @property
-    def force_evaluations_per_trajectory(self) -> int:
-        return self.hmc.force_evaluations_per_trajectory
+    def force_evaluations_per_trajectory(self) -> float:
+        return self.sampler._forces(self.flipped)
 
     def exp_minus_dh(self) -> tuple[float, float]:
         """Mean of exp(-dH) over all trajectories and its error; 1 for a correct algorithm in equilibrium.

@@ -16,15 +16,18 @@ __all__ = [
     "draw_autocorrelations",
     "draw_configurations",
     "draw_costs",
+    "draw_scaling",
+    "draw_throughput",
     "draw_tau_int",
     "draw_training",
+    "write_comparison_figures",
     "write_figures",
 ]
 
-# Okabe and Ito's palette, told apart with any colour vision; grey is HMC in every figure.
+# Okabe and Ito's palette, told apart with any colour vision, then three of Tol's; grey is HMC in every figure.
 _HMC_COLOUR = "#555555"
 _LONG_HMC_COLOUR = "#a5a5a5"
-_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")
+_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#882255", "#999933", "#332288")
 
 _SYMBOLS = {
     "M2": r"$M^2$",
@@ -53,12 +56,23 @@ def _figure(width: float, height: float, rows: int = 1, columns: int = 1, **keyw
 
 def _sampler_colours(samplers: list[dict[str, Any]]) -> list[str]:
     """One for each sampler; plain HMC with another trajectory length is a lighter grey."""
-    colours = _colours([s["prior"] for s in samplers if s["prior"]])
-    return [_LONG_HMC_COLOUR if s["prior"] is None and s["name"] != "HMC" else colours[s["prior"]] for s in samplers]
+
+    def key(sampler):
+        return sampler["prior"] or ("" if sampler["name"].lower().startswith("hmc") else sampler["name"])
+
+    colours = _colours(list(dict.fromkeys(key(s) for s in samplers if key(s))))
+    greys = iter([_HMC_COLOUR, _LONG_HMC_COLOUR, *["#b8b8b8"] * len(samplers)])
+    return [colours[key(s)] if key(s) else next(greys) for s in samplers]
 
 
 def _label(sampler: dict[str, Any]) -> str:
     return sampler["name"] if sampler["prior"] is None else f"flow-HMC, {sampler['prior']}"
+
+
+def _with_chains(results: dict[str, Any]) -> dict[str, Any]:
+    """The results without samplers whose fields are independent, or whose chains are too short to be judged."""
+    chains = [s for s in results["samplers"] if s["judged"] and s["observables"]["M2"]["tau_int"] is not None]
+    return results | {"samplers": chains}
 
 
 def _smooth(series: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -101,7 +115,7 @@ def draw_training(trainings: list):
     return figure
 
 
-def draw_tau_int(results: dict[str, Any]):
+def draw_tau_int(results: dict[str, Any], logarithmic: bool = False):
     """Bars of tau_int with errors, for every observable that sets the cost and every sampler."""
     samplers = results["samplers"]
     colours = _sampler_colours(samplers)
@@ -122,11 +136,16 @@ def draw_tau_int(results: dict[str, Any]):
     ax.set_xticks(range(len(SLOW_OBSERVABLES)), [_SYMBOLS[name] for name in SLOW_OBSERVABLES])
     ax.tick_params(axis="x", length=0)
     ax.set_ylabel(r"$\tau_{\mathrm{int}}$ [trajectories]")
-    ax.legend(frameon=False)
+    if logarithmic:
+        ax.set_yscale("log")
+        ax.axhline(0.5, color="#999999", linewidth=0.6, zorder=0)
+        figure.legend(loc="outside right center", frameon=False)
+    else:
+        ax.legend(frameon=False)
     return figure
 
 
-def draw_costs(results: dict[str, Any]):
+def draw_costs(results: dict[str, Any], logarithmic: bool = False):
     """Bars of the cost of an independent sample, in wall time and in force evaluations."""
     samplers = results["samplers"]
     figure, axes = _figure(10, 1.2 + 0.5 * len(samplers), 1, 2, sharey=True)
@@ -147,11 +166,80 @@ def draw_costs(results: dict[str, Any]):
         )
         for row, cost in enumerate(costs + errors):
             ax.annotate(f"{costs[row]:.3g}", (cost, row), (4, 0), textcoords="offset points", va="center")
-        ax.set_xlim(0, 1.15 * (costs + errors).max())
+        if logarithmic:
+            ax.set_xscale("log")
+            ax.set_xlim(0.4 * costs.min(), 8 * (costs + errors).max())
+        else:
+            ax.set_xlim(0, 1.15 * (costs + errors).max())
         ax.set_xlabel(label)
         ax.tick_params(axis="y", length=0)
     axes[0, 0].set_yticks(range(len(samplers)), [_label(sampler) for sampler in samplers])
     axes[0, 0].invert_yaxis()
+    return figure
+
+
+def draw_scaling(sizes: list[dict[str, Any]]):
+    """Cost of an independent sample per site against the lattice's extent, in both clocks.
+
+    Parameters
+    ----------
+    sizes : list of dict
+        `lfq.Comparison.results` of one list of samplers at several extents.
+    """
+    figure, axes = _figure(10, 4.4, 1, 2)
+    panels = (
+        ("cost_per_independent_sample_s", 1e9, "wall time per independent sample and site [ns]"),
+        ("cost_per_independent_sample_force_evaluations", 1, "force evaluations per independent sample"),
+    )
+    samplers = sizes[0]["samplers"]
+    colours = _sampler_colours(samplers)
+    # Where colours repeat, as the light greys of HMC do, lines differ.
+    styles = [("-", "--", ":", "-.")[colours[:i].count(colour) % 4] for i, colour in enumerate(colours)]
+    for ax, (key, unit, label) in zip(axes[0], panels, strict=True):
+        for sampler, colour, style in zip(samplers, colours, styles, strict=True):
+            found = [s for size in sizes for s in size["samplers"] if s["name"] == sampler["name"] and s["judged"]]
+            if not found:
+                continue
+            sites = [math.prod(s["shape"]) if unit != 1 else 1 for s in found]
+            costs = np.array([s[key] for s in found]) * unit / sites
+            ax.errorbar(
+                [s["L"] for s in found],
+                costs,
+                costs * [s["cost_relative_error"] for s in found],
+                color=colour,
+                linestyle=style,
+                marker="o",
+                markersize=4,
+                linewidth=1.4,
+                label=sampler["name"],
+            )
+        ax.set_xscale("log", base=2)
+        ax.set_yscale("log")
+        extents = [size["theory"]["shape"][0] for size in sizes]
+        ax.set_xticks(extents, map(str, extents))
+        ax.set_xlabel("L")
+        ax.set_title(label, fontsize=10)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center", frameon=False)
+    return figure
+
+
+def draw_throughput(results: dict[str, Any]):
+    """Independent samples against wall time, training included: where a line starts is what training took."""
+    samplers = results["samplers"]
+    figure, axes = _figure(8, 4.4)
+    ax = axes[0, 0]
+    starts = [max(sampler["train_seconds"], 1e-2) for sampler in samplers]
+    end = 100 * max(*starts, results["seconds"])
+    for sampler, colour in zip(samplers, _sampler_colours(samplers), strict=True):
+        time = np.geomspace(1e-2, end, 400)
+        worth = (time - sampler["train_seconds"]) * sampler["n_effective_per_second"]
+        shown = worth > 1
+        ax.plot(time[shown], worth[shown], color=colour, linewidth=1.6, label=_label(sampler))
+    ax.set_xscale("log")
+    ax.set_yscale("log")
+    ax.set_xlabel("wall time, training included [s]")
+    ax.set_ylabel("independent samples")
+    figure.legend(loc="outside right center", frameon=False)
     return figure
 
 
@@ -170,8 +258,8 @@ def draw_autocorrelations(results: dict[str, Any], runs: dict):
     ax = axes[0, 0]
     for sampler, run, colour in zip(samplers, runs.values(), _sampler_colours(samplers), strict=True):
         series = run.observables["M2"]
-        rho, error = autocorrelation(series, min(len(series) - 1, math.ceil(4 * longest)))
-        lag = np.arange(len(rho))
+        rho, error = autocorrelation(series, min(len(series) - 1, math.ceil(4 * longest / run.thin)))
+        lag = run.thin * np.arange(len(rho))
         ax.fill_between(lag, rho - error, rho + error, color=colour, alpha=0.25, linewidth=0)
         ax.plot(lag, rho, color=colour, linewidth=1.5, label=_label(sampler))
     ax.axhline(0, color="#999999", linewidth=0.6, zorder=0)
@@ -254,6 +342,10 @@ def write_figures(
         )
         figures["training"] = draw_training(trainings)
         figures["configurations"] = draw_configurations(trainings, example)
+    return _write(out, figures, captions)
+
+
+def _write(out: Path, figures: dict, captions: dict[str, str]) -> dict[str, Path]:
     files = {}
     for name, figure in figures.items():
         path = out / f"{name}.png"
@@ -261,3 +353,20 @@ def write_figures(
             figure.savefig(file, format="png", facecolor="white")
         files[captions[name]] = path
     return files
+
+
+def write_comparison_figures(out: Path, results: dict[str, Any], runs: dict) -> dict[str, Path]:
+    """Draw every figure of a comparison as a PNG in a directory; returns the files by caption."""
+    chains = _with_chains(results)
+    captions = {
+        "cost": "Cost of an independent sample of the slowest observable, training not included.",
+        "throughput": "Independent samples against wall time, training included.",
+        "tau_int": "Autocorrelation times, each sampler tuned to least cost.",
+        "autocorrelation": "Autocorrelation function of M^2; bands are one standard error.",
+    }
+    figures = {"cost": draw_costs(results, logarithmic=True), "throughput": draw_throughput(results)}
+    if chains["samplers"]:
+        figures["tau_int"] = draw_tau_int(chains, logarithmic=True)
+        shown = {sampler["name"]: runs[sampler["name"]] for sampler in chains["samplers"]}
+        figures["autocorrelation"] = draw_autocorrelations(chains, shown)
+    return _write(out, figures, captions)

@@ -16,6 +16,10 @@ import numpy as np
 
 PURPOSE_MOMENTA = 0
 PURPOSE_ACCEPT = 1
+PURPOSE_LENGTH = 5
+PURPOSE_BOND = 6
+PURPOSE_CLUSTER = 7
+PURPOSE_PROPOSAL = 8
 
 
 def _axes(ndim):
@@ -688,6 +692,15 @@ def evolve(force, z, momenta, kick, drift, step_size, n_steps):
     return z, momenta
 
 
+def drawn_steps(n_steps, spread, seed, trajectory):
+    """Steps of a trajectory, uniform in n_steps - spread .. n_steps + spread and equal for all chains.
+
+    floor(x0 (2 spread + 1) 2^-32) - spread more than n_steps, x0 the first word of the stream of chain 0.
+    """
+    x0 = int(_blocks(seed, PURPOSE_LENGTH, trajectory, [0], 1)[0, 0, 0])
+    return n_steps - spread + (x0 * (2 * spread + 1) >> 32)
+
+
 def hmc(
     z,
     beta,
@@ -702,6 +715,7 @@ def hmc(
     weights=(),
     first_chain=0,
     first_trajectory=0,
+    spread=0,
 ):
     """Hybrid Monte Carlo of independent chains, H = 1/2 sum momenta^2 + S.
 
@@ -719,6 +733,8 @@ def hmc(
     layers, weights : see `flow_forward`
         Without layers S is the action of the field z, with layers that of the pulled-back theory.
     first_chain, first_trajectory : int
+    spread : int
+        See `drawn_steps`.
 
     Returns
     -------
@@ -747,10 +763,130 @@ def hmc(
     for i in range(n_trajectories):
         trajectory = first_trajectory + i
         momenta = normals(seed, PURPOSE_MOMENTA, trajectory, chains, volume).reshape(z.shape)
-        new_z, new_momenta = evolve(force, z, momenta, kick, drift, step_size, n_steps)
+        n = drawn_steps(n_steps, spread, seed, trajectory) if spread else n_steps
+        new_z, new_momenta = evolve(force, z, momenta, kick, drift, step_size, n)
         dh[i] = energy(new_z, new_momenta) - energy(z, momenta)
         with np.errstate(over="ignore"):
             accepted[i] = accept_uniform(seed, trajectory, chains) < np.exp(-dh[i])
         z[accepted[i]] = new_z[accepted[i]]
         history[i] = z
     return history, dh, accepted
+
+
+def hartley(x, ndim):
+    """The orthonormal Hartley transform along each of the last `ndim` axes: its own inverse.
+
+    x[k] = n^(-1/2) sum_j cas(2 pi j k / n) x[j] for every axis of extent n, cas = cos + sin.
+    """
+    for axis in _axes(ndim):
+        modes = np.fft.fft(x, axis=axis, norm="ortho")
+        x = modes.real - modes.imag
+    return x
+
+
+def fourier_inverse_mass(shape, mass):
+    """(4 D + m^2) / (p^2 + m^2), p^2 = 4 sum_mu sin^2(p_mu / 2), of every mode: (*shape) array."""
+    momenta = np.meshgrid(*[2 * np.pi * np.arange(n) / n for n in shape], indexing="ij")
+    p2 = sum(4 * np.sin(p / 2) ** 2 for p in momenta)
+    return (4 * len(shape) + mass**2) / (p2 + mass**2)
+
+
+def fourier_evolve(phi, momenta, beta, lam, mass, kick, drift, step_size, n_steps):
+    """Integrate H = S + 1/2 sum over modes of momenta^2, whose velocity field is the Hartley transform of
+    inverse_mass^(1/2) momenta.
+
+    Parameters
+    ----------
+    phi : (n_chains, *shape) array
+    momenta : (n_chains, *shape) array
+        Of the modes, with unit variance.
+    beta, lam, mass : float
+    kick, drift, step_size, n_steps : see `evolve`
+
+    Returns
+    -------
+    phi, momenta : arrays
+    """
+    ndim = phi.ndim - 1
+    root = np.sqrt(fourier_inverse_mass(phi.shape[1:], mass))
+    modes, momenta = evolve(
+        lambda q: root * hartley(phi4_force(hartley(root * q, ndim), beta, lam, ndim), ndim),
+        hartley(phi, ndim) / root, momenta, kick, drift, step_size, n_steps,
+    )  # fmt: skip
+    return hartley(root * modes, ndim), momenta
+
+
+# ---- embedded clusters ---------------------------------------------------------------------
+
+
+def _cluster_names(phi, beta, words):
+    """The first site of every site's cluster, (volume,) int: components of the active bonds of one chain.
+
+    Parameters
+    ----------
+    phi : (*shape) array
+    beta : float
+    words : (volume, 4) uint64 array
+        Word mu of a site decides its bond to x + mu.
+    """
+    shape, volume = phi.shape, phi.size
+    sites = np.arange(volume).reshape(shape)
+    names = sites.ravel().copy()
+    bonds = []
+    for mu in range(phi.ndim):
+        exponent = (-2 * beta) * (phi * np.roll(phi, -1, mu))
+        uniform = (words[:, mu].reshape(shape) + 0.5) * 2.0**-32
+        active = uniform > np.exp(np.clip(exponent, -700, 0))
+        bonds.append((sites[active], np.roll(sites, -1, mu)[active]))
+    here, there = (np.concatenate(ends) for ends in zip(*bonds, strict=True))
+    while True:
+        least = np.minimum(names[here], names[there])
+        new = names.copy()
+        np.minimum.at(new, here, least)
+        np.minimum.at(new, there, least)
+        if (new == names).all():
+            return names
+        names = new
+
+
+def cluster_update(phi, beta, kind, n_updates, seed, trajectory, first_chain=0):
+    """Cluster updates of the signs (Brower and Tamayo, Phys. Rev. Lett. 62 (1989) 1087).
+
+    The bond from x to x + mu is active where word mu of block x of the bond stream, as (word + 1/2) 2^-32,
+    is above exp(-2 beta phi_x phi_{x+mu}). Swendsen-Wang flips every cluster whose bit is set: bit s % 32 of word
+    s / 32 of the cluster stream, s its first site. Wolff flips the cluster of site floor(x V 2^-64),
+    x = word 0 2^32 + word 1 of the cluster stream. Update k takes blocks from k V on of the bonds; of the
+    cluster stream from k ceil(V / 128) on (Wolff: block k).
+
+    Parameters
+    ----------
+    phi : (n_chains, *shape) array
+    beta : float
+    kind : "swendsen-wang" or "wolff"
+    n_updates, seed, trajectory, first_chain : int
+
+    Returns
+    -------
+    phi : (n_chains, *shape) array
+    flipped : (n_chains,) array of int
+        Sites that changed sign, each time counted.
+    """
+    phi, volume = np.array(phi), math.prod(phi.shape[1:])
+    flipped = np.zeros(len(phi), dtype=int)
+    blocks = -(-volume // 128)
+    for i in range(len(phi)):
+        chain = [first_chain + i]
+        bonds = _blocks(seed, PURPOSE_BOND, trajectory, chain, n_updates * volume)[0]
+        choices = _blocks(seed, PURPOSE_CLUSTER, trajectory, chain, n_updates * blocks)[0]
+        for k in range(n_updates):
+            words = bonds[k * volume : (k + 1) * volume]
+            names = _cluster_names(phi[i].astype(np.float64), beta, words)
+            if kind == "wolff":
+                start = (int(choices[k, 0]) << 32 | int(choices[k, 1])) * volume >> 64
+                flip = names == names[start]
+            else:
+                bits = choices[k * blocks : (k + 1) * blocks].ravel()
+                flip = (bits[names // 32] >> (names % 32).astype(np.uint64)) & np.uint64(1) == 1
+            phi[i] = np.where(flip.reshape(phi.shape[1:]), -phi[i], phi[i])
+            flipped[i] += flip.sum()
+    return phi, flipped

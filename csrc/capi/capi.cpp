@@ -2,6 +2,7 @@
 #include <cmath>
 #include <cstdarg>
 #include <cstdio>
+#include <mutex>
 
 #include "capi/internal.hpp"
 #include "lfq/philox.hpp"
@@ -145,6 +146,17 @@ int check_hmc(const lfq_hmc* h, int64_t n_chains) {
   if (h->n_samples < 0) return fail(LFQ_ERR_ARGUMENT, "n_samples is %lld, must not be negative", (long long)h->n_samples);
   if (h->first_chain + uint64_t(n_chains) > (uint64_t(1) << 32)) return fail(LFQ_ERR_ARGUMENT, "first_chain: chains are numbered below 2^32");
   if (h->first_trajectory >> 56) return fail(LFQ_ERR_ARGUMENT, "first_trajectory: trajectories are numbered below 2^56");
+  if (h->n_steps_spread < 0 || h->n_steps_spread >= h->n_steps)
+    return fail(LFQ_ERR_ARGUMENT, "n_steps_spread is %d, must be 0 to n_steps - 1", int(h->n_steps_spread));
+  return LFQ_OK;
+}
+
+int check_cluster(const lfq_cluster* c, const lfq_phi4* t) {
+  if (!c) return fail(LFQ_ERR_ARGUMENT, "cluster is null");
+  if (c->kind != LFQ_CLUSTER_SWENDSEN_WANG && c->kind != LFQ_CLUSTER_WOLFF)
+    return fail(LFQ_ERR_ARGUMENT, "cluster: unknown kind %d", int(c->kind));
+  if (c->n_updates < 0 || c->n_updates * volume_of(t->ndim, t->extent) > max_volume)
+    return fail(LFQ_ERR_ARGUMENT, "cluster: n_updates is %d, must be 0 to 2^32 / volume", int(c->n_updates));
   return LFQ_OK;
 }
 
@@ -246,6 +258,13 @@ int pullback(const lfq_flow* f, const lfq_phi4* t, int64_t n, const T* z, double
   return not_finite("z", table<T>().pullback(*f, *t, n, z, s, out, &bad, ws, threads(n_threads)), bad);
 }
 
+int diverged(int code, const lfq_hmc* h, const lfq_failure& bad, lfq_failure* failure) {
+  if (failure) *failure = bad;
+  if (code != LFQ_ERR_NOT_FINITE) return code;
+  return fail(code, "dH or the field is %g in chain %lld (trajectory or site %lld): the step size %g may be too large",
+              bad.value, (long long)(int64_t(h->first_chain) + bad.chain), (long long)bad.step, h->step_size);
+}
+
 template <class T>
 size_t hmc_workspace(const lfq_flow* f, const lfq_phi4* t, int64_t n, int32_t n_threads) {
   return check_flow_on(f, t) || check_chains(n) ? 0 : table<T>().hmc_workspace(f, *t, n, threads(n_threads));
@@ -273,10 +292,134 @@ int hmc(const lfq_flow* f, const lfq_phi4* t, const lfq_hmc* h, int64_t n, T* z,
   if (obs && !smear) return fail(LFQ_ERR_ARGUMENT, "smear is null");
   lfq_failure bad;
   const int code = table<T>().hmc(f, *t, *h, n, z, phi, dh, accepted, smear, obs, &bad, ws, threads(n_threads));
-  if (failure) *failure = bad;
-  if (code != LFQ_ERR_NOT_FINITE) return code;
-  return fail(code, "dH or the field is %g in chain %lld (trajectory or site %lld): the step size %g may be too large",
-              bad.value, (long long)(int64_t(h->first_chain) + bad.chain), (long long)bad.step, h->step_size);
+  return diverged(code, h, bad, failure);
+}
+
+int check_mass(double mass) {
+  if (!std::isfinite(mass) || mass <= 0) return fail(LFQ_ERR_ARGUMENT, "mass is %g, must be positive", mass);
+  return LFQ_OK;
+}
+template <class T>
+size_t fourier_workspace(const lfq_phi4* t, int64_t n, int32_t n_threads) {
+  return check_theory(t) || check_chains(n) ? 0 : table<T>().fourier_workspace(*t, n, threads(n_threads));
+}
+template <class T>
+int fourier_arguments(const lfq_phi4* t, const lfq_hmc* h, double mass, int64_t n, const T* phi, const void* ws,
+                      size_t bytes, int32_t n_threads) {
+  if (int e = check_theory(t)) return e;
+  if (int e = check_chains(n)) return e;
+  if (int e = check_hmc(h, n)) return e;
+  if (int e = check_mass(mass)) return e;
+  if (!phi) return fail(LFQ_ERR_ARGUMENT, "phi is null");
+  return check_workspace(ws, bytes, fourier_workspace<T>(t, n, n_threads));
+}
+template <class T>
+int fourier_evolve(const lfq_phi4* t, const lfq_hmc* h, double mass, int64_t n, T* phi, T* pi, void* ws, size_t bytes,
+                   int32_t n_threads) {
+  if (int e = fourier_arguments(t, h, mass, n, phi, ws, bytes, n_threads)) return e;
+  if (!pi) return fail(LFQ_ERR_ARGUMENT, "momenta is null");
+  lfq_failure bad;
+  return not_finite("phi or momenta", table<T>().fourier_evolve(*t, *h, mass, n, phi, pi, &bad, ws, threads(n_threads)), bad);
+}
+template <class T>
+int fourier_hmc(const lfq_phi4* t, const lfq_hmc* h, double mass, int64_t n, T* phi, double* dh, uint8_t* accepted,
+                const double* smear, double* obs, lfq_failure* failure, void* ws, size_t bytes, int32_t n_threads) {
+  if (int e = fourier_arguments(t, h, mass, n, phi, ws, bytes, n_threads)) return e;
+  if (obs && !smear) return fail(LFQ_ERR_ARGUMENT, "smear is null");
+  lfq_failure bad;
+  const int code = table<T>().fourier_hmc(*t, *h, mass, n, phi, dh, accepted, smear, obs, &bad, ws, threads(n_threads));
+  return diverged(code, h, bad, failure);
+}
+
+template <class T>
+size_t cluster_workspace(const lfq_phi4* t, int64_t n, int32_t n_threads) {
+  return check_theory(t) || check_chains(n) ? 0 : table<T>().cluster_workspace(*t, n, threads(n_threads));
+}
+template <class T>
+int cluster_update(const lfq_phi4* t, const lfq_cluster* c, uint64_t seed, uint64_t first_chain, uint64_t trajectory,
+                   int64_t n, T* phi, int64_t* flipped, void* ws, size_t bytes, int32_t n_threads) {
+  if (int e = check_theory(t)) return e;
+  if (int e = check_chains(n)) return e;
+  if (int e = check_cluster(c, t)) return e;
+  if (!phi) return fail(LFQ_ERR_ARGUMENT, "phi is null");
+  if (first_chain + uint64_t(n) > (uint64_t(1) << 32)) return fail(LFQ_ERR_ARGUMENT, "first_chain: chains are numbered below 2^32");
+  if (trajectory >> 56) return fail(LFQ_ERR_ARGUMENT, "trajectory: trajectories are numbered below 2^56");
+  if (int e = check_workspace(ws, bytes, cluster_workspace<T>(t, n, n_threads))) return e;
+  lfq_failure bad;
+  const int code = table<T>().cluster(*t, *c, seed, first_chain, trajectory, n, phi, flipped, &bad, ws, threads(n_threads));
+  return not_finite("phi", code, bad);
+}
+
+// HMC and clusters in turn need a chain whole and not in lanes: a task takes these many chains through all
+// of its trajectories while they are in cache.
+constexpr int64_t chains_per_task = 16;
+
+struct cluster_hmc_spaces {
+  size_t hmc, cluster, observables;
+  size_t total() const { return hmc + cluster + observables; }
+};
+template <class T>
+cluster_hmc_spaces spaces_of(const lfq_phi4& t) {
+  const auto& k = table<T>();
+  return {k.hmc_workspace(nullptr, t, chains_per_task, 1), k.cluster_workspace(t, chains_per_task, 1),
+          k.phi4_workspace(t, chains_per_task, 1)};
+}
+int64_t cluster_hmc_tasks(int64_t n) { return (n + chains_per_task - 1) / chains_per_task; }
+template <class T>
+size_t cluster_hmc_workspace(const lfq_phi4* t, int64_t n, int32_t n_threads) {
+  if (check_theory(t) || check_chains(n)) return 0;
+  const int64_t tasks = cluster_hmc_tasks(n), most = threads(n_threads);
+  return spaces_of<T>(*t).total() * size_t(tasks < most ? (tasks > 0 ? tasks : 1) : most);
+}
+template <class T>
+int cluster_hmc(const lfq_phi4* t, const lfq_hmc* h, const lfq_cluster* c, int64_t n, T* phi, double* dh,
+                uint8_t* accepted, int64_t* flipped, const double* smear, double* obs, lfq_failure* failure, void* ws,
+                size_t bytes, int32_t n_threads) {
+  if (int e = check_theory(t)) return e;
+  if (int e = check_chains(n)) return e;
+  if (int e = check_hmc(h, n)) return e;
+  if (int e = check_cluster(c, t)) return e;
+  if (!phi) return fail(LFQ_ERR_ARGUMENT, "phi is null");
+  if (obs && !smear) return fail(LFQ_ERR_ARGUMENT, "smear is null");
+  if (int e = check_workspace(ws, bytes, cluster_hmc_workspace<T>(t, n, n_threads))) return e;
+  const auto& k = table<T>();
+  const cluster_hmc_spaces spaces = spaces_of<T>(*t);
+  const int64_t volume = volume_of(t->ndim, t->extent);
+  std::mutex mutex;
+  int worst = LFQ_OK;
+  lfq_failure earliest = {-1, -1, 0.0};
+  auto task = [&](int64_t index, int thread) {
+    const int64_t first = index * chains_per_task;
+    const int64_t m = n - first < chains_per_task ? n - first : chains_per_task;
+    char* space = static_cast<char*>(ws) + size_t(thread) * spaces.total();
+    T* field = phi + first * volume;
+    lfq_hmc one = *h;
+    one.first_chain += uint64_t(first);
+    one.n_samples = one.thin = 1;
+    lfq_failure bad;
+    int code = LFQ_OK;
+    int64_t done = 0;
+    for (int64_t sample = 0; sample < h->n_samples && code == LFQ_OK; ++sample) {
+      for (int32_t i = 0; i < h->thin && code == LFQ_OK; ++i, ++done) {
+        const int64_t at = done * n + first;
+        one.first_trajectory = h->first_trajectory + uint64_t(done);
+        code = k.hmc(nullptr, *t, one, m, field, nullptr, dh ? dh + at : nullptr, accepted ? accepted + at : nullptr, smear,
+                     nullptr, &bad, space, 1);
+        if (code == LFQ_OK)
+          code = k.cluster(*t, *c, h->seed, one.first_chain, one.first_trajectory, m, field, flipped ? flipped + at : nullptr,
+                           &bad, space + spaces.hmc, 1);
+      }
+      if (code == LFQ_OK && obs)
+        code = k.observables(*t, m, field, smear, obs + (sample * n + first) * LFQ_N_OBSERVABLES, &bad,
+                             space + spaces.hmc + spaces.cluster, 1);
+    }
+    if (code == LFQ_OK) return;
+    std::lock_guard<std::mutex> lock(mutex);
+    if (worst == LFQ_OK || first + bad.chain < earliest.chain) earliest = {first + bad.chain, bad.step, bad.value};
+    worst = code;
+  };
+  for_tasks(cluster_hmc_tasks(n), threads(n_threads), task);
+  return diverged(worst, h, earliest, failure);
 }
 
 }  // namespace
@@ -308,6 +451,24 @@ int64_t lfq_layer_n_weights(const lfq_layer* l) {
   return n;
 }
 int lfq_flow_check(const lfq_flow* flow) { return check_flow(flow); }
+
+int lfq_uniform(uint64_t seed, int32_t purpose, uint64_t first_trajectory, int64_t n_trajectories, uint64_t first_chain,
+                int64_t n_chains, double* out) {
+  if (int e = check_chains(n_chains)) return e;
+  if (purpose < 0 || purpose > 255) return fail(LFQ_ERR_ARGUMENT, "purpose is %d, must be 0 to 255", int(purpose));
+  if (n_trajectories < 0) return fail(LFQ_ERR_ARGUMENT, "n_trajectories must not be negative");
+  if (!out && n_trajectories * n_chains > 0) return fail(LFQ_ERR_ARGUMENT, "out is null");
+  if (first_chain + uint64_t(n_chains) > (uint64_t(1) << 32)) return fail(LFQ_ERR_ARGUMENT, "first_chain: chains are numbered below 2^32");
+  for (int64_t j = 0; j < n_trajectories; ++j) {
+    const lfq::stream rng{seed, first_trajectory + uint64_t(j), uint32_t(purpose)};
+    for (int64_t i = 0; i < n_chains; ++i) {
+      uint32_t x0 = 0, x1 = rng.word1(), x2 = uint32_t(first_chain + uint64_t(i)), x3 = rng.word3();
+      lfq::philox4x32(x0, x1, x2, x3, uint32_t(seed), uint32_t(seed >> 32));
+      out[j * n_chains + i] = lfq::uniform53(x0, x1);
+    }
+  }
+  return LFQ_OK;
+}
 
 #define LFQ_DEFINE(T, S)                                                                                              \
   int lfq_normal_##S(uint64_t seed, int32_t purpose, uint64_t trajectory, uint64_t first_chain, int64_t n_chains,     \
@@ -356,6 +517,29 @@ int lfq_flow_check(const lfq_flow* flow) { return check_flow(flow); }
   int lfq_hmc_##S(const lfq_flow* f, const lfq_phi4* t, const lfq_hmc* h, int64_t n, T* z, T* phi, double* dh,        \
                   uint8_t* a, const double* smear, double* o, lfq_failure* bad, void* ws, size_t b, int32_t nt) {     \
     return hmc<T>(f, t, h, n, z, phi, dh, a, smear, o, bad, ws, b, nt);                                               \
+  }                                                                                                                   \
+  size_t lfq_fourier_workspace_##S(const lfq_phi4* t, int64_t n, int32_t nt) { return fourier_workspace<T>(t, n, nt); } \
+  int lfq_fourier_evolve_##S(const lfq_phi4* t, const lfq_hmc* h, double mass, int64_t n, T* phi, T* pi, void* ws,    \
+                             size_t b, int32_t nt) {                                                                  \
+    return fourier_evolve<T>(t, h, mass, n, phi, pi, ws, b, nt);                                                      \
+  }                                                                                                                   \
+  int lfq_fourier_hmc_##S(const lfq_phi4* t, const lfq_hmc* h, double mass, int64_t n, T* phi, double* dh, uint8_t* a, \
+                          const double* smear, double* o, lfq_failure* bad, void* ws, size_t b, int32_t nt) {         \
+    return fourier_hmc<T>(t, h, mass, n, phi, dh, a, smear, o, bad, ws, b, nt);                                       \
+  }                                                                                                                   \
+  size_t lfq_cluster_workspace_##S(const lfq_phi4* t, int64_t n, int32_t nt) { return cluster_workspace<T>(t, n, nt); } \
+  int lfq_cluster_update_##S(const lfq_phi4* t, const lfq_cluster* c, uint64_t seed, uint64_t first_chain,            \
+                             uint64_t trajectory, int64_t n, T* phi, int64_t* flipped, void* ws, size_t b,            \
+                             int32_t nt) {                                                                            \
+    return cluster_update<T>(t, c, seed, first_chain, trajectory, n, phi, flipped, ws, b, nt);                        \
+  }                                                                                                                   \
+  size_t lfq_cluster_hmc_workspace_##S(const lfq_phi4* t, int64_t n, int32_t nt) {                                    \
+    return cluster_hmc_workspace<T>(t, n, nt);                                                                        \
+  }                                                                                                                   \
+  int lfq_cluster_hmc_##S(const lfq_phi4* t, const lfq_hmc* h, const lfq_cluster* c, int64_t n, T* phi, double* dh,   \
+                          uint8_t* a, int64_t* flipped, const double* smear, double* o, lfq_failure* bad, void* ws,   \
+                          size_t b, int32_t nt) {                                                                     \
+    return cluster_hmc<T>(t, h, c, n, phi, dh, a, flipped, smear, o, bad, ws, b, nt);                                 \
   }
 LFQ_DEFINE(float, f32)
 LFQ_DEFINE(double, f64)

@@ -286,6 +286,19 @@ void measure(const phi4_group<T, D>& theory, const simd<T>* phi, const double* s
   for (int l = 0; l < g.n_valid; ++l) out[(g.first + l) * LFQ_N_OBSERVABLES + 5] = power[l] * v / D;
 }
 
+// The settings of one trajectory, its number of steps drawn.
+inline lfq_hmc drawn(const lfq_hmc& h, uint64_t number) {
+  lfq_hmc one = h;
+  if (h.n_steps_spread > 0) {
+    const stream rng{h.seed, number, LFQ_PURPOSE_LENGTH};
+    uint32_t x0 = 0, x1 = rng.word1(), x2 = 0, x3 = rng.word3();
+    philox4x32(x0, x1, x2, x3, uint32_t(h.seed), uint32_t(h.seed >> 32));
+    const uint64_t choices = 2 * uint64_t(h.n_steps_spread) + 1;
+    one.n_steps += int32_t(uint64_t(x0) * choices >> 32) - h.n_steps_spread;
+  }
+  return one;
+}
+
 struct hmc_output {
   double* dh;
   uint8_t* accepted;
@@ -322,7 +335,7 @@ bool run_hmc(P& potential, const lfq_hmc& h, const group<T>& g, const hmc_output
         sum_k0.add_product(i, p, p);
       });
       potential.save();
-      trajectory<T>(potential, h, sum_s1, sum_k1);
+      trajectory<T>(potential, drawn(h, number), sum_s1, sum_k1);
       double k0[W], k1[W], s1[W], uniform[W];
       g.totals(sum_k0.sum(), k0);
       g.totals(sum_k1.sum(), k1);

@@ -1,4 +1,6 @@
 // The kernel table of one instruction set. Compiled once for each, with LFQ_ISA set by CMake.
+#include "cpu/cluster_kernels.hpp"
+#include "cpu/fourier_kernels.hpp"
 #include "cpu/hmc_kernels.hpp"
 #include "cpu/table.hpp"
 
@@ -331,21 +333,24 @@ struct cpu_kernels {
     });
     return status(failed, failure);
   }
+  template <class P>
+  static void evolve_group(P& p, const lfq_hmc& h, const group<T>& g, T* z, T* momenta, failures& failed) {
+    const int64_t volume = p.theory.whole.volume, sites = p.theory.lat.volume;
+    if (!load(g, momenta, volume, p.w.pi, failed)) return;
+    const V unit(T(momentum_unit(h)));
+    for (int64_t i = 0; i < sites; ++i) p.w.pi[i] = p.w.pi[i] * unit;
+    lane_sum<T> s;
+    site_sum<T> p2;
+    trajectory<T>(p, h, s, p2);
+    for (int64_t i = 0; i < sites; ++i) p.w.pi[i] = p.w.pi[i] / unit;
+    store_group(g, p.w.z, volume, z);
+    store_group(g, p.w.pi, volume, momenta);
+  }
   static int evolve(const lfq_flow* f, const lfq_phi4& theory, const lfq_hmc& h, int64_t n_chains, T* z, T* momenta,
                     lfq_failure* failure, void* ws, int n_threads) {
     return over_potentials(f, theory, n_chains, z, failure, ws, n_threads,
                            [&](auto& p, const group<T>& g, const hmc_shared&, failures& failed) {
-                             const int64_t volume = p.theory.whole.volume;
-                             if (!load(g, momenta, volume, p.w.pi, failed)) return;
-                             const double unit = momentum_unit(h);
-                             const int64_t sites = p.theory.lat.volume;
-                             for (int64_t i = 0; i < sites; ++i) p.w.pi[i] = p.w.pi[i] * V(T(unit));
-                             lane_sum<T> s;
-                             site_sum<T> p2;
-                             trajectory<T>(p, h, s, p2);
-                             for (int64_t i = 0; i < sites; ++i) p.w.pi[i] = p.w.pi[i] / V(T(unit));
-                             store_group(g, p.w.z, volume, z);
-                             store_group(g, p.w.pi, volume, momenta);
+                             evolve_group(p, h, g, z, momenta, failed);
                            });
   }
   static int hmc(const lfq_flow* f, const lfq_phi4& theory, const lfq_hmc& h, int64_t n_chains, T* z, T* phi,
@@ -361,13 +366,93 @@ struct cpu_kernels {
                            });
   }
 
+  // ---- Fourier acceleration ----------------------------------------------------------------
+  static size_t fourier_workspace(const lfq_phi4& theory, int64_t n_chains, int n_threads) {
+    arena shared, each;
+    fourier_plan<T> plan;
+    plan.plan(shared, theory);
+    fourier_work<T> w;
+    w.plan(each, theory);
+    return shared.bytes() + each.used * size_t(used_threads(group<T>::count(n_chains), n_threads));
+  }
+  // body(potential, group, failures) for every group whose fields load.
+  template <class F>
+  static int over_modes(const lfq_phi4& theory, double mass, int64_t n_chains, const T* phi, lfq_failure* failure,
+                        void* ws, int n_threads, F&& body) {
+    failures failed;
+    fourier_plan<T> plan;
+    arena shared(ws);
+    plan.plan(shared, theory);
+    plan.fill(mass);
+    with_dimension(theory.ndim, [&](auto d) {
+      constexpr int D = decltype(d)::value;
+      auto task = [&](int64_t index, int thread) {
+        auto w = thread_work<fourier_work<T>>(ws, shared.used, thread,
+                                              [&](fourier_work<T>& f, arena& mem) { f.plan(mem, theory); });
+        const group<T> g(index, n_chains);
+        if (!load(g, phi, plan.lat.volume, w.hmc.z, failed)) return;
+        fourier_potential<T, D> p(theory, w, plan);
+        body(p, g, failed);
+      };
+      for_tasks(group<T>::count(n_chains), n_threads, task);
+    });
+    return status(failed, failure);
+  }
+  static int fourier_evolve(const lfq_phi4& theory, const lfq_hmc& h, double mass, int64_t n_chains, T* phi, T* momenta,
+                            lfq_failure* failure, void* ws, int n_threads) {
+    return over_modes(theory, mass, n_chains, phi, failure, ws, n_threads,
+                      [&](auto& p, const group<T>& g, failures& failed) {
+                        evolve_group(p, h, g, phi, momenta, failed);
+                      });
+  }
+  static int fourier_hmc(const lfq_phi4& theory, const lfq_hmc& h, double mass, int64_t n_chains, T* phi, double* dh,
+                         uint8_t* accepted, const double* smear, double* obs, lfq_failure* failure, void* ws,
+                         int n_threads) {
+    const hmc_output out = {dh, accepted, smear, obs, n_chains};
+    return over_modes(theory, mass, n_chains, phi, failure, ws, n_threads,
+                      [&](auto& p, const group<T>& g, failures& failed) {
+                        run_hmc<T>(p, h, g, out, failed);
+                        store_group(g, p.w.z, p.theory.whole.volume, phi);
+                      });
+  }
+
+  // ---- embedded clusters --------------------------------------------------------------------
+  static size_t cluster_workspace(const lfq_phi4& theory, int64_t n_chains, int n_threads) {
+    arena mem;
+    cluster_work w;
+    w.plan(mem, theory);
+    return mem.used * size_t(used_threads(n_chains, n_threads)) + 64;
+  }
+  static int cluster(const lfq_phi4& theory, const lfq_cluster& c, uint64_t seed, uint64_t first_chain,
+                     uint64_t trajectory, int64_t n_chains, T* phi, int64_t* flipped, lfq_failure* failure, void* ws,
+                     int n_threads) {
+    failures failed;
+    with_dimension(theory.ndim, [&](auto d) {
+      auto task = [&](int64_t chain, int thread) {
+        const auto w = thread_work<cluster_work>(ws, 0, thread, [&](cluster_work& f, arena& mem) { f.plan(mem, theory); });
+        const cluster_chain<T, decltype(d)::value> kernel(theory, w, seed, trajectory, first_chain + uint64_t(chain));
+        T* field = phi + chain * kernel.lat.volume;
+        int64_t site = -1;
+        if (!kernel.load(field, &site)) {
+          failed.report(chain, site, double(field[site]));
+          return;
+        }
+        const int64_t n = kernel.run(c, field);
+        if (flipped) flipped[chain] = n;
+      };
+      for_tasks(n_chains, n_threads, task);
+    });
+    return status(failed, failure);
+  }
+
   static const lfq_internal::kernels<T> table;
 };
 
 template <class T>
 const lfq_internal::kernels<T> cpu_kernels<T>::table = {
     normal,  phi4_workspace, action, force,    observables,   flow_workspace, forward,
-    inverse, vjp,            loss,   pullback, hmc_workspace, evolve,         hmc};
+    inverse, vjp,            loss,   pullback, hmc_workspace, evolve,         hmc,
+    fourier_workspace, fourier_evolve, fourier_hmc, cluster_workspace, cluster};
 
 LFQ_NAMESPACE_END
 

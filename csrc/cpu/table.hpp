@@ -30,6 +30,15 @@ struct kernels {
                 lfq_failure*, void* ws, int n_threads);
   int (*hmc)(const lfq_flow*, const lfq_phi4&, const lfq_hmc&, int64_t n_chains, T* z, T* phi, double* dh,
              uint8_t* accepted, const double* smear, double* observables, lfq_failure*, void* ws, int n_threads);
+  size_t (*fourier_workspace)(const lfq_phi4&, int64_t n_chains, int n_threads);
+  int (*fourier_evolve)(const lfq_phi4&, const lfq_hmc&, double mass, int64_t n_chains, T* phi, T* momenta,
+                        lfq_failure*, void* ws, int n_threads);
+  int (*fourier_hmc)(const lfq_phi4&, const lfq_hmc&, double mass, int64_t n_chains, T* phi, double* dh,
+                     uint8_t* accepted, const double* smear, double* observables, lfq_failure*, void* ws,
+                     int n_threads);
+  size_t (*cluster_workspace)(const lfq_phi4&, int64_t n_chains, int n_threads);
+  int (*cluster)(const lfq_phi4&, const lfq_cluster&, uint64_t seed, uint64_t first_chain, uint64_t trajectory,
+                 int64_t n_chains, T* phi, int64_t* flipped, lfq_failure*, void* ws, int n_threads);
 };
 
 struct isa {

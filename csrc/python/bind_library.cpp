@@ -60,22 +60,41 @@ void bind_library(py::module_& m) {
       py::arg("counter"), py::arg("key"));
   bind_normal<float>(m, lfq_normal_f32);
   bind_normal<double>(m, lfq_normal_f64);
+  m.def(
+      "uniform",
+      [](uint64_t seed, int32_t purpose, uint64_t first_trajectory, uint64_t first_chain, int64_t n_chains, array<double> values) {
+        double* p = out(values, "out");
+        const int64_t n = n_chains > 0 ? values.size() / n_chains : 0;
+        check_size(values.size(), n * n_chains, "out");
+        raise(lfq_uniform(seed, purpose, first_trajectory, n, first_chain, n_chains, p));
+      },
+      py::arg("seed"), py::arg("purpose"), py::arg("first_trajectory"), py::arg("first_chain"), py::arg("n_chains"),
+      py::arg("out").noconvert());
 
   PYBIND11_NUMPY_DTYPE(lfq_phi4, ndim, extent, beta, lam);
   PYBIND11_NUMPY_DTYPE(lfq_layer, kind, ndim, extent, parity, kernel_size, n_hidden, hidden, activation, bias, scale,
                        weight_offset);
   PYBIND11_NUMPY_DTYPE(lfq_integrator, n_stages, reserved, kick, drift);
-  PYBIND11_NUMPY_DTYPE(lfq_hmc, integrator, step_size, n_steps, thin, n_samples, seed, first_chain, first_trajectory);
+  PYBIND11_NUMPY_DTYPE(lfq_hmc, integrator, step_size, n_steps, thin, n_samples, seed, first_chain, first_trajectory,
+                       n_steps_spread, reserved);
+  PYBIND11_NUMPY_DTYPE(lfq_cluster, kind, n_updates);
   m.attr("theory_dtype") = py::dtype::of<lfq_phi4>();
   m.attr("layer_dtype") = py::dtype::of<lfq_layer>();
   m.attr("hmc_dtype") = py::dtype::of<lfq_hmc>();
+  m.attr("cluster_dtype") = py::dtype::of<lfq_cluster>();
   m.attr("N_OBSERVABLES") = LFQ_N_OBSERVABLES;
   m.attr("MAX_HIDDEN") = LFQ_MAX_HIDDEN;
   m.attr("MAX_CHANNELS") = LFQ_MAX_CHANNELS;
   m.attr("MAX_STAGES") = LFQ_MAX_STAGES;
   m.attr("PURPOSES") = py::dict(py::arg("momenta") = int(LFQ_PURPOSE_MOMENTA), py::arg("accept") = int(LFQ_PURPOSE_ACCEPT),
                                 py::arg("start") = int(LFQ_PURPOSE_START), py::arg("latent") = int(LFQ_PURPOSE_LATENT),
-                                py::arg("weights") = int(LFQ_PURPOSE_WEIGHTS), py::arg("user") = int(LFQ_PURPOSE_USER));
+                                py::arg("weights") = int(LFQ_PURPOSE_WEIGHTS), py::arg("length") = int(LFQ_PURPOSE_LENGTH),
+                                py::arg("bond") = int(LFQ_PURPOSE_BOND), py::arg("cluster") = int(LFQ_PURPOSE_CLUSTER),
+                                py::arg("proposal") = int(LFQ_PURPOSE_PROPOSAL),
+                                py::arg("resample") = int(LFQ_PURPOSE_RESAMPLE),
+                                py::arg("user") = int(LFQ_PURPOSE_USER));
+  m.attr("CLUSTERS") = py::dict(py::arg("swendsen-wang") = int(LFQ_CLUSTER_SWENDSEN_WANG),
+                                py::arg("wolff") = int(LFQ_CLUSTER_WOLFF));
   m.attr("LAYERS") = py::dict(py::arg("coupling") = int(LFQ_LAYER_COUPLING), py::arg("rescale") = int(LFQ_LAYER_RESCALE),
                               py::arg("interleave") = int(LFQ_LAYER_INTERLEAVE), py::arg("upsample") = int(LFQ_LAYER_UPSAMPLE));
 }

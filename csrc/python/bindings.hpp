@@ -45,6 +45,17 @@ inline int64_t chains_of(py::ssize_t size, int64_t volume, const char* name) {
   return size / volume;
 }
 
+// What a chain writes and smears with: sizes that follow from the settings.
+inline void check_measured(const lfq_phi4* t, const lfq_hmc* h, int64_t n, const array<double>& smear, const array<double>& dh,
+                           const array<uint8_t>& accepted, const array<double>& observables) {
+  int64_t extents = 0;
+  for (int i = 0; i < t->ndim && i < LFQ_MAX_DIM; ++i) extents += t->extent[i];
+  check_size(smear.size(), extents, "smear");
+  check_size(dh.size(), n * h->n_samples * h->thin, "dh");
+  check_size(accepted.size(), n * h->n_samples * h->thin, "accepted");
+  if (observables.size() > 0) check_size(observables.size(), n * h->n_samples * LFQ_N_OBSERVABLES, "observables");
+}
+
 // A flow over arrays that the caller keeps alive during the call.
 inline lfq_flow flow_of(int64_t volume, const array<lfq_layer>& layers, const array<double>& weights) {
   return lfq_flow{volume, int64_t(weights.size()), int32_t(layers.size()), 0, layers.data(), weights.data()};
@@ -60,5 +71,7 @@ void bind_library(py::module_& m);
 void bind_phi4(py::module_& m);
 void bind_flow(py::module_& m);
 void bind_hmc(py::module_& m);
+void bind_fourier(py::module_& m);
+void bind_cluster(py::module_& m);
 
 }  // namespace lfq_python

@@ -6,4 +6,6 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   lfq_python::bind_phi4(m);
   lfq_python::bind_flow(m);
   lfq_python::bind_hmc(m);
+  lfq_python::bind_fourier(m);
+  lfq_python::bind_cluster(m);
 }

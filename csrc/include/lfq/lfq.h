@@ -28,7 +28,7 @@
 extern "C" {
 #endif
 
-#define LFQ_ABI_VERSION 1
+#define LFQ_ABI_VERSION 2
 #define LFQ_MAX_DIM 4
 #define LFQ_MAX_HIDDEN 4
 #define LFQ_MAX_CHANNELS 64
@@ -50,6 +50,11 @@ enum lfq_purpose {
   LFQ_PURPOSE_START = 2,
   LFQ_PURPOSE_LATENT = 3,
   LFQ_PURPOSE_WEIGHTS = 4,
+  LFQ_PURPOSE_LENGTH = 5,  /* of a trajectory; of chain 0 for all chains */
+  LFQ_PURPOSE_BOND = 6,
+  LFQ_PURPOSE_CLUSTER = 7, /* which clusters flip, where one starts */
+  LFQ_PURPOSE_PROPOSAL = 8, /* latents of samplers: apart from those that a flow was trained on */
+  LFQ_PURPOSE_RESAMPLE = 9, /* which of a population's fields survive */
   LFQ_PURPOSE_USER = 128 /* 128..255 are free for callers */
 };
 
@@ -59,6 +64,7 @@ enum lfq_layer_kind {
   LFQ_LAYER_INTERLEAVE = 2,/* 2^ndim copies of the coarse lattice onto the sublattices */
   LFQ_LAYER_UPSAMPLE = 3   /* one coarse field + noise -> fine field */
 };
+enum lfq_cluster_kind { LFQ_CLUSTER_SWENDSEN_WANG = 0, LFQ_CLUSTER_WOLFF = 1 };
 enum lfq_activation { LFQ_TANH = 0, LFQ_LEAKY_RELU = 1 };
 enum lfq_scale { LFQ_SCALE_NEG_ABS = 0 /* exp(-|s|) */, LFQ_SCALE_EXP = 1 /* exp(s) */ };
 
@@ -112,7 +118,16 @@ typedef struct lfq_hmc {
   uint64_t seed;
   uint64_t first_chain;         /* global number of the first chain, < 2^32 */
   uint64_t first_trajectory;    /* number of the next trajectory, < 2^56 */
+  int32_t n_steps_spread;       /* 0 <= spread < n_steps: each trajectory takes n_steps - spread .. n_steps + spread
+                                 * steps, all equally likely, the same for all chains */
+  int32_t reserved;
 } lfq_hmc;
+
+/* Cluster updates of the signs of the field. */
+typedef struct lfq_cluster {
+  int32_t kind;                 /* of lfq_cluster_kind */
+  int32_t n_updates;            /* sweeps, or single clusters, after each trajectory; n_updates * volume <= 2^32 */
+} lfq_cluster;
 
 /* Where a NaN or Inf was found; -1 where it does not apply. */
 typedef struct lfq_failure {
@@ -140,6 +155,11 @@ LFQ_API int lfq_normal_f32(uint64_t seed, int32_t purpose, uint64_t trajectory, 
                            int64_t n_chains, int64_t n_per_chain, float* out, int32_t n_threads);
 LFQ_API int lfq_normal_f64(uint64_t seed, int32_t purpose, uint64_t trajectory, uint64_t first_chain,
                            int64_t n_chains, int64_t n_per_chain, double* out, int32_t n_threads);
+
+/* Uniforms in (0, 1), those of accept steps for LFQ_PURPOSE_ACCEPT: out[(t, i)] for trajectories
+ * first_trajectory + t and chains first_chain + i. */
+LFQ_API int lfq_uniform(uint64_t seed, int32_t purpose, uint64_t first_trajectory, int64_t n_trajectories,
+                        uint64_t first_chain, int64_t n_chains, double* out);
 
 /* ---- phi^4 ------------------------------------------------------------------------------- */
 LFQ_API size_t lfq_phi4_workspace_f32(const lfq_phi4* theory, int64_t n_chains, int32_t n_threads);
@@ -227,6 +247,51 @@ LFQ_API int lfq_hmc_f64(const lfq_flow* flow, const lfq_phi4* theory, const lfq_
                         double* z, double* phi, double* dh, uint8_t* accepted, const double* smear,
                         double* observables, lfq_failure* failure,
                         void* workspace, size_t workspace_bytes, int32_t n_threads);
+
+/* ---- HMC with Fourier acceleration ------------------------------------------------------- */
+/* As lfq_evolve and lfq_hmc without a flow, where the mode of momentum p moves with the mass
+ * (p^2 + mass^2) / (4 ndim + mass^2), p^2 = 4 sum sin^2(p_mu / 2); mass > 0. Momenta are unit normals, one
+ * for each mode of the Hartley transform. */
+LFQ_API size_t lfq_fourier_workspace_f32(const lfq_phi4* theory, int64_t n_chains, int32_t n_threads);
+LFQ_API size_t lfq_fourier_workspace_f64(const lfq_phi4* theory, int64_t n_chains, int32_t n_threads);
+LFQ_API int lfq_fourier_evolve_f32(const lfq_phi4* theory, const lfq_hmc* hmc, double mass, int64_t n_chains,
+                                   float* phi, float* momenta, void* workspace, size_t workspace_bytes,
+                                   int32_t n_threads);
+LFQ_API int lfq_fourier_evolve_f64(const lfq_phi4* theory, const lfq_hmc* hmc, double mass, int64_t n_chains,
+                                   double* phi, double* momenta, void* workspace, size_t workspace_bytes,
+                                   int32_t n_threads);
+LFQ_API int lfq_fourier_hmc_f32(const lfq_phi4* theory, const lfq_hmc* hmc, double mass, int64_t n_chains,
+                                float* phi, double* dh, uint8_t* accepted, const double* smear,
+                                double* observables, lfq_failure* failure,
+                                void* workspace, size_t workspace_bytes, int32_t n_threads);
+LFQ_API int lfq_fourier_hmc_f64(const lfq_phi4* theory, const lfq_hmc* hmc, double mass, int64_t n_chains,
+                                double* phi, double* dh, uint8_t* accepted, const double* smear,
+                                double* observables, lfq_failure* failure,
+                                void* workspace, size_t workspace_bytes, int32_t n_threads);
+
+/* ---- embedded clusters ------------------------------------------------------------------- */
+/* cluster->n_updates cluster updates of every chain, in place, with the random numbers of `trajectory`;
+ * flipped[i]: sites whose sign changed, over all updates, each time counted; null when not wanted. */
+LFQ_API size_t lfq_cluster_workspace_f32(const lfq_phi4* theory, int64_t n_chains, int32_t n_threads);
+LFQ_API size_t lfq_cluster_workspace_f64(const lfq_phi4* theory, int64_t n_chains, int32_t n_threads);
+LFQ_API int lfq_cluster_update_f32(const lfq_phi4* theory, const lfq_cluster* cluster, uint64_t seed,
+                                   uint64_t first_chain, uint64_t trajectory, int64_t n_chains, float* phi,
+                                   int64_t* flipped, void* workspace, size_t workspace_bytes, int32_t n_threads);
+LFQ_API int lfq_cluster_update_f64(const lfq_phi4* theory, const lfq_cluster* cluster, uint64_t seed,
+                                   uint64_t first_chain, uint64_t trajectory, int64_t n_chains, double* phi,
+                                   int64_t* flipped, void* workspace, size_t workspace_bytes, int32_t n_threads);
+/* As lfq_hmc without a flow, with the cluster updates after each trajectory.
+ * flipped: (n_samples * thin, n_chains), null when not wanted. */
+LFQ_API size_t lfq_cluster_hmc_workspace_f32(const lfq_phi4* theory, int64_t n_chains, int32_t n_threads);
+LFQ_API size_t lfq_cluster_hmc_workspace_f64(const lfq_phi4* theory, int64_t n_chains, int32_t n_threads);
+LFQ_API int lfq_cluster_hmc_f32(const lfq_phi4* theory, const lfq_hmc* hmc, const lfq_cluster* cluster,
+                                int64_t n_chains, float* phi, double* dh, uint8_t* accepted, int64_t* flipped,
+                                const double* smear, double* observables, lfq_failure* failure,
+                                void* workspace, size_t workspace_bytes, int32_t n_threads);
+LFQ_API int lfq_cluster_hmc_f64(const lfq_phi4* theory, const lfq_hmc* hmc, const lfq_cluster* cluster,
+                                int64_t n_chains, double* phi, double* dh, uint8_t* accepted, int64_t* flipped,
+                                const double* smear, double* observables, lfq_failure* failure,
+                                void* workspace, size_t workspace_bytes, int32_t n_threads);
 
 #ifdef __cplusplus
 }

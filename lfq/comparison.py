@@ -1,0 +1,498 @@
+"""The honest comparison: samplers of one theory, each tuned on its own, at equal budget, judged alike."""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from . import analysis
+from ._core import NotFiniteError
+from ._kernels import check_count, check_seed
+from .actions import Phi4, PulledBack
+from .flows import Flow
+from .hmc import HMC, ClusterHMC, FourierHMC, Run, Sampler, State
+from .priors import Gaussian, Prior
+from .samplers import IndependenceMetropolis, Reweighting, Weighted, WeightedSampler, reverse_ess
+
+__all__ = [
+    "AGREEMENT",
+    "Comparison",
+    "Contender",
+    "DisagreementWarning",
+    "JUDGED_TAU",
+    "RELIABLE_TAU",
+    "agreement",
+    "chain_record",
+    "compare",
+    "pay_off",
+]
+
+RELIABLE_TAU = 1000
+"""A run of fewer autocorrelation times than this, over all chains, is marked."""
+
+SHORTEST_CHAIN = 10
+"""So is one whose chains are shorter than this many autocorrelation times, however many they are."""
+
+AGREEMENT = ("phi2", "nn", "abs_M", "phi2_smeared")
+"""Observables in which samplers must agree, all at once: a chi-square of four degrees of freedom."""
+
+MOST_SAMPLES = 10000
+"""Of each chain: what the analysis of a run can hold."""
+
+JUDGED_TAU = 100
+"""A run of fewer autocorrelation times than this, over all chains, has no errors to be judged by."""
+
+HEAVY_TAIL = 0.5
+"""Weights with a tail index above this have no variance, and no error to be judged by."""
+
+IMPROBABLE = 1e-5
+"""Probability of a chi-square below which a sampler is said to disagree: 4.4 sigma."""
+
+
+class DisagreementWarning(UserWarning):
+    """Samplers of one theory found different expectation values: at least one of them is wrong."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A sampler in a comparison, and what it took to make it.
+
+    Attributes
+    ----------
+    sampler : Sampler or WeightedSampler
+    training_seconds : float
+        Spent on training its flow.
+    tune : bool
+        Whether the comparison tunes it: trajectory length and step size to least cost (see `HMC.tune_cost`).
+    prior : Prior, optional
+        Of the flow's latents, for the reverse ESS; unit normals by default.
+    """
+
+    sampler: Sampler | WeightedSampler
+    training_seconds: float = 0.0
+    tune: bool = True
+    prior: Prior | None = None
+
+    def __post_init__(self):
+        if not isinstance(self.sampler, (Sampler, WeightedSampler)):
+            raise TypeError(f"sampler: must be a sampler, got {type(self.sampler).__name__}")
+        if not (isinstance(self.training_seconds, (int, float)) and self.training_seconds >= 0):
+            raise ValueError(f"training_seconds: must not be negative, got {self.training_seconds!r}")
+
+    @property
+    def theory(self) -> Phi4:
+        return self.sampler.theory._physical
+
+    @property
+    def flow(self) -> Flow | None:
+        theory = self.sampler.theory
+        return theory.flow if isinstance(theory, PulledBack) else getattr(self.sampler, "flow", None)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What `compare` found.
+
+    Attributes
+    ----------
+    results : dict
+        ``samplers``: one record for each (see `chain_record`), in the order given; ``disagreeing``: names of those
+        that do not agree with the others; ``theory``, ``n_chains``, ``seconds``.
+    runs : dict of str to Run or Weighted
+    """
+
+    results: dict[str, Any]
+    runs: dict[str, Run | Weighted]
+
+    def __str__(self) -> str:
+        from .report import comparison_text
+
+        return comparison_text(self.results)
+
+
+def chain_record(name: str, run: Run, table: dict[str, analysis.Estimate] | None = None) -> dict[str, Any]:
+    """A run of chains as plain data: observables with errors and tau_int, and costs.
+
+    Parameters
+    ----------
+    name : str
+    run : Run
+    table : dict, optional
+        From `analysis.summarize`.
+    """
+    table = analysis.summarize(run) if table is None else table
+    cost = analysis.cost_per_independent_sample(run, table)
+    slowest = table[cost.observable]
+    theory = run.theory._physical
+    record = {
+        "name": name,
+        "L": theory.shape[0],
+        "shape": theory.shape,
+        "beta": theory.beta,
+        "lam": theory.lam,
+        "acceptance": float(run.acceptance),
+        "n_chains": run.n_chains,
+        "n_samples": run.n_samples,
+    }
+    if isinstance(run.sampler, HMC):
+        record |= {
+            "n_steps": run.sampler.n_steps,
+            "trajectory_length": run.sampler.tau,
+            "integrator": run.sampler.integrator.name,
+        }
+    return record | {
+        "exp_minus_dh": list(run.exp_minus_dh()),
+        "observables": {
+            key: {
+                "value": entry.value,
+                "error": entry.error,
+                "tau_int": entry.tau_int * run.thin,
+                "tau_int_error": entry.tau_int_error * run.thin,
+            }
+            for key, entry in table.items()
+        },
+        "seconds_per_trajectory": run.seconds_per_trajectory,
+        "force_evaluations_per_trajectory": run.force_evaluations_per_trajectory,
+        "slowest_observable": cost.observable,
+        "cost_per_independent_sample_s": cost.seconds,
+        "cost_per_independent_sample_force_evaluations": cost.force_evaluations,
+        "cost_relative_error": cost.relative_error,
+        "n_tau_int": slowest.n_samples / slowest.tau_int,
+        "long_enough": slowest.n_samples >= RELIABLE_TAU * slowest.tau_int
+        and run.n_samples >= SHORTEST_CHAIN * slowest.tau_int,
+    }
+
+
+def pay_off(records: list[dict[str, Any]], trained: Callable[[dict[str, Any]], bool]) -> None:
+    """Give every trained sampler's record ``samples_to_pay_off``.
+
+    How many independent samples it takes until the cheapest sampler without training would have cost as much
+    as training and sampling; None where that never happens.
+    """
+    costs = [r["cost_per_independent_sample_s"] for r in records if not trained(r)]
+    for record in filter(trained, records):
+        gain = min(costs, default=-math.inf) - record["cost_per_independent_sample_s"]
+        record["samples_to_pay_off"] = record["train_seconds"] / gain if gain > 0 else None
+
+
+# ---- agreement ------------------------------------------------------------------------------
+
+
+def _means(run: Run | Weighted) -> tuple[np.ndarray, np.ndarray]:
+    """Means of `AGREEMENT` and their covariance."""
+    if isinstance(run, Weighted):
+        w, parts = run._weights(), []
+        for name in AGREEMENT:
+            parts.append(run._sums(run.observables[name] - run.mean(name)[0]) / w.sum())
+        parts = np.array(parts)
+        n = parts.shape[1]
+        return np.array([run.mean(name)[0] for name in AGREEMENT]), parts @ parts.T * n / max(n - 1, 1)
+    estimates = [analysis.estimate(run.observables[name]) for name in AGREEMENT]
+    series = np.array([run.observables[name] for name in AGREEMENT])
+    # Correlations between observables from means over blocks longer than they remember.
+    length = math.ceil(min(20 * max(e.tau_int for e in estimates), max(1, series.shape[1] // 4)))
+    n_blocks = max(1, series.shape[1] // length)
+    blocks = series[:, : n_blocks * length].reshape(len(AGREEMENT), n_blocks, length, -1).mean(axis=2)
+    correlation = np.corrcoef(blocks.reshape(len(AGREEMENT), -1))
+    errors = np.array([e.error for e in estimates])
+    return np.array([e.value for e in estimates]), correlation * np.outer(errors, errors)
+
+
+def _average(found: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    """The weighted mean and its covariance."""
+    inverse = [np.linalg.pinv(cov, rcond=1e-10, hermitian=True) for _, cov in found]
+    total = np.linalg.pinv(sum(inverse), rcond=1e-10, hermitian=True)
+    return total @ sum(w @ mean for w, (mean, _) in zip(inverse, found, strict=True)), total
+
+
+def _chi2(one, other) -> float:
+    d = one[0] - other[0]
+    return float(d @ np.linalg.pinv(one[1] + other[1], rcond=1e-10, hermitian=True) @ d)
+
+
+def chi2_probability(chi2: float, degrees: int = len(AGREEMENT)) -> float:
+    """Probability of a larger chi-square, for an even number of degrees of freedom."""
+    half = chi2 / 2
+    return math.exp(-half) * sum(half**j / math.factorial(j) for j in range(degrees // 2))
+
+
+def agreement(runs: Mapping[str, Run | Weighted]) -> tuple[dict[str, float], list[str]]:
+    """Which samplers agree.
+
+    While a sampler is improbable against the weighted mean of the others, the one whose absence leaves the best
+    agreement among the rest is set aside: one that is wrong and precise would otherwise make all others look bad. Of
+    two that disagree both are named.
+
+    Parameters
+    ----------
+    runs : mapping of str to Run or Weighted
+        At least two.
+
+    Returns
+    -------
+    chi2 : dict of str to float
+        Against the mean of the others that agree, `AGREEMENT`'s four degrees of freedom.
+    disagreeing : list of str
+    """
+    found = {name: _means(run) for name, run in runs.items()}
+
+    def against_others(names) -> dict[str, float]:
+        return {n: _chi2(found[n], _average([found[m] for m in names if m != n])) for n in names}
+
+    good, bad = list(found), []
+    while len(good) > 1:
+        chi2 = against_others(good)
+        if all(chi2_probability(value) > IMPROBABLE for value in chi2.values()):
+            break
+        if len(good) == 2:
+            bad, good = [*bad, *good], []
+            break
+        rest = {n: sum(against_others([m for m in good if m != n]).values()) for n in good}
+        worst = min(rest, key=rest.get)
+        good.remove(worst)
+        bad.append(worst)
+    chi2 = {}
+    for name in found:
+        others = [m for m in (good or found) if m != name]
+        chi2[name] = _chi2(found[name], _average([found[m] for m in others]))
+    return chi2, [name for name in found if name in bad]
+
+
+def _judged(record: dict[str, Any]) -> bool:
+    """Whether the errors of a sampler can be relied on enough to hold it against others."""
+    if "tail_index" in record:
+        return record["n_tau_int"] >= JUDGED_TAU and record["tail_index"] < HEAVY_TAIL
+    chain = record["n_tau_int"] / record["n_chains"]
+    return record["n_tau_int"] >= JUDGED_TAU and chain >= SHORTEST_CHAIN
+
+
+# ---- the comparison -------------------------------------------------------------------------
+
+
+def _checked(theory, samplers) -> dict[str, Contender]:
+    if not isinstance(theory, Phi4):
+        raise TypeError(f"theory: must be a Phi4, got {type(theory).__name__}")
+    if not isinstance(samplers, Mapping) or not samplers:
+        raise TypeError("samplers: must map names to samplers, at least one")
+    contenders = {n: s if isinstance(s, Contender) else Contender(s) for n, s in samplers.items()}
+    for name, contender in contenders.items():
+        if contender.theory != theory:
+            raise ValueError(f"samplers: {name} samples another theory, {contender.theory}")
+    return contenders
+
+
+def _chains(sampler: Sampler, start: np.ndarray, seconds: float, n_warmup: int, seed: int) -> Run:
+    """Warm up, then sample for `seconds` of wall time, or until there are `MOST_SAMPLES` of each chain."""
+    state = sampler.start(len(start), seed, phi=start)
+    state = sampler.advance(state, 1, max(n_warmup, 1), measure=False).state
+    pilot = sampler.advance(state, 20)
+    state, per_sample = pilot.state, pilot.seconds / 20
+    size = max(1, min(round(min(0.25, seconds / 8) / per_sample), MOST_SAMPLES // 8))
+    blocks, used, done = [], 0.0, 0
+    while (used < seconds and done < MOST_SAMPLES) or done < 2 * analysis.MIN_SAMPLES:
+        blocks.append(sampler.advance(state, size))
+        state, used, done = blocks[-1].state, used + blocks[-1].seconds, done + size
+    return Run.from_blocks(sampler.theory, sampler, blocks)
+
+
+def _weighted(sampler: WeightedSampler, seconds: float, seed: int) -> Weighted:
+    """As many samples as `seconds` of wall time allow, in whole populations, bounded by memory."""
+    unit = getattr(sampler, "population", 64)
+    pilot = sampler.sample(4 * unit, seed)
+    most = max(4, 2**25 // (unit * sampler.theory.volume))
+    n = min(max(4, round(seconds / pilot.seconds * 4)), most)
+    return sampler.sample(n * unit, seed)
+
+
+def _sign(run: Run | Weighted) -> dict[str, Any]:
+    """The mean of sign(M), zero by symmetry, and how long signs last."""
+    if isinstance(run, Weighted):
+        sign = np.sign(run.observables["M"])
+        signed = replace(run, observables={"sign": sign, "phi2": run.observables["phi2"]})
+        value, error = signed.mean("sign")
+        return {"sign": value, "sign_error": error, "sign_tau_int": None, "sign_changes": None}
+    sign = np.sign(run.observables["M"])
+    found = analysis.estimate(sign)
+    changes = float((sign[1:] != sign[:-1]).mean()) / run.thin
+    return {
+        "sign": found.value,
+        "sign_error": found.error,
+        "sign_tau_int": found.tau_int * run.thin,
+        "sign_changes": changes,
+    }
+
+
+def _weighted_record(name: str, run: Weighted) -> dict[str, Any]:
+    theory, n = run.theory, run.n_effective
+    observables = {}
+    for key in ("M", "abs_M", "M2", "phi2", "phi2_smeared", "phi4", "nn", "action_density", "chi", "G_pmin"):
+        value, error = run.mean(key)
+        observables[key] = {"value": value, "error": error, "tau_int": None, "tau_int_error": None}
+    return {
+        "name": name,
+        "L": theory.shape[0],
+        "shape": theory.shape,
+        "beta": theory.beta,
+        "lam": theory.lam,
+        "acceptance": None,
+        "n_samples": run.n_samples,
+        "observables": observables,
+        "ess": run.ess,
+        "log_z": [run.log_z, run.log_z_error],
+        "cost_per_independent_sample_s": run.seconds / n,
+        "cost_per_independent_sample_force_evaluations": run.force_evaluations / n,
+        "cost_relative_error": math.sqrt(2 / max(n, 2)),
+        "n_tau_int": 2 * n,
+        "tail_index": run.tail_index,
+        "long_enough": 2 * n >= RELIABLE_TAU and run.tail_index < HEAVY_TAIL,
+    }
+
+
+def _settings(sampler: Sampler | WeightedSampler) -> str:
+    if isinstance(sampler, HMC):
+        text = f"tau = {sampler.tau:.3g}, {sampler.n_steps} steps"
+        if sampler.length_spread:
+            text += f", spread {sampler.length_spread:g}"
+        if isinstance(sampler, ClusterHMC):
+            text += f", {sampler.n_updates} per trajectory"
+        return text + (f", mass {sampler.mass:g}" if isinstance(sampler, FourierHMC) else "")
+    if isinstance(sampler, (IndependenceMetropolis, Reweighting)):
+        return f"{sampler.flow.n_weights} weights"
+    text = f"{sampler.n_temperatures} temperatures, tau = {sampler.tau:.3g}, {sampler.n_steps} steps"
+    return text + (f", resampled below {sampler.resample:g}" if sampler.resample else "")
+
+
+def _decorrelated(sampler: Sampler, state: State, n: int = 512) -> np.ndarray:
+    """At least n fields, those of a chain 10 trajectories apart."""
+    fields = []
+    while sum(map(len, fields)) < n:
+        block = sampler.advance(state, 1, 10, measure=False)
+        state = block.state
+        fields.append(block.phi)
+    return np.concatenate(fields)
+
+
+def compare(
+    theory: Phi4,
+    samplers: Mapping[str, Sampler | WeightedSampler | Contender],
+    seconds: float = 20.0,
+    n_chains: int = 64,
+    n_warmup: int = 200,
+    acceptance: float = 0.8,
+    seed: int = 1,
+    progress: Callable[[str, int, int, str], None] | None = None,
+) -> Comparison:
+    """Compare samplers of one theory at equal budget, each tuned on its own.
+
+    Every chain sampler is tuned to least cost, starts from the same fields of a tuned HMC with Swendsen-Wang clusters,
+    is warmed up and runs for `seconds` of wall time (to `MOST_SAMPLES` of each chain at most); weighted samplers draw
+    for as long. The cost of an independent
+    sample is 2 tau_int trajectories of the slowest of `analysis.SLOW_OBSERVABLES`, timed without measurements
+    (weighted samples: seconds over the effective number of samples). Chains are then held against each other.
+
+    Parameters
+    ----------
+    theory : Phi4
+    samplers : mapping of str to Sampler, WeightedSampler or Contender
+        By name; with training time as a `Contender`.
+    seconds : float
+        Of sampling, for each.
+    n_chains, n_warmup : int
+        Chains side by side, trajectories before the first sample.
+    acceptance : float
+        Aim of the step size at each trajectory length that is tried.
+    seed : int
+    progress : callable, optional
+        Called as progress(name, done, total, remark), with total = 3 stages: tuning, sampling, analysis.
+
+    Returns
+    -------
+    Comparison
+
+    Raises
+    ------
+    TypeError, ValueError
+        Bad arguments, before any work.
+    NotFiniteError
+        A sampler diverged; names it.
+
+    Warns
+    -----
+    DisagreementWarning
+        Some samplers' expectation values do not agree; names them.
+    """
+    contenders = _checked(theory, samplers)
+    if not (isinstance(seconds, (int, float)) and math.isfinite(seconds) and seconds > 0):
+        raise ValueError(f"seconds: must be positive, got {seconds!r}")
+    n_chains, n_warmup = check_count(n_chains, "n_chains", 2, 2**20), check_count(n_warmup, "n_warmup")
+    if not 0 < acceptance < 1:
+        raise ValueError(f"acceptance: must lie between 0 and 1, got {acceptance}")
+    check_seed(seed)
+    report = progress or (lambda *_: None)
+
+    trusted = ClusterHMC(theory).tune(0.8, n_chains, seed)
+    fields = trusted.advance(trusted.start(n_chains, seed), 1, 200, measure=False).phi
+    flows = any(contender.flow is not None for contender in contenders.values())
+    reference = _decorrelated(trusted, State(fields, 200, seed)) if flows else None
+    records, runs = [], {}
+    for name, contender in contenders.items():
+        sampler = contender.sampler
+        report(name, 0, 3, "tuning")
+        begin = time.perf_counter()
+        try:
+            if isinstance(sampler, WeightedSampler):
+                report(name, 1, 3, _settings(sampler))
+                runs[name] = run = _weighted(sampler, seconds, seed)
+                record = _weighted_record(name, run)
+                tuning = 0.0
+            else:
+                if contender.tune and isinstance(sampler, HMC):
+                    sampler = sampler.tune_cost(acceptance=acceptance, n_chains=n_chains, seed=seed)
+                tuning = time.perf_counter() - begin
+                report(name, 1, 3, _settings(sampler))
+                runs[name] = run = _chains(sampler, fields, seconds, n_warmup, seed)
+                record = chain_record(name, run)
+        except NotFiniteError as error:
+            raise NotFiniteError(f"{name}: {error}") from None
+        report(name, 2, 3, "analysis")
+        record["settings"], record["tuning_seconds"] = _settings(sampler), tuning
+        record["prior"] = None
+        record["train_seconds"] = contender.training_seconds
+        n_effective = run.seconds / record["cost_per_independent_sample_s"]
+        record["n_effective_per_second"] = 1 / record["cost_per_independent_sample_s"]
+        record["n_effective_per_second_with_training"] = n_effective / (run.seconds + contender.training_seconds)
+        record |= _sign(run)
+        if contender.flow is not None:
+            prior = contender.prior or Gaussian(theory.shape)
+            record["reverse_ess"] = reverse_ess(contender.flow, prior, theory, reference)
+        records.append(record)
+        report(name, 3, 3, _settings(sampler))
+    pay_off(records, lambda r: r["train_seconds"] > 0)
+    disagreeing: list[str] = []
+    judged = {r["name"]: runs[r["name"]] for r in records if _judged(r)}
+    chi2, disagreeing = agreement(judged) if len(judged) > 1 else ({}, [])
+    for record in records:
+        record["chi2"] = chi2.get(record["name"])
+        record["judged"] = record["name"] in judged
+        record["agrees"] = record["name"] not in disagreeing
+    if disagreeing:
+        warnings.warn(
+            f"{' and '.join(disagreeing)} {'disagree' if len(disagreeing) > 1 else 'disagrees'} with the other "
+            f"samplers of {theory}",
+            DisagreementWarning,
+            stacklevel=2,
+        )
+    results = {
+        "theory": {"shape": theory.shape, "beta": theory.beta, "lam": theory.lam},
+        "n_chains": n_chains,
+        "seconds": seconds,
+        "samplers": records,
+        "disagreeing": disagreeing,
+    }
+    return Comparison(results, runs)

@@ -1,0 +1,278 @@
+"""The comparison of samplers: what it measures, whom it names, and what it leaves."""
+
+import json
+import math
+import re
+import warnings
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+
+import lfq
+from lfq import cli, comparison, plots, report
+from lfq.analysis import SLOW_OBSERVABLES
+
+for package in ("h5py", "matplotlib", "pyerrors", "rich", "typer"):
+    pytest.importorskip(package)
+
+SMALL = lfq.Phi4((8, 8), beta=0.576, lam=0.5)
+BUDGET = {"seconds": 0.2, "n_chains": 16, "n_warmup": 50}
+
+
+@pytest.fixture(scope="module")
+def found():
+    """HMC, clusters, a flow of little use, and annealing, compared."""
+    flow = lfq.train(lfq.AffineFlow(), lfq.Gaussian((8, 8)), SMALL, n_steps=60, batch_size=64, seed=1).flow
+    samplers = {
+        "HMC": lfq.HMC(SMALL),
+        "clusters": lfq.ClusterHMC(SMALL),
+        "flow-HMC": lfq.Contender(lfq.HMC(SMALL.pullback(flow)), training_seconds=3.0),
+        "independence": lfq.Contender(lfq.IndependenceMetropolis(SMALL, flow), training_seconds=3.0),
+        "annealing": lfq.Annealing(SMALL, n_temperatures=40),
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", lfq.DisagreementWarning)
+        return lfq.compare(SMALL, samplers, **BUDGET)
+
+
+def test_costs_follow_from_their_definition(found):
+    records = {record["name"]: record for record in found.results["samplers"]}
+    for name, record in records.items():
+        assert record["n_effective_per_second"] == pytest.approx(1 / record["cost_per_independent_sample_s"])
+        run = found.runs[name]
+        assert run.seconds > 0.3 * BUDGET["seconds"] or run.n_samples >= comparison.MOST_SAMPLES
+        if name == "annealing":
+            assert record["cost_per_independent_sample_s"] == pytest.approx(run.seconds / run.n_effective)
+            continue
+        slowest = max(record["observables"][key]["tau_int"] for key in SLOW_OBSERVABLES)
+        seconds, forces = record["seconds_per_trajectory"], record["force_evaluations_per_trajectory"]
+        assert record["cost_per_independent_sample_s"] == pytest.approx(2 * slowest * seconds)
+        assert record["cost_per_independent_sample_force_evaluations"] == pytest.approx(2 * slowest * forces)
+        assert record["long_enough"] == (run.n_samples * run.n_chains * run.thin >= 1000 * slowest)
+    assert records["HMC"]["trajectory_length"] > 1 and 0.5 < records["HMC"]["acceptance"] < 0.97
+    assert "reverse_ess" in records["flow-HMC"] and "reverse_ess" not in records["HMC"]
+
+
+def test_training_pays_off_against_the_best_without(found):
+    records = found.results["samplers"]
+    cheapest = min(r["cost_per_independent_sample_s"] for r in records if not r["train_seconds"])
+    for record in records:
+        assert ("samples_to_pay_off" in record) == (record["train_seconds"] > 0)
+        if record["train_seconds"]:
+            gain = cheapest - record["cost_per_independent_sample_s"]
+            wanted = 3.0 / gain if gain > 0 else None
+            assert record["samples_to_pay_off"] == (pytest.approx(wanted) if wanted else None)
+            assert record["n_effective_per_second_with_training"] < record["n_effective_per_second"]
+
+
+def test_samplers_agree(found):
+    """phi2 of L = 8, beta = 0.576 from an independent code, 5 sigma; and none is named."""
+    assert found.results["disagreeing"] == []
+    for record in found.results["samplers"]:
+        if comparison._judged(record):
+            value = record["observables"]["phi2"]
+            assert abs(value["value"] - 0.6363605) < 5 * value["error"]
+            assert record["chi2"] < 29 and abs(record["sign"]) < 5 * record["sign_error"]
+        else:
+            assert record["chi2"] is None
+
+
+def test_the_table_has_every_sampler(found):
+    text = str(found)
+    for record in found.results["samplers"]:
+        assert re.search(rf"^{re.escape(record['name'])}\*? ", text, flags=re.MULTILINE)
+    rows = report.comparison_rows(found.results)
+    assert {len(row) for row in rows} == {len(report.COMPARISON_COLUMNS)}
+    # The flow's proposals are hardly ever accepted: the run is marked, and tau_int is a bound.
+    independence = next(row for row in rows if row[0].startswith("independence"))
+    assert independence[0].endswith("*") and independence[3].startswith("> ")
+
+
+def test_costs_are_drawn_against_the_extent(found):
+    """A line for every sampler that can be judged, at its cost per site and in forces."""
+    figure = plots.draw_scaling([found.results])
+    seconds, forces = figure.axes
+    judged = [record for record in found.results["samplers"] if record["judged"]]
+    assert len(seconds.lines) == len(forces.lines) == len(judged) >= 3
+    for line, record in zip(seconds.lines, judged, strict=True):
+        assert line.get_xydata()[0] == pytest.approx([8, 1e9 * record["cost_per_independent_sample_s"] / 64])
+    for line, record in zip(forces.lines, judged, strict=True):
+        assert line.get_ydata()[0] == pytest.approx(record["cost_per_independent_sample_force_evaluations"])
+
+
+@dataclass(frozen=True)
+class Biased(lfq.HMC):
+    """HMC of a theory whose beta is 5% off, under the name of another."""
+
+    def _run(self, settings, latent, phi, dh, accepted, flipped, values):
+        wrong = lfq.HMC(replace(self.theory, beta=1.05 * self.theory.beta), self.tau, self.n_steps)
+        wrong._run(settings, latent, phi, dh, accepted, flipped, values)
+
+
+@pytest.mark.parametrize("n_right", [1, 2])
+def test_a_wrong_sampler_is_named(n_right):
+    """Though it is as precise as the others; of two that disagree both are named."""
+    right = {"HMC": lfq.HMC(SMALL, tau=3.0, n_steps=16), "clusters": lfq.ClusterHMC(SMALL, tau=2.0, n_steps=10)}
+    samplers = dict(list(right.items())[:n_right]) | {"biased": Biased(SMALL, tau=3.0, n_steps=16)}
+    contenders = {name: lfq.Contender(sampler, tune=False) for name, sampler in samplers.items()}
+    with pytest.warns(lfq.DisagreementWarning, match="biased disagree" if n_right == 2 else "HMC and biased disagree"):
+        result = lfq.compare(SMALL, contenders, **BUDGET).results
+    assert result["disagreeing"] == (["biased"] if n_right == 2 else ["HMC", "biased"])
+    assert "biased!" in report.comparison_text(result) and "DISAGREEMENT" in report.comparison_text(result)
+
+
+def test_chi_square_is_one():
+    """Of right samplers: mean 4 and the tail of a chi-square, over 40 pairs of runs; 4 sigma."""
+    values = []
+    for seed in range(40):
+        runs = {str(i): lfq.HMC(SMALL, tau=3.0, n_steps=14).sample(16, 150, 40, seed=2 * seed + i) for i in range(2)}
+        chi2, bad = comparison.agreement(runs)
+        assert not bad
+        values.append(chi2["0"])
+    assert abs(np.mean(values) - 4) < 4 * math.sqrt(8 / 40)
+    assert comparison.chi2_probability(0.0) == 1
+    assert comparison.chi2_probability(13.2767) == pytest.approx(0.01, rel=1e-4)  # tables
+
+
+def test_a_frozen_sign_is_noticed():
+    """The broken phase: HMC alone does not cross between the two signs, clusters do."""
+    theory = lfq.Phi4((8, 8), beta=0.9, lam=0.5)
+    samplers = {
+        "HMC": lfq.Contender(lfq.HMC(theory, n_steps=10), tune=False),
+        "clusters": lfq.Contender(lfq.ClusterHMC(theory, n_steps=10), tune=False),
+    }
+    result = lfq.compare(theory, samplers, **BUDGET).results
+    hmc, clusters = result["samplers"]
+    assert hmc["sign_changes"] < 1e-3 < 0.3 < clusters["sign_changes"]
+    assert clusters["sign_tau_int"] < 1
+    notes = " ".join(report.comparison_notes(result))
+    assert "HMC: the sign of M hardly ever changed" in notes
+
+
+@pytest.mark.parametrize(
+    "arguments, error, match",
+    [
+        (dict(theory="phi4"), TypeError, "theory"),
+        (dict(samplers={}), TypeError, "samplers"),
+        (dict(samplers=[lfq.HMC(SMALL)]), TypeError, "samplers"),
+        (dict(samplers={"other": lfq.HMC(replace(SMALL, beta=0.5))}), ValueError, "other samples another theory"),
+        (dict(samplers={"a": "hmc"}), TypeError, "sampler"),
+        (dict(seconds=0), ValueError, "seconds"),
+        (dict(n_chains=1), ValueError, "n_chains"),
+        (dict(acceptance=1.0), ValueError, "acceptance"),
+        (dict(seed=-1), ValueError, "seed"),
+    ],
+)
+def test_bad_arguments(arguments, error, match):
+    with pytest.raises(error, match=match):
+        lfq.compare(**{"theory": SMALL, "samplers": {"HMC": lfq.HMC(SMALL)}, **arguments})
+
+
+def test_training_seconds_are_not_negative():
+    with pytest.raises(ValueError, match="training_seconds"):
+        lfq.Contender(lfq.HMC(SMALL), training_seconds=-1)
+
+
+# ---- the command line -----------------------------------------------------------------------
+
+CONFIG = """
+[target]
+shape = [4, 4]
+beta = 0.5
+lam = 0.5
+
+[training]
+n_steps = 100
+batch_size = 64
+
+[[prior]]
+kind = "gaussian"
+
+[comparison]
+seconds = 0.2
+n_chains = 16
+n_warmup = 20
+
+[[sampler]]
+kind = "hmc"
+length_spread = 0.2
+
+[[sampler]]
+kind = "wolff"
+tune = false
+n_updates = 2
+
+[[sampler]]
+kind = "flow-hmc"
+prior = "gaussian"
+
+[[sampler]]
+kind = "reweighting"
+prior = "gaussian"
+
+[[sampler]]
+kind = "annealing"
+n_temperatures = 5
+resample = 0.5
+"""
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("comparison")
+    (directory / "config.toml").write_text(CONFIG)
+    assert cli.main(["compare", str(directory / "config.toml"), "--out", str(directory / "out")]) == 0
+    return directory / "out"
+
+
+def test_compare_leaves_results_figures_and_a_report(finished):
+    results = json.loads((finished / "results.json").read_text())
+    names = ["hmc", "wolff", "flow-hmc, gaussian", "reweighting, gaussian", "annealing"]
+    assert [record["name"] for record in results["samplers"]] == names
+    assert results["config"]["target"]["shape"] == [4, 4] and results["machine"]["threads"]
+    assert results["levels"][0]["prior"] == "gaussian"
+    trained = [record["name"] for record in results["samplers"] if record["train_seconds"] > 0]
+    assert trained == ["flow-hmc, gaussian", "reweighting, gaussian"]
+    for figure in ("cost", "throughput", "tau_int", "autocorrelation"):
+        assert (finished / f"{figure}.png").read_bytes().startswith(b"\x89PNG")
+    page = (finished / "report.html").read_text()
+    assert all(name in page for name in names) and "http" not in page
+    assert lfq.load_flow(finished / "flows" / "gaussian.safetensors").n_weights == 37
+
+
+def test_compare_prints_its_table(finished, capsys, tmp_path):
+    assert cli.main(["compare", str(finished / "config.toml"), "--out", str(finished)]) == 2
+    assert "not empty" in capsys.readouterr().err
+    (tmp_path / "small.toml").write_text(CONFIG.split("[training]")[0] + "[comparison]\nseconds = 0.1\nn_chains = 8\n")
+    assert cli.main(["compare", str(tmp_path / "small.toml"), "--out", str(tmp_path / "out")]) == 0
+    out = capsys.readouterr().out
+    assert all(word in out for word in ("hmc", "swendsen-wang", "wolff", "results.json", "chi^2"))
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ('[[sampler]]\nkind = "metropolis"', "[sampler 1] kind"),
+        ('[[sampler]]\nkind = "flow-hmc"', "[sampler 1] prior: is missing"),
+        ('[[sampler]]\nkind = "hmc"\nprior = "gaussian"', "means nothing"),
+        ('[[prior]]\nkind = "gaussian"\n[[sampler]]\nkind = "flow-hmc"\nprior = "gausian"', "the nearest is gaussian"),
+        ('[[sampler]]\nkind = "hmc"\n[[sampler]]\nkind = "hmc"', "[sampler 2] name"),
+        (
+            '[[prior]]\nkind = "upsample"\nbeta = 0.4\n[[sampler]]\nkind = "independence"\nprior = "upsample"',
+            "not the gaussian prior",
+        ),
+        ("[comparison]\nseconds = 0.0", "[comparison] seconds"),
+        ('[sampler]\nkind = "hmc"', "[[sampler]]"),
+    ],
+)
+def test_mistakes_in_the_configuration(text, message, tmp_path, capsys):
+    (tmp_path / "config.toml").write_text("[target]\nshape = [4, 4]\nbeta = 0.5\nlam = 0.5\n" + text)
+    assert cli.main(["compare", str(tmp_path / "config.toml"), "--out", str(tmp_path / "out")]) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_run_refuses_the_samplers_of_compare(tmp_path, capsys):
+    (tmp_path / "config.toml").write_text(CONFIG)
+    assert cli.main(["run", str(tmp_path / "config.toml"), "--out", str(tmp_path / "out")]) == 2
+    assert "lfq compare" in capsys.readouterr().err
