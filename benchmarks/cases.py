@@ -351,7 +351,7 @@ def _flow_hmc(shape, n, dtype, n_threads):
     hmc = lfq.HMC(theory(shape).pullback(flow), n_steps=N_STEPS, dtype=dtype, n_threads=n_threads)
     phi = thermal_fields(shape, n, dtype)
     single = phi.itemsize == 4
-    step = [*costs.flow_gradient(flow, single, False, False), costs.Cost(fma=2, group=5)]
+    step = [*costs.flow_gradient(flow, single, False, False), costs.Cost(fma=2, group=3)]  # kick and drift inside
     first = (1 / (N_STEPS * n_trajectories)) * costs.total(costs.flow_gradient(flow, single, False, True))
     ends = [
         costs.refresh(single),

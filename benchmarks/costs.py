@@ -77,41 +77,47 @@ def lane_sum(single: bool) -> Cost:
     return Cost(add=2, other=3) if single else Cost(add=1)
 
 
-def exp_reduced(single: bool) -> Cost:
-    # 1 shift by ln 2, 2 to reduce, the polynomial's 11 (5) steps, r^2, and the last step
-    return Cost(fma=10 if single else 16, add=1, other=2)
+def site_sum(single: bool) -> Cost:
+    """The same where float32 terms go to double four at a time."""
+    return Cost(add=1) + 0.25 * lane_sum(True) if single else lane_sum(False)
 
 
 def exp(single: bool) -> Cost:
-    return exp_reduced(single) + Cost(fma=1)
+    # 3 to reduce, the polynomial's 9 (4) steps, r^2, and two last steps
+    return Cost(fma=10 if single else 15, add=1, other=2)
 
 
-def tanh_pair(single: bool) -> Cost:
-    """Two hyperbolic tangents that share a division."""
-    return 2 * (exp_reduced(single) + Cost(fma=1, add=2, other=3)) + Cost(fma=5, add=2, other=4, divide=1)
+def exp_minus(single: bool) -> Cost:
+    return Cost(fma=6 if single else 11)
+
+
+def tanh(single: bool) -> Cost:
+    # 2 to reduce, q^2, the polynomial's 5 (2) steps, 3 for numerator and denominator
+    return Cost(fma=8 if single else 11, add=5, other=5, divide=1)
 
 
 def log(single: bool) -> Cost:
-    return Cost(fma=8 if single else 14, add=5, other=7, divide=1)
+    return Cost(fma=7 if single else 10, add=5, other=5, divide=1)
 
 
 def cos_sin(single: bool) -> Cost:
-    return Cost(fma=12 if single else 18, add=2, other=15)
+    return Cost(fma=9 if single else 15, add=1, other=12)
 
 
 def normal(single: bool) -> Cost:
     """One normal: half a Box-Muller pair and a quarter of a Philox block."""
-    word = Cost(fma=2, add=3, other=5) if single else Cost(fma=1, add=1, other=7)
-    pair = word + log(single) + Cost(fma=3, sqrt=1) + cos_sin(single)
-    # 10 rounds of two 32 x 32 -> 64 bit products on 64-bit lanes; on 32-bit lanes each takes two
-    philox = Cost(fma=40, other=120) if single else Cost(fma=20, other=40)
+    word = Cost(fma=1, add=3, other=5) if single else Cost(add=1, other=3)
+    pair = word + log(single) + Cost(fma=2, add=1, other=1, sqrt=1) + cos_sin(single)
+    # 10 rounds of two 32 x 32 -> 64 bit products on 64-bit lanes, two of them the same for all blocks; a
+    # float32 block is two such, for the even and the odd lanes
+    philox = Cost(fma=36, other=80) if single else Cost(fma=18, other=42)
     return 0.5 * pair + 0.25 * philox
 
 
 # ---- phi^4 (csrc/cpu/phi4_kernels.hpp) --------------------------------------------------------
 def load(single: bool) -> Cost:
-    """Array to group, checked for NaN; a transposition takes log2(lanes) shuffles at least."""
-    return Cost(fma=1, add=1, other=4 if single else 3, group=2, array=1)
+    """Array to group, checked for NaN; a transposition takes log2(lanes) shuffles."""
+    return Cost(fma=1, other=4 if single else 3, group=1, array=1)
 
 
 def store(single: bool) -> Cost:
@@ -119,7 +125,7 @@ def store(single: bool) -> Cost:
 
 
 def action(ndim: int, single: bool) -> Cost:
-    return Cost(fma=5, add=ndim - 1, group=1) + lane_sum(single)
+    return Cost(fma=5, add=2 * ndim - 1, group=1) + site_sum(single)
 
 
 def force(ndim: int) -> Cost:
@@ -131,21 +137,22 @@ def gradient(ndim: int) -> Cost:
 
 
 def gradient_and_action(ndim: int, single: bool) -> Cost:
-    return gradient(ndim) + Cost(fma=4) + lane_sum(single)
+    return gradient(ndim) + Cost(fma=4) + site_sum(single)
 
 
 def kick_drift(ndim: int) -> Cost:
-    return Cost(fma=6, add=2 * ndim - 1, group=4)
+    """Momenta are in units of the step, so that a drift is an addition."""
+    return Cost(fma=4, add=2 * ndim, group=4)
 
 
 def refresh(single: bool) -> Cost:
-    return normal(single) + Cost(fma=2, group=1) + lane_sum(single)
+    return normal(single) + Cost(fma=2, group=1) + 0.25 * (lane_sum(True) if single else Cost())
 
 
 def trajectory_ends(ndim: int, single: bool) -> list[Cost]:
-    """Refresh, save, last half-kick with both energies, and settle."""
-    last = gradient_and_action(ndim, single) + Cost(fma=3, group=1) + lane_sum(single)
-    return [refresh(single), Cost(group=2), last, Cost(other=1, group=3)]
+    """Refresh, last half-kick with both energies, and settle."""
+    last = force(ndim) + Cost(fma=3, add=1, group=1) + 0.75 * (lane_sum(True) if single else Cost())
+    return [refresh(single), last, Cost(other=1, group=3)]
 
 
 def observables(shape, single: bool) -> list[Cost]:
@@ -195,12 +202,27 @@ def taps(kernel_size: int, ndim: int = 2) -> tuple[int, int]:
 
 
 def affine_forward(flow, single: bool, sums: bool) -> Cost:
-    scale = exp(single) + Cost(other=flow.scale == "exp(-|s|)")
-    return tanh_pair(single) + scale + Cost(fma=1) + (lane_sum(single) if sums else Cost())
+    scale = exp_minus(single) + Cost(other=1) if flow.scale == "exp(-|s|)" else exp(single)
+    return 2 * tanh(single) + scale + Cost(fma=1) + (site_sum(single) if sums else Cost())
 
 
 def affine_backward(flow) -> Cost:
     return Cost(fma=7, other=5 * (flow.scale == "exp(-|s|)"))
+
+
+def fused_block(flow, single: bool, weights: bool, sums: bool) -> list[Cost]:
+    """The four stages of csrc/cpu/block_kernels.hpp, each over half of the sites."""
+    net = Cost(fma=8) + affine_forward(flow, single, sums)
+    back = affine_backward(flow) + Cost(fma=8, group=4)  # and a part for each of four neighbours
+    own = (Cost(fma=2, group=4) + Cost(fma=8, group=6)) if weights else Cost()  # y^4; du out and in, and the taps
+    energy = Cost(fma=2) + site_sum(single) if sums else Cost()
+    stages = [
+        net + Cost(group=2 + 4),
+        net + Cost(fma=5, add=4, group=2 + 1) + back + own + energy,
+        Cost(fma=3, add=5, group=4 + 4 + 1) + back + own + energy + (site_sum(single) if sums else Cost()),
+        Cost(add=4, group=4 + 2),
+    ]
+    return [0.5 * stage for stage in stages]
 
 
 def block_forward(flow, single: bool, cache: bool, sums: bool) -> list[Cost]:
@@ -262,6 +284,8 @@ def flow_forward(flow, single: bool, cache: bool, sums: bool = True) -> list[Cos
 
 def flow_gradient(flow, single: bool, weights: bool, sums: bool) -> list[Cost]:
     """f(z), dS/dphi, and back; `sums` are the log-determinant and the action."""
+    if flow.n_blocks == 1 and flow.kernel_size == 3 and not flow.hidden:
+        return fused_block(flow, single, weights, sums)
     return [
         *flow_forward(flow, single, True, sums),
         gradient_and_action(2, single) if sums else gradient(2),

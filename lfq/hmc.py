@@ -561,7 +561,7 @@ class HMC(Sampler):
         return lambda n: max(times[0] + slope * (n - forces[0]), 0.0)
 
     def _pilot_cost(self, state: State, price, hopeless: float, max_trajectories: int) -> tuple[float, State]:
-        """The price (of so many force evaluations) of an independent sample, and the state after the pilot; stops early once `hopeless`.
+        """The price of an independent sample, and the state after the pilot; stops early once `hopeless`.
 
         Infinite where the pilot diverges, or is too short to see tau_int: such short trajectories would only
         look cheap.

@@ -148,11 +148,12 @@ struct phi4_group {
       int s = 0;
       if constexpr (D == 2)
         if (slices % 2 == 0) {
-          if (n < 2 * columns)
+          const int block = columns(n);
+          if (n < 2 * block)
             two_row_steps<IN_PLACE, false>(phi, to, p, 0, n, kick, moved);
           else
             for (int x0 = 0, x1 = 0; x0 < n; x0 = x1) {
-              x1 = n - x0 < 2 * columns ? n : x0 + columns;
+              x1 = n - x0 < 2 * block ? n : x0 + block;
               two_row_steps<IN_PLACE, true>(phi, to, p, x0, x1, kick, moved);
             }
           s = slices;
@@ -169,8 +170,9 @@ struct phi4_group {
     }
   }
   // Long rows are taken some columns at a time, so that the rows a site needs are still in the first-level
-  // cache when they are needed again. What moved already is remembered in edge.left and edge.first.
-  static constexpr int columns = 32;
+  // cache when they are needed again; lattices from beyond the second level want longer runs of memory. What
+  // moved already is remembered in edge.left and edge.first.
+  static int columns(int length) { return length < 512 ? 32 : 128; }
 
   template <bool IN_PLACE, bool BLOCKED, class Move>
   LFQ_HD void two_row_steps(const V* phi, V* to, V* p, int x0, int x1, const phi4_kick<T>& kick, Move&& moved) const {
