@@ -44,22 +44,28 @@ void spin_until(F&& done) {
   }
 }
 
+// The same for a lock that others hold for a moment only.
+void take(std::unique_lock<std::mutex>& lock) {
+  spin_until([&] { return lock.try_lock(); });
+  if (!lock.owns_lock()) lock.lock();
+}
+
 class pool {
  public:
   void run(job& j) {
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-      while (int(workers_) < j.helpers_wanted) {
-        std::thread([this] { loop(); }).detach();
-        ++workers_;
-      }
-      queue_.push_back(&j);
-      waiting_ = int(queue_.size());
+    std::unique_lock<std::mutex> lock(mutex_, std::defer_lock);
+    take(lock);
+    while (int(workers_) < j.helpers_wanted) {
+      std::thread([this] { loop(); }).detach();
+      ++workers_;
     }
+    queue_.push_back(&j);
+    waiting_ = int(queue_.size());
+    lock.unlock();
     wake_.notify_all();
     j.work(0);
     spin_until([&] { return j.helpers_inside == 0; });
-    std::unique_lock<std::mutex> lock(mutex_);
+    take(lock);
     const auto it = std::find(queue_.begin(), queue_.end(), &j);
     if (it != queue_.end()) queue_.erase(it);
     waiting_ = int(queue_.size());
@@ -73,7 +79,7 @@ class pool {
       if (queue_.empty()) {
         lock.unlock();
         spin_until([this] { return waiting_ > 0; });
-        lock.lock();
+        take(lock);
       }
       wake_.wait(lock, [this] { return !queue_.empty(); });
       job* j = queue_.front();
@@ -83,7 +89,7 @@ class pool {
       waiting_ = int(queue_.size());
       lock.unlock();
       j->work(thread);
-      lock.lock();
+      take(lock);
       if (--j->helpers_inside == 0) done_.notify_all();
     }
   }

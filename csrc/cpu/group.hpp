@@ -66,21 +66,19 @@ struct group {
 };
 
 // Swaps lanes and vectors of a W x W tile: one power of two of the index at a time.
+template <int STRIDE, class T, int... L>
+LFQ_HD void swap_lanes(simd<T>& a, simd<T>& b, std::integer_sequence<int, L...>) {
+  constexpr int W = simd<T>::width;
+  const simd<T> first = shuffle<T, ((L & STRIDE) ? W + L - STRIDE : L)...>(a, b);
+  b = shuffle<T, ((L & STRIDE) ? W + L : L + STRIDE)...>(a, b);
+  a = first;
+}
 template <class T, int STRIDE = 1>
 LFQ_HD void transpose(simd<T>* tile) {
   constexpr int W = simd<T>::width;
   if constexpr (STRIDE < W) {
-    typename simd<T>::bits_t first, second;
-    for (int l = 0; l < W; ++l) {
-      first[l] = (l & STRIDE) ? W + l - STRIDE : l;
-      second[l] = (l & STRIDE) ? W + l : l + STRIDE;
-    }
-    for (int i = 0; i < W; ++i) {
-      if (i & STRIDE) continue;
-      const simd<T> a = tile[i], b = tile[i + STRIDE];
-      tile[i] = shuffle(a, b, first);
-      tile[i + STRIDE] = shuffle(a, b, second);
-    }
+    for (int i = 0; i < W; ++i)
+      if (!(i & STRIDE)) swap_lanes<STRIDE>(tile[i], tile[i + STRIDE], std::make_integer_sequence<int, W>());
     transpose<T, 2 * STRIDE>(tile);
   }
 }
@@ -92,20 +90,22 @@ int load_group(const group<T>& g, const T* src, int64_t volume, simd<T>* dst, in
   const int64_t n = g.sites(volume, g.slabs), whole = n - n % W;
   const T* from[W];
   for (int l = 0; l < W; ++l) from[l] = src + g.offset(l, volume);
-  simd<T> zeros(T(0));
+  // 0 * Inf and 0 * NaN are NaN; four sums, so that none waits for another
+  simd<T> zeros[4] = {simd<T>(T(0)), simd<T>(T(0)), simd<T>(T(0)), simd<T>(T(0))};
   for (int64_t s = 0; s < whole; s += W) {
     simd<T> tile[W];
     for (int l = 0; l < W; ++l) memcpy(&tile[l], from[l] + s, sizeof(tile[l]));
-    for (int l = 0; l < W; ++l) zeros = fma(tile[l], simd<T>(T(0)), zeros);  // 0 * Inf and 0 * NaN are NaN
+    for (int l = 0; l < W; ++l) zeros[l & 3] = fma(tile[l], simd<T>(T(0)), zeros[l & 3]);
     transpose(tile);
     for (int l = 0; l < W; ++l) dst[s + l] = tile[l];
   }
   for (int64_t s = whole; s < n; ++s) {
     for (int l = 0; l < W; ++l) dst[s].set(l, from[l][s]);
-    zeros = fma(dst[s], simd<T>(T(0)), zeros);
+    zeros[0] = fma(dst[s], simd<T>(T(0)), zeros[0]);
   }
+  const simd<T> zero = (zeros[0] + zeros[1]) + (zeros[2] + zeros[3]);
   bool finite = true;
-  for (int l = 0; l < W; ++l) finite = finite && zeros[l] == T(0);
+  for (int l = 0; l < W; ++l) finite = finite && zero[l] == T(0);
   if (finite) return -1;
   for (int l = 0; l < g.stored_lanes(); ++l)
     for (int64_t s = 0; s < n; ++s)

@@ -3,6 +3,8 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
+#include <utility>
+
 #include "lfq/philox.hpp"
 
 LFQ_NAMESPACE_BEGIN
@@ -63,16 +65,13 @@ struct real_traits<simd<T>> {
   static LFQ_HD simd<T> from_bits(bits b) { return (typename simd<T>::native)b; }
 };
 
-// Lane l of the result is lane from[l] of a and b one after the other.
-template <class T>
-LFQ_HD simd<T> shuffle(simd<T> a, simd<T> b, typename simd<T>::bits_t from) {
+// Lane l of the result is lane FROM[l] of a and b one after the other.
+template <class T, int... FROM>
+LFQ_HD simd<T> shuffle(simd<T> a, simd<T> b) {
 #if defined(__GNUC__) && !defined(__clang__)
-  return __builtin_shuffle(a.v, b.v, from);
+  return __builtin_shuffle(a.v, b.v, typename simd<T>::bits_t{typename real_traits<T>::bits(FROM)...});
 #else
-  constexpr int W = simd<T>::width;
-  simd<T> r;
-  for (int l = 0; l < W; ++l) r.v[l] = int(from[l]) < W ? a.v[from[l]] : b.v[from[l] - W];
-  return r;
+  return __builtin_shufflevector(a.v, b.v, FROM...);
 #endif
 }
 
