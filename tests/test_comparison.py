@@ -41,7 +41,6 @@ def test_costs_follow_from_their_definition(found):
     for name, record in records.items():
         assert record["n_effective_per_second"] == pytest.approx(1 / record["cost_per_independent_sample_s"])
         run = found.runs[name]
-        assert run.seconds > 0.3 * BUDGET["seconds"] or run.n_samples >= comparison.MOST_SAMPLES
         if name == "annealing":
             assert record["cost_per_independent_sample_s"] == pytest.approx(run.seconds / run.n_effective)
             continue
