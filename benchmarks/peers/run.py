@@ -163,14 +163,14 @@ def torch_loss(L, n, dtype, flow):
 
 # ---- cases ---------------------------------------------------------------------------------
 #
-# name: (make(lfq or peer's maker), arguments, work, unit, {peer: (maker, target ratio, the issue's rate)}).
+# name: (make(lfq or peer's maker), arguments, work, unit, {peer: (maker, target ratio, its rate when the target was set)}).
 # A rate is in sites per second: of HMC and steps one update of one site in one leapfrog step.
 
 
 def cases(quick):
     small = 4 if quick else 1
     out = {}
-    issue = {
+    then = {
         "jax": {"float64": (0.35, 0.36, 0.30), "float32": (0.71, 0.63, 0.69)},
         "numba": {"float64": (1.45, 1.3, 1.4), "float32": (2.0, 2.4, 2.4)},
     }
@@ -180,7 +180,7 @@ def cases(quick):
             target["numba"] = 2 if (dtype, L) == ("float64", 64) else None
             makers = {"jax": jax_hmc, "numba": numba_hmc}
             n, t = (n // small, t) if L > 16 else (n, t)
-            peers = {p: (makers[p], target[p], issue[p][dtype][i] * 1e9) for p in makers}
+            peers = {p: (makers[p], target[p], then[p][dtype][i] * 1e9) for p in makers}
             name = f"HMC, L = {L}, {n} chains, {dtype}"
             out[name] = (lfq_hmc, (L, n, dtype, t), t * STEPS * n * L * L, peers)
         f, d = paper_flow(), deep_flow()
@@ -402,9 +402,9 @@ def time_cases(quick, repeats, verdict):
                 "ratio": seconds[peer] / seconds["lfq"] if peer in seconds else None,
                 "why_not": verdict[maker, dtype],
                 "target": target,
-                "rate_in_issue": issue,
+                "rate_with_target": then,
             }
-            for peer, (maker, target, issue) in peers.items()
+            for peer, (maker, target, then) in peers.items()
         }
         lines.append(line)
         shown = {k: f"{p['ratio']:.1f}" for k, p in line["peers"].items() if p["ratio"]}
@@ -511,7 +511,7 @@ def markdown(result):
         f"{result['machine']}; {result['date']}; load {result['load']:.1f}; "
         + ", ".join(f"{k} {v}" for k, v in result["versions"].items()),
         "",
-        "| work | lfq, sites/s | x86-64-v3 / best | peer | peer, sites/s | in the issue | ratio | target | reached |",
+        "| work | lfq, sites/s | x86-64-v3 / best | peer | peer, sites/s | with the target | ratio | target | reached |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for line in result["cases"]:
@@ -523,7 +523,7 @@ def markdown(result):
             v3 = f"{other / line['lfq']:.2f}" if other else "-"
             lines.append(
                 f"| {line['case']} | {_rate(line['lfq'])} | {v3} | {peer} | {_rate(p['rate'])} | "
-                f"{_rate(p['rate_in_issue'])} | {ratio} | {target} | {reached} |"
+                f"{_rate(p['rate_with_target'])} | {ratio} | {target} | {reached} |"
             )
     lines += ["", "| lfq by itself | value | target | reached |", "|---|---|---|---|"]
     for name, entry in result["lfq"].items():
