@@ -163,7 +163,7 @@ def torch_loss(L, n, dtype, flow):
 
 # ---- cases ---------------------------------------------------------------------------------
 #
-# name: (make(lfq or peer's maker), arguments, work, unit, {peer: (maker, target ratio, its rate when the target was set)}).
+# name: (make(lfq or peer's maker), arguments, work, unit, {peer: (maker, target ratio, rate with the target)}).
 # A rate is in sites per second: of HMC and steps one update of one site in one leapfrog step.
 
 
@@ -511,7 +511,8 @@ def markdown(result):
         f"{result['machine']}; {result['date']}; load {result['load']:.1f}; "
         + ", ".join(f"{k} {v}" for k, v in result["versions"].items()),
         "",
-        "| work | lfq, sites/s | x86-64-v3 / best | peer | peer, sites/s | with the target | ratio | target | reached |",
+        "| work | lfq, sites/s | x86-64-v3 / best | peer | peer, sites/s | with the target | ratio | target | reached "
+        "|",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for line in result["cases"]:
