@@ -164,6 +164,8 @@ def assert_same_blocks(found, wanted):
     np.testing.assert_array_equal(found.accepted, wanted.accepted)
     for name in OBSERVABLES:
         np.testing.assert_array_equal(found.observables[name], wanted.observables[name])
+    if wanted.flipped is not None:
+        np.testing.assert_array_equal(found.flipped, wanted.flipped)
 
 
 # ---- dynamics -------------------------------------------------------------------------------

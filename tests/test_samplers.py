@@ -11,10 +11,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from test_hmc import assert_same_blocks
 
 import lfq
 from lfq import _core, analysis, reference
-from lfq.observables import OBSERVABLES, virial
+from lfq.observables import virial
 
 SHAPES = [(9,), (13, 6), (2, 3), (1, 4), (16, 16), (4, 6, 8), (3, 2, 5, 4)]
 CLUSTERS = pytest.mark.parametrize("cluster", ["swendsen-wang", "wolff"])
@@ -55,17 +56,6 @@ def assert_mean(chain_means, wanted, sigma=4.0):
 def thermal_block(sampler, n_chains, n_samples, seed, n_warmup=150, measure=True):
     state = sampler.advance(sampler.start(n_chains, seed), 1, n_warmup).state
     return sampler.advance(state, n_samples, measure=measure)
-
-
-def assert_same_blocks(found, wanted):
-    np.testing.assert_array_equal(found.state.latent, wanted.state.latent)
-    np.testing.assert_array_equal(found.phi, wanted.phi)
-    np.testing.assert_array_equal(found.dh, wanted.dh)
-    np.testing.assert_array_equal(found.accepted, wanted.accepted)
-    for name in OBSERVABLES:
-        np.testing.assert_array_equal(found.observables[name], wanted.observables[name])
-    if wanted.flipped is not None:
-        np.testing.assert_array_equal(found.flipped, wanted.flipped)
 
 
 # ---- kernels against the reference ----------------------------------------------------------
