@@ -127,27 +127,26 @@ struct fused_block {
   }
   LFQ_HD int below(int r) const { return r + 1 < n_rows ? r + 1 : 0; }
   LFQ_HD int above(int r) const { return r > 0 ? r - 1 : n_rows - 1; }
+  LFQ_HD int column(int k) const { return k < 0 ? k + n : k < n ? k : k - n; }
   // The four neighbours of a site: at(row, column) reads one.
   template <class R, class F>
   LFQ_HD void neighbours(int r, int c, R (&tap)[4], F&& at) const {
-    const auto column = [&](int k) LFQ_LAMBDA_INLINE { return k < 0 ? k + n : k < n ? k : k - n; };
     if constexpr (span<R>::sites == 2) {
-      const V between = at(r, c + 1, right);
-      tap[up] = {at(above(r), c, up), at(above(r), c + 2, up)};
-      tap[left] = {at(r, column(c - 1), left), between};
-      tap[right] = {between, at(r, column(c + 3), right)};
-      tap[down] = {at(below(r), c, down), at(below(r), c + 2, down)};
+      const V between = at(r, c + 1);
+      tap[up] = {at(above(r), c), at(above(r), c + 2)};
+      tap[left] = {at(r, column(c - 1)), between};
+      tap[right] = {between, at(r, column(c + 3))};
+      tap[down] = {at(below(r), c), at(below(r), c + 2)};
     } else {
-      tap[up] = at(above(r), c, up);
-      tap[left] = at(r, column(c - 1), left);
-      tap[right] = at(r, column(c + 1), right);
-      tap[down] = at(below(r), c, down);
+      tap[up] = at(above(r), c);
+      tap[left] = at(r, column(c - 1));
+      tap[right] = at(r, column(c + 1));
+      tap[down] = at(below(r), c);
     }
   }
   // The sum of what the neighbours have for a site: a neighbour's part for its upper neighbour comes from below.
   template <class R>
   LFQ_HD R received(int r, int c, const V* parts, R start) const {
-    const auto column = [&](int k) LFQ_LAMBDA_INLINE { return k < 0 ? k + n : k < n ? k : k - n; };
     const auto slot = [&](int row, int k) LFQ_LAMBDA_INLINE { return parts + 4 * ((int64_t(row) * n + k) >> 1); };
     const auto from = [&](int row, int k, int i) LFQ_LAMBDA_INLINE {
       if constexpr (span<R>::sites == 2)
@@ -162,7 +161,7 @@ struct fused_block {
     sites(r, first.spec.parity, [&](auto real, int64_t s, int c) LFQ_LAMBDA_INLINE {
       using R = decltype(real);
       R tap[4], u_s, u_t;
-      neighbours(r, c, tap, [&](int row, int k, int) LFQ_LAMBDA_INLINE { return x[int64_t(row) * n + k]; });
+      neighbours(r, c, tap, [&](int row, int k) LFQ_LAMBDA_INLINE { return x[int64_t(row) * n + k]; });
       net_a(tap, u_s, u_t);
       const affine_site<R> a = affine_parameters<S>(u_s, u_t);
       V* k = kept + 4 * (s >> 1);
@@ -176,7 +175,7 @@ struct fused_block {
       using R = decltype(real);
       R tap[4], u_s, u_t, du_s, du_t;
       neighbours(r, c, tap,
-                 [&](int row, int k, int) LFQ_LAMBDA_INLINE { return kept[4 * ((int64_t(row) * n + k) >> 1) + 3]; });
+                 [&](int row, int k) LFQ_LAMBDA_INLINE { return kept[4 * ((int64_t(row) * n + k) >> 1) + 3]; });
       net_b(tap, u_s, u_t);
       const affine_site<R> a = affine_parameters<S>(u_s, u_t);
       const R scaled = span<R>::at(x + s, 2) * a.e, y = scaled + a.t;
@@ -271,7 +270,7 @@ struct fused_block {
       if constexpr (WEIGHTS) {
         net_gradient sum = grad_b;
         for (; row < done[1]; ++row)
-          add_weights(row % n_rows, second.spec.parity, sum, [&](int r, int k, int) LFQ_LAMBDA_INLINE {
+          add_weights(row % n_rows, second.spec.parity, sum, [&](int r, int k) LFQ_LAMBDA_INLINE {
             return kept[4 * ((int64_t(r) * n + k) >> 1) + 3];
           });
         grad_b = sum;
@@ -282,7 +281,7 @@ struct fused_block {
         net_gradient sum = grad_a;
         for (; row < done[2]; ++row)
           add_weights(row % n_rows, first.spec.parity, sum,
-                      [&](int r, int k, int) LFQ_LAMBDA_INLINE { return x[int64_t(r) * n + k]; });
+                      [&](int r, int k) LFQ_LAMBDA_INLINE { return x[int64_t(r) * n + k]; });
         grad_a = sum;
       }
       advance(3, [&](int r) LFQ_LAMBDA_INLINE { stage_d(r); });
