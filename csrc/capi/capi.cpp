@@ -84,7 +84,7 @@ int check_layer(int index, const lfq_layer& l) {
   return LFQ_OK;
 }
 
-int check_flow(const lfq_flow* f) {
+int check_layers(const lfq_flow* f) {
   if (!f) return fail(LFQ_ERR_ARGUMENT, "flow is null");
   if (f->volume < 1 || f->volume > max_volume) return fail(LFQ_ERR_ARGUMENT, "flow: volume is out of range");
   if (f->n_layers < 0 || f->n_layers > 65536) return fail(LFQ_ERR_ARGUMENT, "flow: n_layers is out of range");
@@ -111,7 +111,12 @@ int check_flow(const lfq_flow* f) {
   if (weights != f->n_weights)
     return fail(LFQ_ERR_ARGUMENT, "flow: n_weights is %lld, the layers take %lld", (long long)f->n_weights, (long long)weights);
   if (weights > 0 && !f->weights) return fail(LFQ_ERR_ARGUMENT, "flow: weights is null");
-  for (int64_t i = 0; i < weights; ++i)
+  return LFQ_OK;
+}
+
+int check_flow(const lfq_flow* f) {
+  if (int e = check_layers(f)) return e;
+  for (int64_t i = 0; i < f->n_weights; ++i)
     if (!std::isfinite(f->weights[i]))
       return fail(LFQ_ERR_NOT_FINITE, "weights: entry %lld is %g", (long long)i, f->weights[i]);
   return LFQ_OK;
@@ -451,6 +456,12 @@ int64_t lfq_layer_n_weights(const lfq_layer* l) {
   return n;
 }
 int lfq_flow_check(const lfq_flow* flow) { return check_flow(flow); }
+int lfq_flow_check_layers(const lfq_flow* flow) { return check_layers(flow); }
+int lfq_phi4_check(const lfq_phi4* theory) { return check_theory(theory); }
+int lfq_hmc_check(const lfq_hmc* hmc, int64_t n_chains) {
+  if (int e = check_chains(n_chains)) return e;
+  return check_hmc(hmc, n_chains);
+}
 
 int lfq_uniform(uint64_t seed, int32_t purpose, uint64_t first_trajectory, int64_t n_trajectories, uint64_t first_chain,
                 int64_t n_chains, double* out) {

@@ -190,6 +190,10 @@ LFQ_API int lfq_phi4_observables_f64(const lfq_phi4* theory, int64_t n_chains, c
 /* ---- flows ------------------------------------------------------------------------------- */
 LFQ_API int64_t lfq_layer_n_weights(const lfq_layer* layer);
 LFQ_API int lfq_flow_check(const lfq_flow* flow);
+/* The same without a look at the weights, which may lie elsewhere. */
+LFQ_API int lfq_flow_check_layers(const lfq_flow* flow);
+LFQ_API int lfq_phi4_check(const lfq_phi4* theory);
+LFQ_API int lfq_hmc_check(const lfq_hmc* hmc, int64_t n_chains);
 LFQ_API size_t lfq_flow_workspace_f32(const lfq_flow* flow, int64_t n_chains, int32_t n_threads);
 LFQ_API size_t lfq_flow_workspace_f64(const lfq_flow* flow, int64_t n_chains, int32_t n_threads);
 /* x = f(z), log_det[i] = log|det df/dz| */

@@ -1,0 +1,287 @@
+// lfq_cuda.h: flows, HMC through them, and the training step.
+#include "cuda/flow.cuh"
+#include "cuda/theory.hpp"
+#include "cuda/train.cuh"
+
+namespace lfq_cuda {
+namespace {
+
+using lfq::n_buffers;
+
+// Two blocks are to share a multiprocessor.
+constexpr size_t most_shared = 100 * 1024;
+constexpr int most_slots = 1024;
+constexpr int64_t most_slot_bytes = int64_t(2) << 30;
+constexpr int n_sums = 4 + 2 * LFQ_MAX_DIM;
+
+enum class work { forward, gradient, hmc };
+
+int check_flow(const lfq_flow* f, const lfq_layer* device_layers, int64_t n_chains) {
+  if (int e = lfq_flow_check_layers(f)) return fail_check(e);
+  if (f->volume > 0x7fffffff) return fail(LFQ_ERR_ARGUMENT, "flow: a GPU takes up to 2^31 - 1 sites");
+  if (f->n_layers > 0 && !device_layers) return fail(LFQ_ERR_ARGUMENT, "flow: the layers in device memory are null");
+  if (n_chains < 0) return fail(LFQ_ERR_ARGUMENT, "n_chains is %lld, must not be negative", (long long)n_chains);
+  return LFQ_OK;
+}
+int check_flow_on(const lfq_flow* f, const lfq_layer* device_layers, const lfq_phi4* t, int64_t n_chains) {
+  if (int e = check_theory(t, n_chains)) return e;
+  if (int e = check_flow(f, device_layers, n_chains)) return e;
+  if (f->volume != volume_of(*t))
+    return fail(LFQ_ERR_ARGUMENT, "flow: makes fields of %lld sites, the theory has %lld", (long long)f->volume, (long long)volume_of(*t));
+  return LFQ_OK;
+}
+
+// Which layers a flow has, in numbers of buffers; the sizes of all of them.
+template <class T>
+lfq::buffer_plan plan_buffers(const lfq_flow& f, work what, int64_t n_chains) {
+  int64_t cache = 0, hidden = 0, channels = 0, widest = 0;
+  bool resizing = false, nets = false;
+  for (int n = 0; n < f.n_layers; ++n) {
+    const lfq_layer& l = f.layers[n];
+    const int64_t volume = lfq::sites_of(l);
+    cache += lfq::cache_of(l);
+    resizing = resizing || lfq::resizes(l);
+    if (l.kind != LFQ_LAYER_COUPLING) continue;
+    int64_t sum = 0, most = 2;
+    for (int i = 0; i < l.n_hidden; ++i) {
+      sum += l.hidden[i];
+      most = l.hidden[i] > most ? l.hidden[i] : most;
+    }
+    nets = nets || l.n_hidden > 0;
+    hidden = sum * volume > hidden ? sum * volume : hidden;
+    channels = most * volume > channels ? most * volume : channels;
+    widest = volume > widest ? volume : widest;
+  }
+  const bool backward = what != work::forward, hmc = what == work::hmc;
+  int64_t size[n_buffers] = {};
+  size[lfq::buffer_x] = f.volume;
+  size[lfq::buffer_spare_x] = resizing ? f.volume : 0;
+  size[lfq::buffer_hidden] = hidden;
+  size[lfq::buffer_g] = backward ? f.volume : 0;
+  size[lfq::buffer_spare_g] = backward && resizing ? f.volume : 0;
+  size[lfq::buffer_gz] = backward && resizing ? f.volume : 0;
+  size[lfq::buffer_cache] = backward ? cache : 0;
+  size[lfq::buffer_du] = backward ? channels : 0;
+  size[lfq::buffer_du2] = backward && nets ? channels : 0;
+  size[lfq::buffer_z] = size[lfq::buffer_p] = size[lfq::buffer_phi] = size[lfq::buffer_old_g] = hmc ? f.volume : 0;
+
+  lfq::buffer_plan p{};
+  p.threads = lfq::whole_warps(f.volume / 2 > lfq::flow_threads ? lfq::flow_threads : f.volume / 2 > 0 ? f.volume / 2 : 1);
+  const size_t limit = shared_limit() < most_shared ? shared_limit() : most_shared;
+  p.shared_bytes = lfq::sum_scratch(p.threads, n_sums);
+  for (int b = 0; b < n_buffers; ++b) {
+    const size_t bytes = (size_t(size[b]) * sizeof(T) + 15) & ~size_t(15);
+    // The last accepted field and its gradient are touched once a trajectory.
+    p.shared[b] = b != lfq::buffer_phi && b != lfq::buffer_old_g && p.shared_bytes + bytes <= limit;
+    if (p.shared[b]) {
+      p.offset[b] = int64_t(p.shared_bytes);
+      p.shared_bytes += bytes;
+    } else {
+      p.offset[b] = p.slot_bytes;
+      p.slot_bytes += int64_t(bytes);
+    }
+  }
+  if (!resizing) {
+    p.shared[lfq::buffer_gz] = p.shared[lfq::buffer_g];
+    p.offset[lfq::buffer_gz] = p.offset[lfq::buffer_g];
+  }
+  p.slot_bytes = (p.slot_bytes + 255) & ~int64_t(255);
+  int64_t slots = p.slot_bytes > 0 && most_slot_bytes / p.slot_bytes < most_slots ? most_slot_bytes / p.slot_bytes : most_slots;
+  slots = slots < 1 ? 1 : slots;
+  p.n_slots = int(n_chains < slots ? n_chains : slots);
+  return p;
+}
+
+// The workspace of a call.
+template <class T>
+struct flow_work {
+  lfq::buffer_plan plan;
+  T* weights;
+  double *log_det, *dweights;
+  flow_work(pieces& mem, const lfq_flow& f, work what, int64_t n_chains) : plan(plan_buffers<T>(f, what, n_chains)) {
+    weights = mem.take<T>(f.n_weights);
+    log_det = mem.take<double>(1);
+    dweights = what == work::gradient ? mem.take<double>(plan.n_slots * f.n_weights) : nullptr;
+    plan.slots = mem.take<char>(plan.n_slots * plan.slot_bytes);
+  }
+};
+
+template <class T>
+size_t bytes_of(const lfq_flow& f, work what, int64_t n) {
+  pieces mem(nullptr);
+  flow_work<T>(mem, f, what, n);
+  return mem.used;
+}
+template <class T>
+size_t workspace(const lfq_flow* f, int64_t n) {
+  // The place of the device's layers does not matter here.
+  if (check_flow(f, f ? f->layers : nullptr, n)) return 0;
+  size_t most = 0;
+  for (work what : {work::forward, work::gradient, work::hmc}) {
+    const size_t bytes = bytes_of<T>(*f, what, n);
+    most = bytes > most ? bytes : most;
+  }
+  return most;
+}
+
+// Everything a kernel of flows is launched with.
+template <class T>
+struct prepared {
+  lfq::flow_program<T> program;
+  lfq::buffer_plan plan;
+};
+template <class T>
+int prepare(const lfq_flow& f, const lfq_layer* layers, work what, int64_t n, void* ws, size_t bytes, void* stream, prepared<T>& p) {
+  if (int e = check_workspace(ws, bytes, bytes_of<T>(f, what, n))) return e;
+  pieces mem(ws);
+  const flow_work<T> w(mem, f, what, n);
+  int64_t first = f.volume;
+  for (int i = f.n_layers - 1; i >= 0; --i)
+    if (lfq::resizes(f.layers[i])) first = lfq::sites_of(f.layers[i]) >> f.layers[i].ndim;
+  p.program = {f.n_layers, int(first), f.volume, f.n_weights, layers, w.weights, w.log_det};
+  p.plan = w.plan;
+  p.plan.dweights = w.dweights;
+  return launch("flow's weights", lfq::prepare_kernel<T>, 1, lfq::block_size, lfq::sum_scratch(lfq::block_size, 1), stream, f.n_layers,
+                layers, f.n_weights, f.weights, w.weights, w.log_det);
+}
+
+template <class T>
+int forward(const lfq_flow* f, const lfq_layer* layers, int64_t n, const T* z, T* x, double* log_det, void* ws, size_t bytes, void* stream) {
+  if (int e = check_flow(f, layers, n)) return e;
+  if (n > 0 && (!z || !x || !log_det)) return fail(LFQ_ERR_ARGUMENT, "a field or an output is null");
+  prepared<T> p;
+  if (int e = prepare(*f, layers, work::forward, n, ws, bytes, stream, p)) return e;
+  return launch("flow forward", lfq::forward_kernel<T>, p.plan.n_slots, p.plan.threads, p.plan.shared_bytes, stream, p.program, p.plan, n,
+                z, x, log_det);
+}
+template <class T>
+int inverse(const lfq_flow* f, const lfq_layer* layers, int64_t n, const T* x, T* z, double* log_det, void* ws, size_t bytes, void* stream) {
+  if (int e = check_flow(f, layers, n)) return e;
+  if (n > 0 && (!z || !x || !log_det)) return fail(LFQ_ERR_ARGUMENT, "a field or an output is null");
+  prepared<T> p;
+  if (int e = prepare(*f, layers, work::forward, n, ws, bytes, stream, p)) return e;
+  return launch("flow inverse", lfq::inverse_kernel<T>, p.plan.n_slots, p.plan.threads, p.plan.shared_bytes, stream, p.program, p.plan, n,
+                x, z, log_det);
+}
+
+// dweights null when not wanted; factor: of the sum over chains.
+template <class T>
+int gradient(const lfq_flow& f, const lfq_layer* layers, int64_t n, const lfq::gradient_arguments<T>& a, double* dweights, double factor,
+             void* ws, size_t bytes, void* stream) {
+  prepared<T> p;
+  if (int e = prepare(f, layers, work::gradient, n, ws, bytes, stream, p)) return e;
+  const double* partial = p.plan.dweights;
+  if (!dweights) p.plan.dweights = nullptr;
+  if (int e = launch("flow backward", lfq::gradient_kernel<T>, p.plan.n_slots, p.plan.threads, p.plan.shared_bytes, stream, p.program,
+                     p.plan, n, a))
+    return e;
+  if (!dweights) return LFQ_OK;
+  return launch("weight gradient", lfq::weights_kernel, lfq::ceil_div(f.n_weights, lfq::block_size), lfq::block_size, 0, stream,
+                p.plan.n_slots, f.n_weights, factor, partial, dweights);
+}
+
+template <class T>
+int vjp(const lfq_flow* f, const lfq_layer* layers, int64_t n, const T* z, const T* dx, const double* dlog_det, T* dz, double* dweights,
+        void* ws, size_t bytes, void* stream) {
+  if (int e = check_flow(f, layers, n)) return e;
+  if (n > 0 && (!z || !dx || !dlog_det || !dz)) return fail(LFQ_ERR_ARGUMENT, "a field or an output is null");
+  return gradient<T>(*f, layers, n, {z, dx, dlog_det, {}, dz, nullptr, nullptr}, dweights, 1.0, ws, bytes, stream);
+}
+template <class T>
+int loss(const lfq_flow* f, const lfq_layer* layers, const lfq_phi4* t, int64_t n, const T* z, double* action, double* log_det,
+         double* dweights, void* ws, size_t bytes, void* stream) {
+  if (int e = check_flow_on(f, layers, t, n)) return e;
+  if (n > 0 && (!z || !action || !log_det || !dweights)) return fail(LFQ_ERR_ARGUMENT, "a field or an output is null");
+  return gradient<T>(*f, layers, n, {z, nullptr, nullptr, *t, nullptr, action, log_det}, dweights, 1.0 / double(n > 0 ? n : 1), ws, bytes,
+                     stream);
+}
+template <class T>
+int pullback(const lfq_flow* f, const lfq_layer* layers, const lfq_phi4* t, int64_t n, const T* z, double* action, T* force, void* ws,
+             size_t bytes, void* stream) {
+  if (int e = check_flow_on(f, layers, t, n)) return e;
+  if (n > 0 && (!z || !action || !force)) return fail(LFQ_ERR_ARGUMENT, "a field or an output is null");
+  return gradient<T>(*f, layers, n, {z, nullptr, nullptr, *t, force, action, nullptr}, nullptr, 1.0, ws, bytes, stream);
+}
+
+template <class T>
+int hmc_arguments(const lfq_flow* f, const lfq_layer* layers, const lfq_phi4* t, const lfq_hmc* h, int64_t n, const T* z, const void* other) {
+  if (int e = check_flow_on(f, layers, t, n)) return e;
+  if (int e = lfq_hmc_check(h, n)) return fail_check(e);
+  if (n > 0 && (!z || !other)) return fail(LFQ_ERR_ARGUMENT, "a field or an output is null");
+  return LFQ_OK;
+}
+template <class T>
+int evolve(const lfq_flow* f, const lfq_layer* layers, const lfq_phi4* t, const lfq_hmc* h, int64_t n, T* z, T* momenta, void* ws,
+           size_t bytes, void* stream) {
+  if (int e = hmc_arguments(f, layers, t, h, n, z, momenta)) return e;
+  prepared<T> p;
+  if (int e = prepare(*f, layers, work::hmc, n, ws, bytes, stream, p)) return e;
+  const lfq::hmc_arguments a{*t, *h, {}, f->volume, n, nullptr, nullptr, nullptr};
+  return launch("flow-HMC", lfq::flow_evolve_kernel<T>, p.plan.n_slots, p.plan.threads, p.plan.shared_bytes, stream, a, p.program, p.plan,
+                z, momenta);
+}
+template <class T>
+int hmc(const lfq_flow* f, const lfq_layer* layers, const lfq_phi4* t, const lfq_hmc* h, int64_t n, T* z, T* phi, double* dh,
+        uint8_t* accepted, const double* smear, double* observables, void* ws, size_t bytes, void* stream) {
+  if (int e = hmc_arguments(f, layers, t, h, n, z, phi)) return e;
+  if (n > 0 && h->n_samples > 0 && !dh) return fail(LFQ_ERR_ARGUMENT, "dh is null");
+  lfq::hmc_arguments a{*t, *h, {}, f->volume, n, dh, accepted, observables};
+  if (observables)
+    if (int e = smearing_of(*t, smear, a.smear)) return e;
+  prepared<T> p;
+  if (int e = prepare(*f, layers, work::hmc, n, ws, bytes, stream, p)) return e;
+  return launch("flow-HMC", lfq::flow_hmc_kernel<T>, p.plan.n_slots, p.plan.threads, p.plan.shared_bytes, stream, a, p.program, p.plan, z,
+                phi);
+}
+
+template <class T>
+int train_step(const lfq_cuda_training* t, const T* noise, void* stream) {
+  if (!t) return fail(LFQ_ERR_ARGUMENT, "training is null");
+  if (t->n < 1 || t->n_noise < 0 || t->n_weights < 0 || t->copies < 0) return fail(LFQ_ERR_ARGUMENT, "training: a size is out of range");
+  if (t->step < 0 || t->step >= t->total_steps) return fail(LFQ_ERR_ARGUMENT, "training: step is out of range");
+  const lfq::train_arguments<T> a{t->n, t->n_noise, t->n_weights, t->copies, noise, t->coarse_action, t->target_action, t->log_det,
+                                  t->gradient, t->weights, t->first_moment, t->second_moment, t->log_w, t->history, t->failed_step,
+                                  t->step, t->total_steps, t->learning_rate};
+  constexpr int threads = 512;
+  return launch("training step", lfq::train_step_kernel<T>, 1, threads, lfq::sum_scratch(threads, 3), stream, a);
+}
+
+}  // namespace
+}  // namespace lfq_cuda
+
+using namespace lfq_cuda;
+
+#define LFQ_CUDA_FUNCTIONS(T, F)                                                                                                \
+  size_t lfq_cuda_flow_workspace_##F(const lfq_flow* f, int64_t n) { return workspace<T>(f, n); }                               \
+  int lfq_cuda_flow_forward_##F(const lfq_flow* f, const lfq_layer* layers, int64_t n, const T* z, T* x, double* log_det,       \
+                                void* ws, size_t bytes, void* stream) {                                                         \
+    return forward(f, layers, n, z, x, log_det, ws, bytes, stream);                                                             \
+  }                                                                                                                             \
+  int lfq_cuda_flow_inverse_##F(const lfq_flow* f, const lfq_layer* layers, int64_t n, const T* x, T* z, double* log_det,       \
+                                void* ws, size_t bytes, void* stream) {                                                         \
+    return inverse(f, layers, n, x, z, log_det, ws, bytes, stream);                                                             \
+  }                                                                                                                             \
+  int lfq_cuda_flow_vjp_##F(const lfq_flow* f, const lfq_layer* layers, int64_t n, const T* z, const T* dx,                     \
+                            const double* dlog_det, T* dz, double* dweights, void* ws, size_t bytes, void* stream) {            \
+    return vjp(f, layers, n, z, dx, dlog_det, dz, dweights, ws, bytes, stream);                                                 \
+  }                                                                                                                             \
+  int lfq_cuda_flow_loss_##F(const lfq_flow* f, const lfq_layer* layers, const lfq_phi4* t, int64_t n, const T* z,              \
+                             double* action, double* log_det, double* dweights, void* ws, size_t bytes, void* stream) {         \
+    return loss(f, layers, t, n, z, action, log_det, dweights, ws, bytes, stream);                                              \
+  }                                                                                                                             \
+  int lfq_cuda_pullback_force_##F(const lfq_flow* f, const lfq_layer* layers, const lfq_phi4* t, int64_t n, const T* z,         \
+                                  double* action, T* force, void* ws, size_t bytes, void* stream) {                             \
+    return pullback(f, layers, t, n, z, action, force, ws, bytes, stream);                                                      \
+  }                                                                                                                             \
+  int lfq_cuda_flow_evolve_##F(const lfq_flow* f, const lfq_layer* layers, const lfq_phi4* t, const lfq_hmc* h, int64_t n,      \
+                               T* z, T* momenta, void* ws, size_t bytes, void* stream) {                                        \
+    return evolve(f, layers, t, h, n, z, momenta, ws, bytes, stream);                                                           \
+  }                                                                                                                             \
+  int lfq_cuda_flow_hmc_##F(const lfq_flow* f, const lfq_layer* layers, const lfq_phi4* t, const lfq_hmc* h, int64_t n, T* z,   \
+                            T* phi, double* dh, uint8_t* accepted, const double* smear, double* observables, void* ws,          \
+                            size_t bytes, void* stream) {                                                                       \
+    return hmc(f, layers, t, h, n, z, phi, dh, accepted, smear, observables, ws, bytes, stream);                                \
+  }                                                                                                                             \
+  int lfq_cuda_train_step_##F(const lfq_cuda_training* t, const T* noise, void* stream) { return train_step(t, noise, stream); }
+LFQ_CUDA_FUNCTIONS(float, f32)
+LFQ_CUDA_FUNCTIONS(double, f64)

@@ -1,0 +1,882 @@
+// Flows on the GPU: one block walks a chain through all layers. Sites are dealt out to threads anew in each loop, with
+// a barrier between loops.
+#pragma once
+#include <type_traits>
+
+#include "cuda/hmc.cuh"
+#include "lfq/coupling.hpp"
+
+LFQ_NAMESPACE_BEGIN
+
+// Output channels that a thread sums at a time.
+constexpr int channel_block = 8;
+
+LFQ_HD bool resizes(const lfq_layer& l) { return l.kind == LFQ_LAYER_UPSAMPLE || l.kind == LFQ_LAYER_INTERLEAVE; }
+LFQ_HD int sites_of(const lfq_layer& l) {
+  int v = 1;
+  for (int i = 0; i < l.ndim; ++i) v *= l.extent[i];
+  return v;
+}
+LFQ_HD int taps_of(const lfq_layer& l) {
+  int n = 1;
+  for (int i = 0; i < l.ndim; ++i) n *= l.kernel_size;
+  return n;
+}
+LFQ_HD int64_t cache_of(const lfq_layer& l) {
+  if (l.kind == LFQ_LAYER_COUPLING) return 2 * int64_t(sites_of(l));
+  return resizes(l) ? sites_of(l) >> l.ndim : 0;
+}
+
+// A flow with its weights in the type of the loops: those of couplings as they are; of a rescale its factor; of an
+// upsampling its scale, then coefficient and width for each number of odd coordinates.
+template <class T>
+struct flow_program {
+  int n_layers, first_volume;
+  int64_t volume, n_weights;
+  const lfq_layer* layers;
+  const T* weights;
+  const double* log_det;  // of the layers whose log-det does not depend on the field
+};
+
+// One block.
+template <class T>
+__global__ void prepare_kernel(int n_layers, const lfq_layer* layers, int64_t n_weights, const double* raw, T* weights, double* log_det) {
+  for (int64_t i = threadIdx.x; i < n_weights; i += blockDim.x) weights[i] = T(raw[i]);
+  __syncthreads();
+  double sum[1] = {0};
+  for (int n = threadIdx.x; n < n_layers; n += blockDim.x) {
+    const lfq_layer& l = layers[n];
+    const double* w = raw + l.weight_offset;
+    T* out = weights + l.weight_offset;
+    if (l.kind == LFQ_LAYER_RESCALE) {
+      out[0] = T(::exp(w[0]));
+      sum[0] += double(sites_of(l)) * w[0];
+    }
+    if (l.kind == LFQ_LAYER_UPSAMPLE) {
+      const double scale = ::exp(w[0]), coarse = double(sites_of(l) >> l.ndim);
+      out[0] = T(scale);
+      sum[0] += coarse * w[0];
+      double binomial = 1;
+      for (int c = 1; c <= l.ndim; ++c) {
+        binomial *= double(l.ndim - c + 1) / c;
+        out[2 * c - 1] = T(scale * w[2 * c - 1] / double(1 << c));
+        out[2 * c] = T(::exp(w[2 * c]));
+        sum[0] += coarse * binomial * w[2 * c];
+      }
+    }
+  }
+  block_sum(sum);
+  if (threadIdx.x == 0) *log_det = sum[0];
+}
+
+// ---- geometry ------------------------------------------------------------------------------
+template <class F>
+LFQ_DEVICE void each_of(int64_t n, F&& f) {
+  for (int64_t i = threadIdx.x; i < n; i += blockDim.x) f(i);
+}
+
+struct place {
+  int c[LFQ_MAX_DIM];
+  int parity;
+  LFQ_DEVICE place(const int32_t* extent, int ndim, int site) : parity(0) {
+    for (int i = ndim - 1; i >= 0; --i) {
+      c[i] = site % extent[i];
+      site /= extent[i];
+      parity ^= c[i] & 1;
+    }
+  }
+};
+LFQ_DEVICE int wrapped(int x, int n) {
+  while (x < 0) x += n;
+  while (x >= n) x -= n;
+  return x;
+}
+// The i-th site of one parity; the last extent is even, so each has one in every pair of a row.
+LFQ_DEVICE place place_of_parity(const lfq_layer& l, int parity, int i, int& site) {
+  place p(l.extent, l.ndim, 2 * i);
+  const int odd = p.parity ^ parity;
+  p.c[l.ndim - 1] += odd;
+  p.parity = parity;
+  site = 2 * i + odd;
+  return p;
+}
+LFQ_DEVICE int site_of_parity(const lfq_layer& l, int parity, int i) {
+  int site;
+  place_of_parity(l, parity, i, site);
+  return site;
+}
+
+// Which taps of a window: those an even offset away, odd, or all.
+enum tap_set { even_taps = 0, odd_taps = 1, all_taps = 2 };
+
+// Calls f(tap, site + its offset).
+template <class F>
+LFQ_DEVICE void each_tap(const lfq_layer& l, const place& at, int set, F&& f) {
+  const int k = l.kernel_size, radius = k / 2, last = l.ndim - 1;
+  // The nearest neighbours, all that the papers' nets see.
+  if (k == 3 && l.ndim == 2 && set == odd_taps) {
+    const int height = l.extent[0], width = l.extent[1], y = at.c[0], x = at.c[1], row = y * width;
+    f(1, (y > 0 ? row : height * width) - width + x);
+    f(3, row + (x > 0 ? x : width) - 1);
+    f(5, row + (x + 1 < width ? x + 1 : 0));
+    f(7, (y + 1 < height ? row + width : 0) + x);
+    return;
+  }
+  int n_rows = 1;
+  for (int i = 0; i < last; ++i) n_rows *= k;
+  for (int j = 0; j < n_rows; ++j) {
+    int rest = j, row = 0, stride = l.extent[last], offset = radius;
+    for (int i = last - 1; i >= 0; --i) {
+      const int o = rest % k - radius;
+      rest /= k;
+      offset += o;
+      row += wrapped(at.c[i] + o, l.extent[i]) * stride;
+      stride *= l.extent[i];
+    }
+    const int begin = set == all_taps ? 0 : (set ^ offset) & 1;
+    for (int d = begin; d < k; d += set == all_taps ? 1 : 2)
+      f(j * k + d, row + wrapped(at.c[last] + d - radius, l.extent[last]));
+  }
+}
+// The site a tap leads to, and the parity of its offset.
+LFQ_DEVICE int through_tap(const lfq_layer& l, const place& at, int tap) {
+  const int k = l.kernel_size, radius = k / 2;
+  int site = 0, stride = 1;
+  for (int i = l.ndim - 1; i >= 0; --i) {
+    site += wrapped(at.c[i] + tap % k - radius, l.extent[i]) * stride;
+    tap /= k;
+    stride *= l.extent[i];
+  }
+  return site;
+}
+LFQ_DEVICE int tap_parity(const lfq_layer& l, int tap) {
+  int sum = 0;
+  for (int i = 0; i < l.ndim; ++i) {
+    sum += tap % l.kernel_size - l.kernel_size / 2;
+    tap /= l.kernel_size;
+  }
+  return sum & 1;
+}
+
+// Sums over the forward neighbours and over all of them.
+template <class T>
+LFQ_DEVICE void neighbours(const lfq_phi4& t, const T* phi, int site, T& forward, T& all) {
+  T ahead = T(0), behind = T(0);
+  int rest = site, stride = 1;
+  for (int i = t.ndim - 1; i >= 0; --i) {
+    const int n = t.extent[i], c = rest % n;
+    rest /= n;
+    ahead += phi[site + (c + 1 < n ? stride : stride * (1 - n))];
+    behind += phi[site + (c > 0 ? -stride : stride * (n - 1))];
+    stride *= n;
+  }
+  forward = ahead;
+  all = ahead + behind;
+}
+
+// ---- a block's buffers -----------------------------------------------------------------------
+enum buffer_name { buffer_x, buffer_g, buffer_du, buffer_z, buffer_p, buffer_spare_x, buffer_spare_g, buffer_gz, buffer_cache,
+                   buffer_hidden, buffer_du2, buffer_phi, buffer_old_g, n_buffers };
+
+// Where each buffer lies: in shared memory, or in the block's slot of the workspace.
+struct buffer_plan {
+  bool shared[n_buffers];
+  int64_t offset[n_buffers];
+  size_t shared_bytes;  // asked for at launch
+  int64_t slot_bytes;
+  int threads, n_slots;
+  char* slots;
+  double* dweights;  // [slot][n_weights]
+
+  template <class T>
+  LFQ_DEVICE T* get(buffer_name b) const {
+    return reinterpret_cast<T*>((shared[b] ? lfq_shared : slots + blockIdx.x * slot_bytes) + offset[b]);
+  }
+};
+
+template <class T>
+struct flow_block {
+  const flow_program<T>& flow;
+  T *x, *spare_x, *g, *spare_g, *gz, *cache, *hidden, *du, *du2;
+  double* dweights;  // null when not wanted
+
+  LFQ_DEVICE flow_block(const flow_program<T>& f, const buffer_plan& plan, bool weights)
+      : flow(f),
+        x(plan.get<T>(buffer_x)),
+        spare_x(plan.get<T>(buffer_spare_x)),
+        g(plan.get<T>(buffer_g)),
+        spare_g(plan.get<T>(buffer_spare_g)),
+        gz(plan.get<T>(buffer_gz)),
+        cache(plan.get<T>(buffer_cache)),
+        hidden(plan.get<T>(buffer_hidden)),
+        du(plan.get<T>(buffer_du)),
+        du2(plan.get<T>(buffer_du2)),
+        dweights(weights ? plan.dweights + blockIdx.x * f.n_weights : nullptr) {}
+
+  LFQ_DEVICE static void swap(T*& a, T*& b) {
+    T* const t = a;
+    a = b;
+    b = t;
+  }
+
+  // ---- the nets: hidden activations are [channel][site] --------------------------------------
+  struct convolution {
+    int n_in, n_out, taps;
+    const T *weight, *bias;   // [out][in][tap]; bias null without
+    int64_t weight_at;        // in the flow's weight vector
+  };
+  LFQ_DEVICE convolution convolution_of(const lfq_layer& l, int number) const {
+    convolution c;
+    c.taps = taps_of(l);
+    c.weight_at = l.weight_offset;
+    c.n_in = 1;
+    for (int i = 0;; ++i) {
+      c.n_out = i < l.n_hidden ? l.hidden[i] : 2;
+      if (i == number) break;
+      c.weight_at += int64_t(c.n_in) * c.n_out * c.taps + (l.bias ? c.n_out : 0);
+      c.n_in = c.n_out;
+    }
+    c.weight = flow.weights + c.weight_at;
+    c.bias = l.bias ? c.weight + int64_t(c.n_in) * c.n_out * c.taps : nullptr;
+    return c;
+  }
+
+  // The outputs first .. first + N - 1 of a convolution at a site.
+  template <int N>
+  LFQ_DEVICE void convolve(const lfq_layer& l, const convolution& c, const place& at, int set, const T* in, int volume, int first,
+                           T (&sum)[N]) const {
+    for (int n = 0; n < N; ++n) sum[n] = c.bias && first + n < c.n_out ? c.bias[first + n] : T(0);
+    each_tap(l, at, set, [&](int tap, int site) {
+      for (int i = 0; i < c.n_in; ++i) {
+        const T v = in[int64_t(i) * volume + site];
+        for (int n = 0; n < N; ++n)
+          if (first + n < c.n_out) sum[n] = fma(c.weight[(int64_t(first + n) * c.n_in + i) * c.taps + tap], v, sum[n]);
+      }
+    });
+  }
+
+  // Runs the hidden layers on the frozen sites of the field; returns what the last convolution reads.
+  LFQ_DEVICE const T* run_hidden(const lfq_layer& l, const T* field) const {
+    const int volume = sites_of(l);
+    const activation_kind act = activation_kind(l.activation);
+    const T* in = field;
+    T* h = hidden;
+    for (int number = 0; number < l.n_hidden; ++number) {
+      const convolution c = convolution_of(l, number);
+      const int blocks = int(ceil_div(c.n_out, channel_block));
+      each_of(int64_t(blocks) * volume, [&](int64_t item) {
+        const int site = int(item % volume), first = int(item / volume) * channel_block;
+        const place at(l.extent, l.ndim, site);
+        T u[channel_block];
+        // The first layer sees frozen sites only: an odd offset away from active sites.
+        convolve(l, c, at, number > 0 ? all_taps : at.parity == l.parity ? odd_taps : even_taps, in, volume, first, u);
+        for (int n = 0; n < channel_block && first + n < c.n_out; ++n) h[int64_t(first + n) * volume + site] = activate(act, u[n]);
+      });
+      __syncthreads();
+      in = h;
+      h += int64_t(c.n_out) * volume;
+    }
+    return in;
+  }
+
+  // Calls f(i, site, u_s, u_t) for the active sites, i = 0 .. V / 2 - 1.
+  template <class F>
+  LFQ_DEVICE void net(const lfq_layer& l, const T* field, F&& f) const {
+    const T* in = run_hidden(l, field);
+    const convolution c = convolution_of(l, l.n_hidden);
+    const int volume = sites_of(l);
+    each_of(volume / 2, [&](int64_t i) {
+      int site;
+      const place at = place_of_parity(l, l.parity, int(i), site);
+      T u[2];
+      convolve(l, c, at, l.n_hidden > 0 ? all_taps : odd_taps, in, volume, 0, u);
+      f(i, site, u[0], u[1]);
+    });
+  }
+
+  // ---- couplings -----------------------------------------------------------------------------
+  template <class F>
+  LFQ_DEVICE static void with_scale(const lfq_layer& l, F&& f) {
+    if (l.scale == LFQ_SCALE_NEG_ABS)
+      f(std::integral_constant<scale_kind, scale_kind::neg_abs>());
+    else
+      f(std::integral_constant<scale_kind, scale_kind::exp>());
+  }
+
+  LFQ_DEVICE void couple(const lfq_layer& l, T* keep, double& log_det) const {
+    const int64_t half = sites_of(l) / 2;
+    with_scale(l, [&](auto kind) {
+      constexpr scale_kind S = decltype(kind)::value;
+      net(l, x, [&](int64_t i, int site, T us, T ut) {
+        const affine_site<T> a = affine_parameters<S>(us, ut);
+        const T before = x[site];
+        if (keep) {
+          keep[i] = a.s;
+          keep[half + i] = a.t;
+          keep[2 * half + i] = a.e;
+          keep[3 * half + i] = before;
+        }
+        x[site] = fma(before, a.e, a.t);
+        log_det += double(affine_log_det<S>(a.s));
+      });
+    });
+  }
+  LFQ_DEVICE void uncouple(const lfq_layer& l, double& log_det) const {
+    with_scale(l, [&](auto kind) {
+      constexpr scale_kind S = decltype(kind)::value;
+      net(l, x, [&](int64_t, int site, T us, T ut) {
+        const affine_site<T> a = affine_parameters<S>(us, ut);
+        x[site] = (x[site] - a.t) / a.e;
+        log_det -= double(affine_log_det<S>(a.s));
+      });
+    });
+  }
+
+  // Adds sum over sites of dout[out][site] in[in][site + tap] to the gradient: a warp for each tap and input channel.
+  LFQ_DEVICE void weight_gradient(const lfq_layer& l, const convolution& c, int number, const T* in, const T* dout) const {
+    const int volume = sites_of(l), lane = threadIdx.x % warp_size, n_warps = blockDim.x / warp_size;
+    const bool first = number == 0, last = number == l.n_hidden;
+    const int64_t items = int64_t(c.taps) * c.n_in;
+    for (int64_t item = threadIdx.x / warp_size; item < items; item += n_warps) {
+      const int tap = int(item % c.taps), i = int(item / c.taps), odd = tap_parity(l, tap);
+      // Taps of a first layer that only meet active sites.
+      if (first && last && !odd) continue;
+      for (int begin = 0; begin < c.n_out; begin += channel_block) {
+        T sum[channel_block] = {};
+        const auto add = [&](int site, const place& at) {
+          const T v = in[int64_t(i) * volume + through_tap(l, at, tap)];
+          for (int n = 0; n < channel_block; ++n)
+            if (begin + n < c.n_out) sum[n] = fma(v, dout[int64_t(begin + n) * volume + site], sum[n]);
+        };
+        if (first || last) {
+          // The last layer has outputs on active sites only; the first sees frozen ones.
+          const int parity = last ? l.parity : odd ? l.parity : l.parity ^ 1;
+          for (int j = lane; j < volume / 2; j += warp_size) {
+            int site;
+            const place at = place_of_parity(l, parity, j, site);
+            add(site, at);
+          }
+        } else {
+          for (int site = lane; site < volume; site += warp_size) add(site, place(l.extent, l.ndim, site));
+        }
+        store_sums(sum, begin, c.n_out, c.weight_at + int64_t(i) * c.taps + tap, int64_t(c.n_in) * c.taps);
+      }
+    }
+    if (!c.bias) return;
+    for (int begin = int(threadIdx.x) / warp_size * channel_block; begin < c.n_out; begin += n_warps * channel_block) {
+      T sum[channel_block] = {};
+      for (int j = lane; j < (last ? volume / 2 : volume); j += warp_size) {
+        const int site = last ? site_of_parity(l, l.parity, j) : j;
+        for (int n = 0; n < channel_block; ++n)
+          if (begin + n < c.n_out) sum[n] += dout[int64_t(begin + n) * volume + site];
+      }
+      store_sums(sum, begin, c.n_out, c.weight_at + int64_t(c.n_in) * c.n_out * c.taps, 1);
+    }
+  }
+  // Adds the warp's sums to the weights at first + (begin + n) stride.
+  LFQ_DEVICE void store_sums(const T (&sum)[channel_block], int begin, int n_out, int64_t first, int64_t stride) const {
+    double total[channel_block];
+    for (int n = 0; n < channel_block; ++n) total[n] = double(sum[n]);
+    warp_sum(total);
+    if (threadIdx.x % warp_size == 0)
+      for (int n = 0; n < channel_block && begin + n < n_out; ++n) dweights[first + (begin + n) * stride] += total[n];
+  }
+
+  // Restores x to the layer's input and turns g from dL/dy into dL/dx.
+  LFQ_DEVICE void couple_backward(const lfq_layer& l, const T* kept, T dlog_det) const {
+    const int volume = sites_of(l);
+    const int64_t half = volume / 2;
+    T *dout = du, *din = du2;
+    with_scale(l, [&](auto kind) {
+      constexpr scale_kind S = decltype(kind)::value;
+      each_of(half, [&](int64_t i) {
+        const int site = site_of_parity(l, l.parity, int(i));
+        const affine_site<T> a = {kept[i], kept[half + i], kept[2 * half + i]};
+        const T before = kept[3 * half + i], dy = g[site];
+        affine_backward<S>(a, before * a.e, dy, dlog_det, dout[site], dout[volume + site]);
+        g[site] = dy * a.e;
+        x[site] = before;
+      });
+    });
+    __syncthreads();
+    const T* h = run_hidden(l, x);
+    for (int number = l.n_hidden; number >= 0; --number) {
+      const convolution c = convolution_of(l, number);
+      const T* in = number > 0 ? h : x;
+      if (dweights) weight_gradient(l, c, number, in, dout);
+      const activation_kind act = activation_kind(l.activation);
+      each_of(int64_t(c.n_in) * volume, [&](int64_t item) {
+        const int site = int(item % volume), i = int(item / volume);
+        const place at(l.extent, l.ndim, site);
+        if (number == 0 && at.parity == l.parity) return;
+        T sum = number > 0 ? T(0) : g[site];
+        each_tap(l, at, number < l.n_hidden ? all_taps : at.parity == l.parity ? even_taps : odd_taps, [&](int tap, int from) {
+          const T* w = c.weight + int64_t(i) * c.taps + (c.taps - 1 - tap);
+          for (int o = 0; o < c.n_out; ++o)
+            sum = fma(w[int64_t(o) * c.n_in * c.taps], dout[int64_t(o) * volume + from], sum);
+        });
+        if (number > 0)
+          din[item] = sum * activation_slope(act, in[item]);
+        else
+          g[site] = sum;
+      });
+      __syncthreads();
+      swap(dout, din);
+      if (number > 1) h -= int64_t(l.hidden[number - 2]) * volume;
+    }
+  }
+
+  // ---- coarse to fine --------------------------------------------------------------------------
+  // Sublattice and coarse coordinates of a fine site; near(j) is the j-th of its 2^odd nearest coarse sites.
+  struct fine_site {
+    const lfq_layer& l;
+    place at;
+    int sublattice, odd;
+    LFQ_DEVICE fine_site(const lfq_layer& layer, int site) : l(layer), at(layer.extent, layer.ndim, site), sublattice(0), odd(0) {
+      for (int i = 0; i < l.ndim; ++i) {
+        sublattice = 2 * sublattice + (at.c[i] & 1);
+        odd += at.c[i] & 1;
+      }
+    }
+    LFQ_DEVICE int near(int j) const {
+      int site = 0;
+      for (int i = 0; i < l.ndim; ++i) {
+        const int n = l.extent[i] / 2;
+        int c = at.c[i] / 2;
+        if (at.c[i] & 1) {
+          c += j & 1;
+          j >>= 1;
+        }
+        site = site * n + (c < n ? c : 0);
+      }
+      return site;
+    }
+    template <class F>
+    LFQ_DEVICE T sum(F&& coarse) const {
+      T s = T(0);
+      for (int j = 0; j < 1 << odd; ++j) s += coarse(near(j));
+      return s;
+    }
+  };
+  LFQ_DEVICE T scale_of(const lfq_layer& l) const { return l.kind == LFQ_LAYER_UPSAMPLE ? flow.weights[l.weight_offset] : T(1); }
+  LFQ_DEVICE T coefficient(const lfq_layer& l, int odd) const {
+    return l.kind == LFQ_LAYER_UPSAMPLE ? flow.weights[l.weight_offset + 2 * odd - 1] : T(0);
+  }
+  LFQ_DEVICE T width(const lfq_layer& l, int odd) const {
+    return l.kind == LFQ_LAYER_UPSAMPLE ? flow.weights[l.weight_offset + 2 * odd] : T(1);
+  }
+
+  // y from the coarse field and the noise in the latent z.
+  LFQ_DEVICE void upsample(const lfq_layer& l, const T* coarse, const T* z, T* y) const {
+    const int n_coarse = sites_of(l) >> l.ndim;
+    each_of(sites_of(l), [&](int64_t site) {
+      const fine_site s(l, int(site));
+      if (s.odd == 0) {
+        y[site] = scale_of(l) * coarse[s.near(0)];
+        return;
+      }
+      const T sum = s.sum([&](int c) { return coarse[c]; });
+      y[site] = fma(coefficient(l, s.odd), sum, width(l, s.odd) * z[int64_t(s.sublattice) * n_coarse + s.near(0)]);
+    });
+  }
+  LFQ_DEVICE void downsample(const lfq_layer& l, const T* y, T* coarse, T* z) const {
+    const int n_coarse = sites_of(l) >> l.ndim;
+    each_of(sites_of(l), [&](int64_t site) {
+      const fine_site s(l, int(site));
+      if (s.odd == 0) coarse[s.near(0)] = y[site] / scale_of(l);
+    });
+    __syncthreads();
+    each_of(sites_of(l), [&](int64_t site) {
+      const fine_site s(l, int(site));
+      if (s.odd == 0) return;
+      const T sum = s.sum([&](int c) { return coarse[c]; });
+      z[int64_t(s.sublattice) * n_coarse + s.near(0)] = (y[site] - coefficient(l, s.odd) * sum) / width(l, s.odd);
+    });
+  }
+  // From g = dL/dy: dL/dx of the coarse field to gc, of the noise to gz.
+  LFQ_DEVICE void upsample_backward(const lfq_layer& l, const T* coarse, const T* z, T* gc, T dlog_det) const {
+    const int n_coarse = sites_of(l) >> l.ndim, D = l.ndim;
+    // d/dscale, then for each number of odd coordinates d/dmean and d/dwidth
+    double sum[2 * LFQ_MAX_DIM + 1] = {};
+    each_of(sites_of(l), [&](int64_t site) {
+      const fine_site s(l, int(site));
+      const T gy = g[site];
+      if (s.odd == 0) {
+        sum[0] += double(gy * (scale_of(l) * coarse[s.near(0)]));
+        return;
+      }
+      const int64_t noise = int64_t(s.sublattice) * n_coarse + s.near(0);
+      gz[noise] = width(l, s.odd) * gy;
+      if (!dweights) return;
+      sum[2 * s.odd - 1] += double(gy * s.sum([&](int c) { return coarse[c]; }));
+      sum[2 * s.odd] += double(gy * (width(l, s.odd) * z[noise]));
+    });
+    // A coarse site gathers from the fine sites that it is near to: at 2 c, and where a coordinate is odd at 2 c +- 1.
+    int32_t coarse_extent[LFQ_MAX_DIM];
+    for (int i = 0; i < D; ++i) coarse_extent[i] = l.extent[i] / 2;
+    each_of(n_coarse, [&](int64_t c) {
+      const place at(coarse_extent, D, int(c));
+      T total = T(0);
+      for (int sub = 0; sub < 1 << D; ++sub) {
+        int odd = 0;
+        for (int i = 0; i < D; ++i) odd += sub >> i & 1;
+        T part = T(0);
+        for (int j = 0; j < 1 << odd; ++j) {
+          int site = 0, rest = j;
+          for (int i = 0; i < D; ++i) {
+            int f = 2 * at.c[i];
+            if (sub >> (D - 1 - i) & 1) {
+              f += rest & 1 ? -1 : 1;
+              rest >>= 1;
+            }
+            site = site * l.extent[i] + (f < 0 ? f + l.extent[i] : f);
+          }
+          part += g[site];
+        }
+        total = fma(odd == 0 ? scale_of(l) : coefficient(l, odd), part, total);
+      }
+      gc[c] = total;
+    });
+    if (!dweights || l.kind == LFQ_LAYER_INTERLEAVE) {
+      __syncthreads();
+      return;
+    }
+    block_sum(sum);
+    if (threadIdx.x != 0) return;
+    double* dw = dweights + l.weight_offset;
+    double scale = sum[0], binomial = 1;
+    for (int k = 1; k <= D; ++k) {
+      binomial *= double(D - k + 1) / k;
+      scale += double(coefficient(l, k)) * sum[2 * k - 1];
+      dw[2 * k - 1] += double(scale_of(l)) / (1 << k) * sum[2 * k - 1];
+      dw[2 * k] += double(dlog_det) * n_coarse * binomial + sum[2 * k];
+    }
+    dw[0] += double(dlog_det) * n_coarse + scale;
+  }
+
+  // ---- the flow ----------------------------------------------------------------------------------
+  // x = f(z), all threads' shares of the log-det that depends on the field. KEEP what backward needs.
+  LFQ_DEVICE void forward(const T* z, bool keep, double& log_det) {
+    each_of(flow.first_volume, [&](int64_t i) { x[i] = z[i]; });
+    __syncthreads();
+    T* kept = cache;
+    for (int n = 0; n < flow.n_layers; ++n) {
+      const lfq_layer& l = flow.layers[n];
+      if (l.kind == LFQ_LAYER_COUPLING) {
+        couple(l, keep ? kept : nullptr, log_det);
+      } else if (l.kind == LFQ_LAYER_RESCALE) {
+        const T factor = flow.weights[l.weight_offset];
+        each_of(sites_of(l), [&](int64_t i) { x[i] = x[i] * factor; });
+      } else {
+        if (keep) each_of(sites_of(l) >> l.ndim, [&](int64_t i) { kept[i] = x[i]; });
+        upsample(l, x, z, spare_x);
+        swap(x, spare_x);
+      }
+      __syncthreads();
+      kept += cache_of(l);
+    }
+  }
+  // From the field in x to the latent z.
+  LFQ_DEVICE void inverse(T* z, double& log_det) {
+    for (int n = flow.n_layers - 1; n >= 0; --n) {
+      const lfq_layer& l = flow.layers[n];
+      if (l.kind == LFQ_LAYER_COUPLING) {
+        uncouple(l, log_det);
+      } else if (l.kind == LFQ_LAYER_RESCALE) {
+        const T factor = flow.weights[l.weight_offset];
+        each_of(sites_of(l), [&](int64_t i) { x[i] = x[i] / factor; });
+      } else {
+        downsample(l, x, spare_x, z);
+        swap(x, spare_x);
+      }
+      __syncthreads();
+    }
+    each_of(flow.first_volume, [&](int64_t i) { z[i] = x[i]; });
+  }
+  // After forward with keep, and with dL/dx in g: dL/dz in gz. x is overwritten.
+  LFQ_DEVICE void backward(const T* z, T dlog_det) {
+    int64_t at = 0;
+    for (int n = 0; n < flow.n_layers; ++n) at += cache_of(flow.layers[n]);
+    for (int n = flow.n_layers - 1; n >= 0; --n) {
+      const lfq_layer& l = flow.layers[n];
+      at -= cache_of(l);
+      if (l.kind == LFQ_LAYER_COUPLING) {
+        couple_backward(l, cache + at, dlog_det);
+      } else if (l.kind == LFQ_LAYER_RESCALE) {
+        const T factor = flow.weights[l.weight_offset], inverse = T(1) / factor;
+        double sum[1] = {0};
+        each_of(sites_of(l), [&](int64_t i) {
+          sum[0] += double(g[i] * x[i]);
+          g[i] = g[i] * factor;
+          x[i] = x[i] * inverse;
+        });
+        if (dweights) {
+          block_sum(sum);
+          if (threadIdx.x == 0) dweights[l.weight_offset] += double(dlog_det) * sites_of(l) + sum[0];
+        } else {
+          __syncthreads();
+        }
+      } else {
+        each_of(sites_of(l) >> l.ndim, [&](int64_t i) { x[i] = cache[at + i]; });
+        __syncthreads();
+        upsample_backward(l, x, z, spare_g, dlog_det);
+        swap(g, spare_g);
+        __syncthreads();
+      }
+    }
+    each_of(flow.first_volume, [&](int64_t i) { gz[i] = g[i]; });
+    __syncthreads();
+  }
+
+  // The threads' shares of the action of the field in x, and dS/dphi into g.
+  LFQ_DEVICE double action_gradient(const lfq_phi4& theory) const {
+    const phi4_site<T> site(theory.beta, theory.lam);
+    double s = 0;
+    each_of(flow.volume, [&](int64_t i) {
+      T ahead, all;
+      neighbours(theory, x, int(i), ahead, all);
+      g[i] = -site.force(x[i], all);
+      s += double(site.action(x[i], ahead));
+    });
+    __syncthreads();
+    return s;
+  }
+};
+
+// ---- kernels: blocks take chains in turn --------------------------------------------------------
+template <class F>
+LFQ_DEVICE void each_chain(int64_t n_chains, F&& f) {
+  for (int64_t chain = blockIdx.x; chain < n_chains; chain += gridDim.x) f(chain);
+}
+
+constexpr int flow_threads = 256;
+
+template <class T>
+__global__ void __launch_bounds__(flow_threads) forward_kernel(const __grid_constant__ flow_program<T> flow,
+    const __grid_constant__ buffer_plan plan, int64_t n_chains, const T* z, T* out, double* log_det) {
+  each_chain(n_chains, [&](int64_t chain) {
+    flow_block<T> block(flow, plan, false);
+    double sum[1] = {0};
+    block.forward(z + chain * flow.volume, false, sum[0]);
+    each_of(flow.volume, [&](int64_t i) { out[chain * flow.volume + i] = block.x[i]; });
+    block_sum(sum);
+    if (threadIdx.x == 0) log_det[chain] = sum[0] + *flow.log_det;
+  });
+}
+template <class T>
+__global__ void __launch_bounds__(flow_threads) inverse_kernel(const __grid_constant__ flow_program<T> flow,
+    const __grid_constant__ buffer_plan plan, int64_t n_chains, const T* in, T* z, double* log_det) {
+  each_chain(n_chains, [&](int64_t chain) {
+    flow_block<T> block(flow, plan, false);
+    double sum[1] = {0};
+    each_of(flow.volume, [&](int64_t i) { block.x[i] = in[chain * flow.volume + i]; });
+    __syncthreads();
+    block.inverse(z + chain * flow.volume, sum[0]);
+    block_sum(sum);
+    if (threadIdx.x == 0) log_det[chain] = sum[0] - *flow.log_det;
+  });
+}
+
+// What a gradient is taken of: dL/dx and dL/dlog_det that are given, or S(f(z)) - log_det of the theory.
+template <class T>
+struct gradient_arguments {
+  const T* z;
+  const T* dx;               // null: of the theory
+  const double* dlog_det;
+  lfq_phi4 theory;
+  T* dz;                     // null when not wanted; of the theory the force, - dL/dz
+  double *action, *log_det;  // of the theory; log_det null: action is S(f(z)) - log_det
+};
+template <class T>
+__global__ void __launch_bounds__(flow_threads) gradient_kernel(const __grid_constant__ flow_program<T> flow,
+    const __grid_constant__ buffer_plan plan, int64_t n_chains, const __grid_constant__ gradient_arguments<T> a) {
+  if (plan.dweights) each_of(flow.n_weights, [&](int64_t i) { plan.dweights[blockIdx.x * flow.n_weights + i] = 0; });
+  each_chain(n_chains, [&](int64_t chain) {
+    flow_block<T> block(flow, plan, plan.dweights != nullptr);
+    const int64_t first = chain * flow.volume;
+    double e[2] = {0, 0};
+    block.forward(a.z + first, true, e[1]);
+    if (a.dx) {
+      each_of(flow.volume, [&](int64_t i) { block.g[i] = a.dx[first + i]; });
+      __syncthreads();
+    } else {
+      e[0] = block.action_gradient(a.theory);
+      block_sum(e);
+      if (threadIdx.x == 0) {
+        const double log_det = e[1] + *flow.log_det;
+        a.action[chain] = a.log_det ? e[0] : e[0] - log_det;
+        if (a.log_det) a.log_det[chain] = log_det;
+      }
+    }
+    block.backward(a.z + first, T(a.dx ? a.dlog_det[chain] : -1.0));
+    if (a.dz) each_of(flow.volume, [&](int64_t i) { a.dz[first + i] = a.dx ? block.gz[i] : -block.gz[i]; });
+    __syncthreads();
+  });
+}
+// Over blocks, in order.
+static __global__ void weights_kernel(int n_slots, int64_t n_weights, double factor, const double* partial, double* dweights) {
+  const int64_t i = blockIdx.x * int64_t(blockDim.x) + threadIdx.x;
+  if (i >= n_weights) return;
+  double sum = 0;
+  for (int s = 0; s < n_slots; ++s) sum += partial[s * n_weights + i];
+  dweights[i] = sum * factor;
+}
+
+// ---- HMC of the pulled-back theory ------------------------------------------------------------------
+// z and phi in device memory are the last accepted latent and its field; old_g is the gradient there.
+template <class T>
+struct pulled_back_block {
+  const hmc_arguments& a;
+  flow_block<T> flow;
+  T *z, *phi;              // of the chain
+  T *latent, *p, *new_phi, *old_g;
+  bool gradient_known = false;
+
+  LFQ_DEVICE pulled_back_block(const hmc_arguments& arguments, const flow_program<T>& f, const buffer_plan& plan, T* chain_z, T* chain_phi)
+      : a(arguments),
+        flow(f, plan, false),
+        z(chain_z),
+        phi(chain_phi),
+        latent(plan.get<T>(buffer_z)),
+        p(plan.get<T>(buffer_p)),
+        new_phi(plan.get<T>(buffer_phi)),
+        old_g(plan.get<T>(buffer_old_g)) {}
+
+  // dS~/dz into flow.gz, the field into new_phi; returns the threads' shares of S~ but for its constant.
+  LFQ_DEVICE double gradient() {
+    T *const x = flow.x, *const spare_x = flow.spare_x, *const g = flow.g, *const spare_g = flow.spare_g;
+    double log_det = 0;
+    __syncthreads();
+    flow.forward(latent, true, log_det);
+    each_of(a.volume, [&](int64_t i) { new_phi[i] = flow.x[i]; });
+    const double s = flow.action_gradient(a.theory);
+    flow.backward(latent, T(-1));
+    flow.x = x, flow.spare_x = spare_x, flow.g = g, flow.spare_g = spare_g;
+    gradient_known = true;
+    return s - log_det;
+  }
+  LFQ_DEVICE void keep() {
+    each_of(a.volume, [&](int64_t i) {
+      z[i] = latent[i];
+      phi[i] = new_phi[i];
+      old_g[i] = flow.gz[i];
+    });
+  }
+  LFQ_DEVICE double start() {
+    each_of(a.volume, [&](int64_t i) { latent[i] = z[i]; });
+    const double s = gradient();
+    keep();
+    return s;
+  }
+  LFQ_DEVICE double refresh(const stream& rng, uint32_t chain, double unit) {
+    double p2 = 0;
+    __syncthreads();
+    each_of(ceil_div(a.volume, 4), [&](int64_t b) {
+      T n[4];
+      normal_block<T>(rng, uint32_t(b), chain, n);
+      for (int j = 0; j < 4; ++j)
+        if (4 * b + j < a.volume) {
+          const T m = n[j] * T(unit);
+          p[4 * b + j] = m;
+          p2 += double(m) * double(m);
+        }
+    });
+    __syncthreads();
+    return p2;
+  }
+  LFQ_DEVICE void kick_drift(double k, double d) {
+    if (!gradient_known) gradient();
+    gradient_known = false;
+    const T vk(-k), vd(d);
+    each_of(a.volume, [&](int64_t i) {
+      p[i] = fma(vk, flow.gz[i], p[i]);
+      latent[i] = fma(vd, p[i], latent[i]);
+    });
+  }
+  LFQ_DEVICE void last_kick(double k, double& s, double& p2) {
+    s = gradient();
+    each_of(a.volume, [&](int64_t i) {
+      const double m = double(fma(T(-k), flow.gz[i], p[i]));
+      p[i] = T(m);
+      p2 += m * m;
+    });
+  }
+  LFQ_DEVICE void settle(bool accept) {
+    if (accept)
+      keep();
+    else
+      each_of(a.volume, [&](int64_t i) {
+        latent[i] = z[i];
+        flow.gz[i] = old_g[i];
+      });
+  }
+  LFQ_DEVICE void measure(double* out) {
+    const lfq_phi4& t = a.theory;
+    constexpr int n_sums = 4 + 2 * LFQ_MAX_DIM;
+    double sum[n_sums] = {}, smeared2[1] = {0};
+    __syncthreads();
+    each_of(a.volume, [&](int64_t i) {
+      T ahead, all;
+      neighbours(t, phi, int(i), ahead, all);
+      const double v = double(phi[i]), v2 = v * v;
+      sum[0] += v;
+      sum[1] += v2;
+      sum[2] += v2 * v2;
+      sum[3] += v * double(ahead);
+      const place at(t.extent, t.ndim, int(i));
+      for (int axis = 0; axis < t.ndim; ++axis) {
+        double sine, cosine;
+        sincospi(2.0 * at.c[axis] / t.extent[axis], &sine, &cosine);
+        sum[4 + 2 * axis] += v * cosine;
+        sum[5 + 2 * axis] += v * sine;
+      }
+    });
+    block_sum(sum);
+    // x and p hold nothing between trajectories.
+    const T* in = phi;
+    int stride = int(a.volume);
+    for (int axis = 0; axis < t.ndim; ++axis) {
+      stride /= t.extent[axis];
+      T* to = axis % 2 ? p : flow.x;
+      each_of(a.volume, [&](int64_t i) { to[i] = smeared_at<T>(a.smear, axis, in, int(i), t.extent[axis], stride); });
+      __syncthreads();
+      in = to;
+    }
+    each_of(a.volume, [&](int64_t i) { smeared2[0] += double(in[i]) * double(in[i]); });
+    block_sum(smeared2);
+    if (threadIdx.x == 0) store_observables(t.ndim, sum, smeared2[0], double(a.volume), out);
+  }
+};
+
+template <class T>
+__global__ void __launch_bounds__(flow_threads) flow_hmc_kernel(const __grid_constant__ hmc_arguments a, const __grid_constant__ flow_program<T> flow,
+    const __grid_constant__ buffer_plan plan, T* z, T* phi) {
+  each_chain(a.n_chains, [&](int64_t chain) {
+    pulled_back_block<T> potential(a, flow, plan, z + chain * a.volume, phi + chain * a.volume);
+    run_chain(potential, a, chain);
+    __syncthreads();
+  });
+}
+// The same without refresh and accept step.
+template <class T>
+__global__ void __launch_bounds__(flow_threads) flow_evolve_kernel(const __grid_constant__ hmc_arguments a, const __grid_constant__ flow_program<T> flow,
+    const __grid_constant__ buffer_plan plan, T* z, T* momenta) {
+  each_chain(a.n_chains, [&](int64_t chain) {
+    const int64_t first = chain * a.volume;
+    pulled_back_block<T> potential(a, flow, plan, z + first, nullptr);
+    each_of(a.volume, [&](int64_t i) {
+      potential.latent[i] = z[first + i];
+      potential.p[i] = momenta[first + i];
+    });
+    double s, p2 = 0;
+    const double k = integrate(a.settings, a.settings.n_steps, 1.0, [&](double k, double d) { potential.kick_drift(k, d); });
+    potential.last_kick(k, s, p2);
+    each_of(a.volume, [&](int64_t i) {
+      z[first + i] = potential.latent[i];
+      momenta[first + i] = potential.p[i];
+    });
+    __syncthreads();
+  });
+}
+
+LFQ_NAMESPACE_END

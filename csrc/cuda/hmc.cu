@@ -1,0 +1,200 @@
+// lfq_cuda.h: hybrid Monte Carlo of phi^4.
+#include "cuda/resident.cuh"
+#include "cuda/theory.hpp"
+#include "cuda/tiled.cuh"
+
+namespace lfq_cuda {
+namespace {
+
+// How a chain fits one block: rows of a strip, threads and shared memory; no rows where it does not.
+struct residence {
+  int rows = 0, threads = 0;
+  size_t shared = 0;
+};
+
+template <class T>
+residence find_residence(const lfq_phi4& t) {
+  const int64_t volume = volume_of(t);
+  const size_t limit = shared_limit();
+  // Small lattices take short strips, so as to fill more of a block.
+  const auto fits = [&](int rows, int most) {
+    residence r;
+    const int64_t strips = volume / t.extent[0] * lfq::ceil_div(t.extent[0], rows);
+    if (strips > most) return r;
+    r.threads = lfq::whole_warps(strips);
+    r.shared = lfq::sum_scratch(r.threads, 4 + 2 * t.ndim) + size_t(volume) * sizeof(T);
+    if (r.shared <= limit) r.rows = rows;
+    return r;
+  };
+  const residence small = fits(4, lfq::resident_threads<4>);
+  // Long strips are for two dimensions, where many sites go with few places of a row.
+  if (t.ndim != 2 || (small.rows && small.threads <= 256)) return small;
+  for (int rows = 16; rows <= lfq::longest_strip<T>; rows *= 2)
+    if (const residence large = fits(rows, lfq::resident_threads<16>); large.rows) return large;
+  return small;
+}
+
+template <class T>
+struct hmc_work {
+  int n_parts, refresh_parts, settle_parts;
+  T *field[2], *p;
+  double *k0, *e1, *s0;
+  uint8_t* moves;
+  measure_work<T> measured;
+  hmc_work(pieces& mem, const lfq_phi4& t, int64_t n_chains)
+      : n_parts(lfq::parts_of(strips_of(t))),
+        refresh_parts(lfq::parts_of(lfq::ceil_div(volume_of(t), 4))),
+        settle_parts(refresh_parts),
+        field{mem.take<T>(n_chains * volume_of(t)), mem.take<T>(n_chains * volume_of(t))},
+        p(mem.take<T>(n_chains * volume_of(t))),
+        k0(mem.take<double>(n_chains * refresh_parts)),
+        e1(mem.take<double>(n_chains * n_parts * 2)),
+        s0(mem.take<double>(n_chains)),
+        moves(mem.take<uint8_t>(n_chains)),
+        measured(mem, t, n_chains) {}
+};
+
+template <class T>
+size_t workspace(const lfq_phi4* t, int64_t n_chains) {
+  if (check_theory(t, n_chains)) return 0;
+  pieces mem(nullptr);
+  hmc_work<T>(mem, *t, n_chains);
+  return mem.used;
+}
+
+template <class T>
+int resident(const lfq_phi4* t) {
+  if (int e = check_theory(t, 0)) return e;
+  return find_residence<T>(*t).rows > 0;
+}
+
+// A trajectory from `from` through the buffers of w in turn, momenta in w.p, up to the last kick. Returns where the
+// field is.
+template <class T, int D>
+int drift_through(const lfq_phi4& t, const lfq_hmc& h, int n_steps, double unit, int64_t n, const T* from, const hmc_work<T>& w,
+                  const T*& end, double& last_kick, void* stream) {
+  int code = LFQ_OK, buffer = 0;
+  last_kick = lfq::integrate(h, n_steps, unit, [&](double k, double d) {
+    if (code) return;
+    code = launch("kick and drift", lfq::kick_drift_kernel<T, D>, n * w.n_parts, lfq::block_size, 0, stream, t, k, d, volume_of(t),
+                  w.n_parts, from, w.field[buffer], w.p);
+    from = w.field[buffer];
+    buffer ^= 1;
+  });
+  end = from;
+  return code;
+}
+
+template <class T>
+int tiled(const lfq_phi4& t, const lfq_hmc& h, int64_t n, T* phi, double* dh, uint8_t* accepted, const lfq::smearing& s,
+          double* observables, const hmc_work<T>& w, void* stream) {
+  const int64_t volume = volume_of(t);
+  const double unit = lfq::momentum_unit(h);
+  return with_dimension(t.ndim, [&](auto dimension) -> int {
+    constexpr int D = decltype(dimension)::value;
+    const size_t scratch = lfq::sum_scratch(lfq::block_size, 2);
+    if (int e = launch("action", lfq::action_kernel<T, D>, n * w.n_parts, lfq::block_size, scratch, stream, t, volume, w.n_parts, phi,
+                       w.e1))
+      return e;
+    if (int e = launch("action", lfq::finish_kernel<1>, n, lfq::block_size, scratch, stream, w.n_parts, w.e1, w.s0)) return e;
+    int64_t at = 0;
+    for (int64_t sample = 0; sample < h.n_samples; ++sample) {
+      for (int i = 0; i < h.thin; ++i, ++at) {
+        const uint64_t number = h.first_trajectory + uint64_t(at);
+        if (int e = launch("momenta", lfq::refresh_kernel<T>, n * w.refresh_parts, lfq::block_size, scratch, stream,
+                           lfq::stream{h.seed, number, LFQ_PURPOSE_MOMENTA}, h.first_chain, unit, volume, w.refresh_parts, w.p, w.k0))
+          return e;
+        const T* end;
+        double k;
+        if (int e = drift_through<T, D>(t, h, lfq::drawn_steps(h, number), unit, n, phi, w, end, k, stream)) return e;
+        if (int e = launch("last kick", lfq::last_kick_kernel<T, D>, n * w.n_parts, lfq::block_size, scratch, stream, t, k, volume,
+                           w.n_parts, end, w.p, w.e1))
+          return e;
+        if (int e = launch("accept step", lfq::decide_kernel, n, lfq::block_size, scratch, stream, h, number, w.refresh_parts, w.k0,
+                           w.n_parts, w.e1, w.s0, dh + at * n, accepted ? accepted + at * n : nullptr, w.moves))
+          return e;
+        if (int e = launch("accept step", lfq::settle_kernel<T>, n * w.settle_parts, lfq::block_size, 0, stream, volume,
+                           w.settle_parts, w.moves, end, phi))
+          return e;
+      }
+      if (observables)
+        if (int e = measure(t, n, phi, s, w.measured, observables + sample * n * LFQ_N_OBSERVABLES, stream)) return e;
+    }
+    return LFQ_OK;
+  });
+}
+
+template <class T>
+int arguments(const lfq_phi4* t, const lfq_hmc* h, int64_t n, const void* phi, const void* other) {
+  if (int e = check_theory(t, n)) return e;
+  if (int e = lfq_hmc_check(h, n)) return fail_check(e);
+  if (n > 0 && (!phi || !other)) return fail(LFQ_ERR_ARGUMENT, "a field or an output is null");
+  return LFQ_OK;
+}
+
+template <class T>
+int hmc(const lfq_phi4* t, const lfq_hmc* h, int32_t path, int64_t n, T* phi, double* dh, uint8_t* accepted, const double* smear,
+        double* observables, void* ws, size_t bytes, void* stream) {
+  if (int e = arguments<T>(t, h, n, phi, h && h->n_samples > 0 ? static_cast<const void*>(dh) : phi)) return e;
+  lfq::hmc_arguments a{*t, *h, {}, volume_of(*t), n, dh, accepted, observables};
+  if (observables)
+    if (int e = smearing_of(*t, smear, a.smear)) return e;
+  if (h->n_samples == 0) return LFQ_OK;
+  if (path < LFQ_CUDA_AUTO || path > LFQ_CUDA_TILED) return fail(LFQ_ERR_ARGUMENT, "path: unknown value %d", int(path));
+  const residence r = path == LFQ_CUDA_TILED ? residence() : find_residence<T>(*t);
+  if (path == LFQ_CUDA_RESIDENT && r.rows == 0) return fail(LFQ_ERR_ARGUMENT, "path: a chain of this theory does not fit one block");
+  if (r.rows == 0) {
+    if (int e = check_workspace(ws, bytes, workspace<T>(t, n))) return e;
+    pieces mem(ws);
+    return tiled(*t, *h, n, phi, dh, accepted, a.smear, observables, hmc_work<T>(mem, *t, n), stream);
+  }
+  return with_dimension(t->ndim, [&](auto dimension) {
+    constexpr int D = decltype(dimension)::value;
+    // The longer strips exist in two dimensions only: see find_residence.
+    constexpr int medium = D == 2 ? 16 : 4, longest = D == 2 ? lfq::longest_strip<T> : 4;
+    return launch("HMC",
+                  r.rows == 4    ? lfq::resident_kernel<T, D, 4>
+                  : r.rows == 16 ? lfq::resident_kernel<T, D, medium>
+                                 : lfq::resident_kernel<T, D, longest>,
+                  n, r.threads, r.shared, stream, a, phi);
+  });
+}
+
+template <class T>
+int evolve(const lfq_phi4* t, const lfq_hmc* h, int64_t n, T* phi, T* momenta, void* ws, size_t bytes, void* stream) {
+  if (int e = arguments<T>(t, h, n, phi, momenta)) return e;
+  if (int e = check_workspace(ws, bytes, workspace<T>(t, n))) return e;
+  pieces mem(ws);
+  hmc_work<T> w(mem, *t, n);
+  w.p = momenta;
+  return with_dimension(t->ndim, [&](auto dimension) {
+    constexpr int D = decltype(dimension)::value;
+    const T* end;
+    double k;
+    if (int e = drift_through<T, D>(*t, *h, h->n_steps, 1.0, n, phi, w, end, k, stream)) return e;
+    if (int e = launch("last kick", lfq::last_kick_kernel<T, D>, n * w.n_parts, lfq::block_size, lfq::sum_scratch(lfq::block_size, 2),
+                       stream, *t, k, volume_of(*t), w.n_parts, end, momenta, w.e1))
+      return e;
+    return launch("evolve", lfq::copy_kernel<T>, lfq::ceil_div(n * volume_of(*t), lfq::block_size), lfq::block_size, 0, stream,
+                  n * volume_of(*t), end, phi);
+  });
+}
+
+}  // namespace
+}  // namespace lfq_cuda
+
+using namespace lfq_cuda;
+
+#define LFQ_CUDA_FUNCTIONS(T, F)                                                                                               \
+  int lfq_cuda_resident_##F(const lfq_phi4* t) { return resident<T>(t); }                                                      \
+  size_t lfq_cuda_hmc_workspace_##F(const lfq_phi4* t, int64_t n) { return workspace<T>(t, n); }                               \
+  int lfq_cuda_evolve_##F(const lfq_phi4* t, const lfq_hmc* h, int64_t n, T* phi, T* momenta, void* ws, size_t bytes,          \
+                          void* stream) {                                                                                      \
+    return evolve(t, h, n, phi, momenta, ws, bytes, stream);                                                                   \
+  }                                                                                                                            \
+  int lfq_cuda_hmc_##F(const lfq_phi4* t, const lfq_hmc* h, int32_t path, int64_t n, T* phi, double* dh, uint8_t* accepted,    \
+                       const double* smear, double* observables, void* ws, size_t bytes, void* stream) {                       \
+    return hmc(t, h, path, n, phi, dh, accepted, smear, observables, ws, bytes, stream);                                       \
+  }
+LFQ_CUDA_FUNCTIONS(float, f32)
+LFQ_CUDA_FUNCTIONS(double, f64)
