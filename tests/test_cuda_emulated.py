@@ -1,0 +1,553 @@
+"""The CUDA kernels on a machine without a GPU: compiled for the host against tests/cuda/cuda_runtime.h."""
+
+import os
+import subprocess
+import sys
+
+import emulated
+import numpy as np
+import pytest
+
+import lfq
+from lfq import _core, _cuda, reference
+from lfq.observables import heat_kernel
+
+pytestmark = pytest.mark.skipif(emulated.GXX is None, reason="no g++")
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory):
+    return emulated.library(tmp_path_factory)
+
+
+def pointer(array):
+    return None if array is None else array.ctypes.data
+
+
+def call(library, name, dtype, *arguments, workspace=None):
+    """A call where device memory is the host's; `workspace` names the function for its size and the arguments."""
+    if workspace is not None:
+        space = np.full(library.workspace_bytes(workspace[0], dtype, *workspace[1:]), 0xA5, dtype=np.uint8)
+        arguments += (pointer(space), space.size)
+    return library.call(name, dtype, *arguments, None)
+
+
+def close(dtype, scale=1.0):
+    return {"rtol": 0, "atol": scale * (2e-4 if dtype == np.float32 else 1e-11)}
+
+
+SHAPES = [(6,), (37,), (4, 4), (5, 3), (16, 16), (10, 34), (2, 1), (4, 6, 3), (2, 4, 2, 6)]
+
+
+def theory(shape):
+    return lfq.Phi4(shape, beta=0.15 if len(shape) > 2 else 0.4, lam=0.35)
+
+
+def test_every_kernel_source_is_compiled(library):
+    assert library.architectures == "emulated"
+    assert library.device_count() == (1, "")
+
+
+@pytest.mark.parametrize("n", [1, 5, 64, 1030])
+def test_normals_have_the_bits_of_the_cpu(library, dtype, n):
+    seed, purpose, trajectory, first = 2**63 + 17, 3, 2**40 + 5, 2**32 - 3
+    found, expected = np.full((3, n), np.nan, dtype=dtype), np.empty((3, n), dtype=dtype)
+    call(library, "normal", dtype, seed, purpose, trajectory, first, 3, n, pointer(found))
+    _core.normal(seed, purpose, trajectory, first, 3, expected)
+    if "v3" in _core.isas():
+        np.testing.assert_array_equal(found, expected)
+    np.testing.assert_allclose(
+        found, reference.normals(seed, purpose, trajectory, first + np.arange(3), n, dtype), **close(dtype)
+    )
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_action_force_and_observables(library, dtype, rng, shape):
+    t = theory(shape)
+    phi = rng.normal(size=(3, *shape)).astype(dtype)
+    record, exact = t._record(), phi.astype(np.float64)
+    action, force = np.empty(3), np.empty_like(phi)
+    call(library, "phi4_action", dtype, record, 3, pointer(phi), pointer(action), workspace=("phi4", record, 3))
+    call(library, "phi4_force", dtype, record, 3, pointer(phi), pointer(force))
+    np.testing.assert_allclose(action, reference.phi4_action(exact, t.beta, t.lam, t.ndim), **close(dtype, t.volume))
+    np.testing.assert_allclose(force, reference.phi4_force(exact, t.beta, t.lam, t.ndim), **close(dtype, 10))
+    values = np.empty((3, 6))
+    call(
+        library,
+        "phi4_observables",
+        dtype,
+        record,
+        3,
+        pointer(phi),
+        t._smear(),
+        pointer(values),
+        workspace=("phi4", record, 3),
+    )
+    np.testing.assert_allclose(values, reference.observables(exact, t.ndim), **close(dtype, 10))
+
+
+def run_hmc(library, hmc, phi, n_samples, thin, path, seed=3, first_chain=5, trajectory=7, measure=True):
+    t, n = hmc.theory, len(phi)
+    settings = hmc._settings(n_samples, thin, seed, first_chain, trajectory)
+    phi = phi.copy()
+    dh, accepted = np.empty((n_samples * thin, n)), np.empty((n_samples * thin, n), dtype=np.uint8)
+    values = np.empty((n_samples, n, 6)) if measure else None
+    record = t._record()
+    call(
+        library,
+        "hmc",
+        phi.dtype,
+        record,
+        settings,
+        path,
+        n,
+        pointer(phi),
+        pointer(dh),
+        pointer(accepted),
+        t._smear(),
+        pointer(values),
+        workspace=("hmc", record, n),
+    )
+    return phi, dh, accepted, values
+
+
+AUTO, RESIDENT, TILED = 0, 1, 2
+
+
+@pytest.mark.parametrize("integrator", ["leapfrog", "omf4"])
+@pytest.mark.parametrize("path", [RESIDENT, TILED], ids=["resident", "tiled"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_hmc_follows_the_chains_of_the_cpu(library, dtype, shape, path, integrator):
+    t = theory(shape)
+    hmc = lfq.HMC(t, tau=1.0, n_steps=3, integrator=integrator, dtype=str(dtype), length_spread=0.5)
+    start = hmc.start(3, seed=3, first_chain=5)
+    # Two blocks: the second continues the streams.
+    state = hmc.advance(start, 1, 7).state
+    expected = hmc.advance(state, 3, 2)
+    phi, dh, accepted, values = run_hmc(library, hmc, state.latent, 3, 2, path)
+    assert 0 < expected.accepted.mean()
+    np.testing.assert_array_equal(accepted.astype(bool), expected.accepted)
+    np.testing.assert_allclose(dh, expected.dh, **close(dtype, 10 + t.volume / 10))
+    np.testing.assert_allclose(phi, expected.phi, **close(dtype, 10))
+    for i, name in enumerate(expected.observables):
+        np.testing.assert_allclose(values[..., i], expected.observables[name], **close(dtype, 10))
+
+
+@pytest.mark.parametrize("shape", [(36, 34), (66, 250)], ids=str)
+def test_long_strips_are_rejected_and_accepted(library, dtype, shape):
+    """Lattices of long strips, with a step so coarse that trajectories are rejected."""
+    t = lfq.Phi4(shape, beta=0.55, lam=0.5)
+    if not library.call("resident", dtype, t._record()):
+        pytest.skip("a chain of this type does not fit one block")
+    hmc = lfq.HMC(t, tau=1.0, n_steps=4 if t.volume < 2000 else 7, dtype=str(dtype))
+    state = hmc.advance(hmc.start(4, seed=3, first_chain=5), 1, 7).state
+    expected = hmc.advance(state, 4)
+    assert 0 < expected.accepted.mean() < 1
+    for path in (RESIDENT, TILED):
+        phi, dh, accepted, values = run_hmc(library, hmc, state.latent, 4, 1, path)
+        np.testing.assert_array_equal(accepted.astype(bool), expected.accepted)
+        np.testing.assert_allclose(phi, expected.phi, **close(dtype, 10))
+        np.testing.assert_allclose(values[..., 4], expected.observables["phi2_smeared"], **close(dtype, 10))
+        # A chain does not depend on the batch.
+        alone, _, _, _ = run_hmc(library, hmc, state.latent[2:3], 4, 1, path, first_chain=7)
+        np.testing.assert_array_equal(alone[0], phi[2])
+
+
+def test_what_fits_a_block(library):
+    def resident(shape, dtype):
+        return library.call("resident", dtype, lfq.Phi4(shape, 0.1, 0.5)._record())
+
+    assert resident((64, 64), "float64") and resident((128, 128), "float32") and resident((16, 16, 16), "float64")
+    assert resident((8, 8, 8, 8), "float32") and resident((8, 8, 8, 8), "float64")
+    assert not resident((256, 256), "float32")
+    record = lfq.Phi4((256, 256), 0.1, 0.5)._record()
+    with pytest.raises(ValueError, match="does not fit"):
+        library.call(
+            "hmc",
+            "float32",
+            record,
+            lfq.HMC(lfq.Phi4((4, 4), 0.1, 0.5))._settings(1),
+            RESIDENT,
+            1,
+            1,
+            1,
+            None,
+            None,
+            None,
+            None,
+            0,
+            None,
+        )
+
+
+@pytest.mark.parametrize("path", [RESIDENT, TILED], ids=["resident", "tiled"])
+def test_a_diverging_chain_stays_and_says_so(library, dtype, path):
+    t = lfq.Phi4((8, 8), beta=0.5, lam=0.5)
+    hmc = lfq.HMC(t, tau=6.0, n_steps=4, dtype=str(dtype))
+    phi = lfq.HMC(t, dtype=str(dtype)).start(3, seed=1).latent
+    phi[1] *= 30
+    after, dh, accepted, values = run_hmc(library, hmc, phi, 3, 1, path)
+    assert not np.isfinite(dh[:, 1]).any() and not accepted[:, 1].any()
+    np.testing.assert_array_equal(after[1], phi[1])
+
+
+@pytest.mark.parametrize("shape", [(6,), (6, 10), (4, 2, 6)], ids=str)
+def test_evolve(library, dtype, rng, shape):
+    t = theory(shape)
+    hmc = lfq.HMC(t, tau=0.7, n_steps=5, integrator="omf2", dtype=str(dtype))
+    phi, momenta = rng.normal(size=(2, 3, *shape)).astype(dtype)
+    expected = hmc.evolve(phi, momenta)
+    record = t._record()
+    call(
+        library,
+        "evolve",
+        dtype,
+        record,
+        hmc._settings(),
+        3,
+        pointer(phi),
+        pointer(momenta),
+        workspace=("hmc", record, 3),
+    )
+    np.testing.assert_allclose(phi, expected[0], **close(dtype, 10))
+    np.testing.assert_allclose(momenta, expected[1], **close(dtype, 10))
+
+
+def test_bad_arguments_are_named(library):
+    record = lfq.Phi4((4, 4), 0.1, 0.5)._record()
+    phi = np.zeros((1, 4, 4))
+    with pytest.raises(RuntimeError, match="workspace: 0 bytes given"):
+        library.call("phi4_action", "float64", record, 1, pointer(phi), pointer(phi), None, 0, None)
+    record["ndim"] = 5
+    with pytest.raises(ValueError, match="ndim is 5"):
+        library.call("phi4_force", "float64", record, 1, pointer(phi), pointer(phi), None)
+    wide = np.full(200, 1 / 200)
+    record = lfq.Phi4((200,), 0.1, 0.5)._record()
+    with pytest.raises(ValueError, match="reaches farther than 31"):
+        call(
+            library,
+            "phi4_observables",
+            "float64",
+            record,
+            1,
+            pointer(np.zeros(200)),
+            wide,
+            pointer(np.zeros(6)),
+            workspace=("phi4", record, 1),
+        )
+    assert heat_kernel(4096)[32] < 1e-16
+
+
+# ---- flows -----------------------------------------------------------------------------------
+
+
+def reference_layer(layer):
+    """A layer of a program, as the reference writes it."""
+    shape = tuple(int(n) for n in layer["extent"][: layer["ndim"]])
+    if layer["kind"] != _core.LAYERS["coupling"]:
+        kinds = {"rescale": reference.Rescale, "interleave": reference.Interleave, "upsample": reference.Upsample}
+        return next(kinds[name] for name in kinds if _core.LAYERS[name] == layer["kind"])(shape)
+    return reference.Coupling(
+        shape,
+        int(layer["parity"]),
+        int(layer["kernel_size"]),
+        tuple(int(c) for c in layer["hidden"][: layer["n_hidden"]]),
+        ["tanh", "leaky_relu"][layer["activation"]],
+        bool(layer["bias"]),
+        ["exp(-|s|)", "exp(s)"][layer["scale"]],
+    )
+
+
+def with_random_weights(flow, rng, width=0.3):
+    flow.weights = width * rng.normal(size=flow.n_weights)
+    return flow
+
+
+FLOWS = {
+    "paper": ((8, 6), lambda: lfq.AffineFlow()),
+    "large kernel on a small lattice": ((2, 4), lambda: lfq.AffineFlow(kernel_size=9, scale="exp(s)")),
+    "hidden": ((4, 6), lambda: lfq.AffineFlow(hidden=(9, 3), bias=True, n_blocks=2)),
+    "leaky": ((6, 4), lambda: lfq.AffineFlow(kernel_size=5, hidden=(4,), activation="leaky_relu")),
+    "1-d": ((34,), lambda: lfq.AffineFlow(kernel_size=5, bias=True, ndim=1)),
+    "3-d": ((4, 2, 6), lambda: lfq.AffineFlow(hidden=(2,), ndim=3)),
+    "4-d": ((2, 4, 2, 4), lambda: lfq.AffineFlow(ndim=4, rescale=False)),
+    "interleave": ((8, 4), lambda: lfq.Compose([lfq.InterleaveMap(), lfq.AffineFlow()])),
+    "upsample twice": (
+        (8, 12),
+        lambda: lfq.Compose([lfq.UpsampleMap(), lfq.AffineFlow(), lfq.UpsampleMap(), lfq.AffineFlow()]),
+    ),
+    "upsample 3-d": ((4, 4, 8), lambda: lfq.UpsampleMap(ndim=3)),
+}
+
+
+def flow_record(shape, layers, weights):
+    """lfq_flow; the layers' copy on the device is the host's own."""
+    record = np.zeros(1, dtype=_cuda.FLOW_RECORD)
+    record["volume"], record["n_weights"], record["n_layers"] = np.prod(shape), weights.size, layers.size
+    record["layers"], record["weights"] = layers.ctypes.data, weights.ctypes.data
+    return record
+
+
+@pytest.fixture(params=FLOWS)
+def case(request, rng):
+    """A flow with random weights, its shape, records, and layers of the reference."""
+    shape, make = FLOWS[request.param]
+    flow = with_random_weights(make(), rng)
+    layers, weights = flow.program(shape), flow.weights
+    record = flow_record(shape, layers, weights)
+    return flow, shape, record, (layers, weights)
+
+
+def test_flow_forward_and_inverse(library, dtype, rng, case):
+    flow, shape, record, (layers, weights) = case
+    z = rng.normal(size=(3, *shape)).astype(dtype)
+    x, log_det, back, back_log_det = np.empty_like(z), np.empty(3), np.empty_like(z), np.empty(3)
+    call(
+        library,
+        "flow_forward",
+        dtype,
+        record,
+        pointer(layers),
+        3,
+        pointer(z),
+        pointer(x),
+        pointer(log_det),
+        workspace=("flow", record, 3),
+    )
+    expected = reference.flow_forward(
+        [reference_layer(layer) for layer in layers], weights, z.reshape(3, -1).astype(np.float64)
+    )
+    np.testing.assert_allclose(x, expected[0], **close(dtype, 10))
+    np.testing.assert_allclose(log_det, expected[1], **close(dtype, 10))
+    call(
+        library,
+        "flow_inverse",
+        dtype,
+        record,
+        pointer(layers),
+        3,
+        pointer(x),
+        pointer(back),
+        pointer(back_log_det),
+        workspace=("flow", record, 3),
+    )
+    np.testing.assert_allclose(back, z, **close(dtype, 100))
+    np.testing.assert_allclose(back_log_det, -log_det, **close(dtype, 10))
+
+
+def test_flow_gradients(library, dtype, rng, case):
+    flow, shape, record, (layers, weights) = case
+    t = theory(shape)
+    z, dx = rng.normal(size=(2, 3, *shape)).astype(dtype)
+    flat, reference_flow = z.reshape(3, -1).astype(np.float64), [reference_layer(layer) for layer in layers]
+    dlog_det, dz, dweights = rng.normal(size=3), np.empty_like(z), np.full(weights.size, np.nan)
+    scale = 20 if dtype == np.float32 else 100
+
+    call(
+        library,
+        "flow_vjp",
+        dtype,
+        record,
+        pointer(layers),
+        3,
+        pointer(z),
+        pointer(dx),
+        pointer(dlog_det),
+        pointer(dz),
+        pointer(dweights),
+        workspace=("flow", record, 3),
+    )
+    expected = reference.flow_vjp(reference_flow, weights, flat, dx.astype(np.float64), dlog_det)
+    np.testing.assert_allclose(dz.reshape(3, -1), expected[0], **close(dtype, scale))
+    np.testing.assert_allclose(dweights, expected[1], **close(dtype, scale))
+    without = np.empty_like(z)
+    call(
+        library,
+        "flow_vjp",
+        dtype,
+        record,
+        pointer(layers),
+        3,
+        pointer(z),
+        pointer(dx),
+        pointer(dlog_det),
+        pointer(without),
+        None,
+        workspace=("flow", record, 3),
+    )
+    np.testing.assert_array_equal(without, dz)
+
+    action, log_det = np.empty((2, 3))
+    call(
+        library,
+        "flow_loss",
+        dtype,
+        record,
+        pointer(layers),
+        t._record(),
+        3,
+        pointer(z),
+        pointer(action),
+        pointer(log_det),
+        pointer(dweights),
+        workspace=("flow", record, 3),
+    )
+    expected = reference.loss(reference_flow, weights, flat, t.beta, t.lam)
+    for found, wanted in zip((action, log_det, dweights), expected, strict=True):
+        np.testing.assert_allclose(found, wanted, **close(dtype, scale))
+
+    force = np.empty_like(z)
+    call(
+        library,
+        "pullback_force",
+        dtype,
+        record,
+        pointer(layers),
+        t._record(),
+        3,
+        pointer(z),
+        pointer(action),
+        pointer(force),
+        workspace=("flow", record, 3),
+    )
+    expected = reference.pullback(reference_flow, weights, flat, t.beta, t.lam)
+    np.testing.assert_allclose(action, expected[0], **close(dtype, scale))
+    np.testing.assert_allclose(force.reshape(3, -1), expected[1], **close(dtype, scale))
+
+
+def test_flow_hmc_follows_the_chains_of_the_cpu(library, dtype, rng, case):
+    flow, shape, record, (layers, weights) = case
+    t = theory(shape)
+    flow.weights = weights = 0.3 * weights
+    record["weights"] = weights.ctypes.data
+    hmc = lfq.HMC(t.pullback(flow), tau=0.3, n_steps=3, dtype=str(dtype), length_spread=0.4)
+    z = (0.3 * rng.normal(size=(3, *shape))).astype(dtype)
+    start = lfq.State(z, 2**33, seed=11, first_chain=4)
+    expected = hmc.advance(start, 2, 2)
+    settings = hmc._settings(2, 2, 11, 4, 2**33)
+    z = z.copy()
+    phi, dh, accepted, values = (
+        np.empty_like(z),
+        np.empty((4, 3)),
+        np.empty((4, 3), dtype=np.uint8),
+        np.empty((2, 3, 6)),
+    )
+    call(
+        library,
+        "flow_hmc",
+        dtype,
+        record,
+        pointer(layers),
+        t._record(),
+        settings,
+        3,
+        pointer(z),
+        pointer(phi),
+        pointer(dh),
+        pointer(accepted),
+        t._smear(),
+        pointer(values),
+        workspace=("flow", record, 3),
+    )
+    np.testing.assert_array_equal(accepted.astype(bool), expected.accepted)
+    np.testing.assert_allclose(dh, expected.dh, **close(dtype, 50))
+    np.testing.assert_allclose(z, expected.state.latent, **close(dtype, 50))
+    np.testing.assert_allclose(phi, expected.phi, **close(dtype, 50))
+    for i, name in enumerate(expected.observables):
+        np.testing.assert_allclose(values[..., i], expected.observables[name], **close(dtype, 50))
+
+    momenta = rng.normal(size=z.shape).astype(dtype)
+    wanted = hmc.evolve(z, momenta)
+    call(
+        library,
+        "flow_evolve",
+        dtype,
+        record,
+        pointer(layers),
+        t._record(),
+        hmc._settings(),
+        3,
+        pointer(z),
+        pointer(momenta),
+        workspace=("flow", record, 3),
+    )
+    np.testing.assert_allclose(z, wanted[0], **close(dtype, 50))
+    np.testing.assert_allclose(momenta, wanted[1], **close(dtype, 50))
+
+
+def test_flows_beyond_shared_memory(library, rng):
+    """A lattice whose buffers lie in the workspace, and more chains than blocks."""
+    flow, shape = with_random_weights(lfq.AffineFlow(hidden=(2,), n_blocks=2), rng, 0.1), (96, 64)
+    layers, weights = flow.program(shape), flow.weights
+    record = flow_record(shape, layers, weights)
+    z = rng.normal(size=(2, *shape))
+    dz, dweights = np.empty_like(z), np.empty(weights.size)
+    call(
+        library,
+        "flow_vjp",
+        "float64",
+        record,
+        pointer(layers),
+        2,
+        pointer(z),
+        pointer(z),
+        pointer(np.ones(2)),
+        pointer(dz),
+        pointer(dweights),
+        workspace=("flow", record, 2),
+    )
+    expected = flow.vjp(z, z, np.ones(2), weights=True)
+    np.testing.assert_allclose(dz, expected[0], **close(np.float64, 100))
+    np.testing.assert_allclose(dweights, expected[1], rtol=1e-11, atol=1e-9)
+
+
+def test_more_chains_than_blocks(library, rng):
+    flow, shape, n = with_random_weights(lfq.AffineFlow(), rng), (2, 2), 1030
+    layers, weights = flow.program(shape), flow.weights
+    record = flow_record(shape, layers, weights)
+    z, t = rng.normal(size=(n, *shape)), theory(shape)
+    action, log_det, dweights = np.empty(n), np.empty(n), np.empty(weights.size)
+    call(
+        library,
+        "flow_loss",
+        "float64",
+        record,
+        pointer(layers),
+        t._record(),
+        n,
+        pointer(z),
+        pointer(action),
+        pointer(log_det),
+        pointer(dweights),
+        workspace=("flow", record, n),
+    )
+    expected = reference.loss([reference_layer(layer) for layer in layers], weights, z.reshape(n, -1), t.beta, t.lam)
+    for found, wanted in zip((action, log_det, dweights), expected, strict=True):
+        np.testing.assert_allclose(found, wanted, **close(np.float64, 100))
+
+
+@pytest.mark.skipif(bool(emulated.SANITIZE), reason="this is the sanitized run")
+def test_under_sanitizers(tmp_path):
+    """All of the above again, under AddressSanitizer and UndefinedBehaviorSanitizer."""
+    runtimes = [
+        subprocess.run([emulated.GXX, f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
+        for name in ("libasan.so", "libubsan.so", "libstdc++.so")
+    ]
+    if not all(os.path.isabs(path) for path in runtimes):
+        pytest.skip("no sanitizer runtimes")
+    environment = os.environ | {
+        "LFQ_EMULATOR_SANITIZE": "address,undefined",
+        "LD_PRELOAD": " ".join(runtimes),
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
+    environment.pop("PYTEST_XDIST_WORKER", None)
+    # One type of field is enough for addresses.
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "not float32", __file__],
+        env=environment,
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-5000:]
