@@ -1,6 +1,6 @@
 """The one place that knows which arrays the kernels take and where they run.
 
-Arrays are NumPy, float32 or float64, lattice axes last. Other real dtypes are converted to float64 and
+Arrays are NumPy or CuPy, float32 or float64, lattice axes last. Other real dtypes are converted to float64 and
 arrays that are not C-contiguous are copied; inputs are never written to.
 """
 
@@ -13,22 +13,20 @@ import os
 
 import numpy as np
 
-from . import _core
+from . import _core, _cuda, _gpu
 
-__all__ = ["check_count", "check_finite", "check_seed", "check_shape", "check_threads", "fields", "info", "real_dtype"]
-
-
-def _from_gpu(array) -> bool:
-    return hasattr(array, "__cuda_array_interface__")
-
-
-def _missing_for_gpu() -> str:
-    if importlib.util.find_spec("cupy") is None:
-        return "CuPy is not installed, and this build of lfq has no CUDA kernels"
-    return "this build of lfq has no CUDA kernels"
+__all__ = [
+    "backend", "check_count", "check_finite", "check_seed", "check_shape", "check_threads", "fields", "info",
+    "real_dtype",
+]  # fmt: skip
 
 
-def fields(array, shape: tuple[int, ...], name: str) -> tuple[np.ndarray, tuple[int, ...]]:
+def backend(array):
+    """The kernels for an array of `fields`, and what makes another like it: empty(shape, dtype)."""
+    return (_gpu, _gpu.empty) if _gpu.is_gpu_array(array) else (_core, np.empty)
+
+
+def fields(array, shape: tuple[int, ...], name: str, gpu: bool = False) -> tuple[np.ndarray, tuple[int, ...]]:
     """Check a batch of fields at the border.
 
     Parameters
@@ -38,10 +36,13 @@ def fields(array, shape: tuple[int, ...], name: str) -> tuple[np.ndarray, tuple[
         The lattice.
     name : str
         The argument's name, for errors.
+    gpu : bool
+        Whether the caller has kernels for arrays on a GPU.
 
     Returns
     -------
     array : ndarray, float32 or float64, C-contiguous
+        Of CuPy where the argument lives on a GPU.
     leading : tuple of int
         The axes before the lattice.
 
@@ -52,16 +53,21 @@ def fields(array, shape: tuple[int, ...], name: str) -> tuple[np.ndarray, tuple[
     TypeError
         The entries are not real numbers, or the array lives on a GPU that lfq cannot use.
     """
-    if _from_gpu(array):
-        raise TypeError(f"{name}: a GPU array was given, but {_missing_for_gpu()}")
-    array = np.asarray(array)
+    if _gpu.is_gpu_array(array):
+        reason = _gpu.missing() if gpu else "this runs on the CPU only"
+        if reason is not None:
+            raise TypeError(f"{name}: a GPU array was given, but {reason}")
+        array = _gpu.asarray(array, name)
+    else:
+        array = np.asarray(array)
     if array.dtype.kind not in "fiu":
         raise TypeError(f"{name}: entries must be real numbers, got dtype {array.dtype}")
     if array.dtype not in (np.float32, np.float64):
         array = array.astype(np.float64)
     if array.shape[max(array.ndim - len(shape), 0) :] != tuple(shape):
         raise ValueError(f"{name}: shape {array.shape} does not end in the lattice {tuple(shape)}")
-    return np.asarray(array, order="C"), array.shape[: array.ndim - len(shape)]
+    leading = array.shape[: array.ndim - len(shape)]
+    return array if array.flags.c_contiguous else array.copy(order="C"), leading
 
 
 def check_finite(array: np.ndarray, name: str) -> np.ndarray:
@@ -130,22 +136,31 @@ def info() -> dict[str, object]:
     -------
     dict
         ``version``, ``isa`` (in use), ``isas`` (available, best first), ``threads``, ``cuda_built``,
-        ``cupy`` (version or None), ``gpu`` (its name, or None where none is seen), ``library``.
+        ``cuda_architectures`` (the kernels were compiled for), ``cupy`` (version or None), ``gpu`` (names of those
+        seen, or None), ``gpu_missing`` (what keeps lfq from using one, or None), ``library``.
     """
-    cupy_version = gpu = None
+    cupy_version = gpu = architectures = None
+    if _cuda.library_path() is not None:
+        try:
+            architectures = _cuda.library().architectures
+        except OSError as error:
+            architectures = str(error)
     if importlib.util.find_spec("cupy") is not None:
         import cupy
 
         cupy_version = cupy.__version__
         if cupy.is_available():
-            gpu = cupy.cuda.runtime.getDeviceProperties(0)["name"].decode()
+            count = cupy.cuda.runtime.getDeviceCount()
+            gpu = ", ".join(cupy.cuda.runtime.getDeviceProperties(i)["name"].decode() for i in range(count))
     return {
         "version": _core.version(),
         "isa": _core.isa(),
         "isas": tuple(_core.isas().split(",")),
         "threads": _core.max_threads(),
-        "cuda_built": False,
+        "cuda_built": _cuda.library_path() is not None,
+        "cuda_architectures": architectures,
         "cupy": cupy_version,
         "gpu": gpu,
+        "gpu_missing": _gpu.missing(),
         "library": os.path.dirname(_core.__file__),
     }

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from . import _core
-from ._kernels import check_shape, check_threads, fields
+from ._kernels import backend, check_shape, check_threads, fields
 from .observables import OBSERVABLES, heat_kernel
 
 if TYPE_CHECKING:
@@ -150,6 +150,7 @@ class Phi4:
         Parameters
         ----------
         phi : array_like, shape (..., *shape)
+            On a GPU or not: results lie where phi does.
 
         Returns
         -------
@@ -158,25 +159,29 @@ class Phi4:
         Raises
         ------
         NotFiniteError
-            phi holds NaN or Inf; names the configuration and site.
+            phi holds NaN or Inf; names the configuration and site. On a GPU, where looking for them would wait for
+            the device, they end up in the results instead.
         """
-        phi, leading = fields(phi, self.shape, "phi")
-        action = np.empty(leading)
-        _core.phi4_action(self._record(), phi, action, check_threads(n_threads))
+        phi, leading = fields(phi, self.shape, "phi", gpu=True)
+        kernels, empty = backend(phi)
+        action = empty(leading)
+        kernels.phi4_action(self._record(), phi, action, check_threads(n_threads))
         return action
 
     def force(self, phi, n_threads: int | None = None) -> np.ndarray:
         """-dS/dphi, of the shape and dtype of phi (see `action` for arguments and errors)."""
-        phi, _ = fields(phi, self.shape, "phi")
-        force = np.empty_like(phi)
-        _core.phi4_force(self._record(), phi, force, check_threads(n_threads))
+        phi, _ = fields(phi, self.shape, "phi", gpu=True)
+        kernels, empty = backend(phi)
+        force = empty(phi.shape, phi.dtype)
+        kernels.phi4_force(self._record(), phi, force, check_threads(n_threads))
         return force
 
     def measure(self, phi, n_threads: int | None = None) -> dict[str, np.ndarray]:
         """The observables of `lfq.observables.OBSERVABLES`, each an array of shape (...)."""
-        phi, leading = fields(phi, self.shape, "phi")
-        values = np.empty((*leading, len(OBSERVABLES)))
-        _core.phi4_observables(self._record(), phi, self._smear(), values, check_threads(n_threads))
+        phi, leading = fields(phi, self.shape, "phi", gpu=True)
+        kernels, empty = backend(phi)
+        values = empty((*leading, len(OBSERVABLES)))
+        kernels.phi4_observables(self._record(), phi, self._smear(), values, check_threads(n_threads))
         return {name: values[..., i] for i, name in enumerate(OBSERVABLES)}
 
     def pullback(self, flow: Flow) -> PulledBack:
@@ -256,10 +261,11 @@ class PulledBack:
         return self.flow.inverse(phi, n_threads)[0]
 
     def _evaluate(self, z, n_threads):
-        z, leading = fields(z, self.shape, "z")
-        action, force = np.empty(leading), np.empty_like(z)
+        z, leading = fields(z, self.shape, "z", gpu=True)
+        kernels, empty = backend(z)
+        action, force = empty(leading), empty(z.shape, z.dtype)
         layers, weights = self._program()
-        _core.pullback_force(
+        kernels.pullback_force(
             self.volume, layers, weights, self.theory._record(), z, action, force, check_threads(n_threads)
         )
         return action, force

@@ -9,8 +9,8 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from . import _core
-from ._kernels import check_count, check_finite, check_seed, check_shape, check_threads, fields
+from . import _core, _gpu
+from ._kernels import backend, check_count, check_finite, check_seed, check_shape, check_threads, fields
 from .io import FileFormatError, load_tensors, save_tensors
 
 __all__ = ["AffineFlow", "Compose", "Flow", "InterleaveMap", "UpsampleMap", "load_flow"]
@@ -25,10 +25,15 @@ def _choice(value, table: dict[str, int], name: str) -> str:
     return value
 
 
-def _broadcast(array, shape: tuple[int, ...], dtype, name: str) -> np.ndarray:
-    array, _ = fields(array, (), name)
+def _broadcast(array, shape: tuple[int, ...], dtype, name: str, like) -> np.ndarray:
+    """A cotangent in full, where `like` lives."""
+    array, _ = fields(array, (), name, gpu=True)
+    if _gpu.is_gpu_array(like):
+        array = _gpu.asarray(array, name)
+    elif _gpu.is_gpu_array(array):
+        raise TypeError(f"{name}: lies on a GPU, the latents do not")
     try:
-        return np.array(np.broadcast_to(array, shape), dtype=dtype, order="C")
+        return np.broadcast_to(array, shape).astype(dtype, order="C")
     except ValueError:
         raise ValueError(f"{name}: shape {array.shape} does not fit {shape}") from None
 
@@ -87,11 +92,11 @@ class Flow(ABC):
         return check_finite(weights, "weights")
 
     def _arguments(self, array, name: str):
-        array = array if hasattr(array, "__cuda_array_interface__") else np.asarray(array)
+        array = array if _gpu.is_gpu_array(array) else np.asarray(array)
         if array.ndim < self.ndim:
             raise ValueError(f"{name}: shape {array.shape} has fewer than the {self.ndim} axes of the lattice")
         shape = tuple(array.shape[array.ndim - self.ndim :])
-        array, leading = fields(array, shape, name)
+        array, leading = fields(array, shape, name, gpu=True)
         return array, leading, self.program(shape), math.prod(shape)
 
     def forward(self, z, n_threads: int | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -100,6 +105,7 @@ class Flow(ABC):
         Parameters
         ----------
         z : array_like, shape (..., *lattice)
+            On a GPU or not: results lie where z does.
 
         Returns
         -------
@@ -112,18 +118,20 @@ class Flow(ABC):
         ValueError
             The lattice does not fit the layers.
         NotFiniteError
-            z or a weight is NaN or Inf.
+            z or a weight is NaN or Inf. On a GPU these end up in the results instead.
         """
         z, leading, layers, volume = self._arguments(z, "z")
-        x, log_det = np.empty_like(z), np.empty(leading)
-        _core.flow_forward(volume, layers, self.weights, z, x, log_det, check_threads(n_threads))
+        kernels, empty = backend(z)
+        x, log_det = empty(z.shape, z.dtype), empty(leading)
+        kernels.flow_forward(volume, layers, self.weights, z, x, log_det, check_threads(n_threads))
         return x, log_det
 
     def inverse(self, x, n_threads: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Map fields to latents; log_det is that of the inverse map, log|det dz/dx|. Otherwise as `forward`."""
         x, leading, layers, volume = self._arguments(x, "x")
-        z, log_det = np.empty_like(x), np.empty(leading)
-        _core.flow_inverse(volume, layers, self.weights, x, z, log_det, check_threads(n_threads))
+        kernels, empty = backend(x)
+        z, log_det = empty(x.shape, x.dtype), empty(leading)
+        kernels.flow_inverse(volume, layers, self.weights, x, z, log_det, check_threads(n_threads))
         return z, log_det
 
     def vjp(self, z, dx, dlog_det, weights: bool = False, n_threads: int | None = None):
@@ -147,12 +155,14 @@ class Flow(ABC):
             Summed over the leading axes. Only with `weights`.
         """
         z, leading, layers, volume = self._arguments(z, "z")
-        dx = _broadcast(dx, z.shape, z.dtype, "dx")
-        dlog_det = _broadcast(dlog_det, leading, np.float64, "dlog_det")
-        check_finite(dlog_det, "dlog_det")
-        dz = np.empty_like(z)
-        dweights = np.zeros(self.n_weights) if weights else None
-        _core.flow_vjp(volume, layers, self.weights, z, dx, dlog_det, dz, dweights, check_threads(n_threads))
+        kernels, empty = backend(z)
+        dx = _broadcast(dx, z.shape, z.dtype, "dx", z)
+        dlog_det = _broadcast(dlog_det, leading, np.float64, "dlog_det", z)
+        if kernels is _core:
+            check_finite(dlog_det, "dlog_det")
+        dz = empty(z.shape, z.dtype)
+        dweights = empty(self.n_weights) if weights else None
+        kernels.flow_vjp(volume, layers, self.weights, z, dx, dlog_det, dz, dweights, check_threads(n_threads))
         return (dz, dweights) if weights else dz
 
     def copy(self) -> Flow:

@@ -11,8 +11,8 @@ from functools import cached_property
 
 import numpy as np
 
-from . import _core
-from ._kernels import check_count, check_seed, check_threads, fields, real_dtype
+from . import _core, _gpu
+from ._kernels import backend, check_count, check_seed, check_threads, fields, real_dtype
 from .actions import Phi4, PulledBack
 from .observables import OBSERVABLES
 
@@ -235,6 +235,9 @@ class HMC(Sampler):
         In [0, 1): each trajectory takes n_steps (1 - spread) .. n_steps (1 + spread) steps of size
         tau / n_steps, all equally likely and equal for all chains. Keeps modes whose period fits tau from
         standing still (Mackenzie, Phys. Lett. B 226 (1989) 369).
+    device : {"cpu", "cuda"}
+        Where chains start. With "cuda" they live on the current GPU, and latents and fields are CuPy arrays;
+        observables, dh and accepted are NumPy arrays all the same. Chains whose latents are on a GPU stay there.
     """
 
     theory: Phi4 | PulledBack
@@ -244,8 +247,10 @@ class HMC(Sampler):
     dtype: str = "float64"
     n_threads: int | None = None
     length_spread: float = 0.0
+    device: str = "cpu"
 
     _flips = False
+    _devices = ("cpu", "cuda")
 
     def __post_init__(self):
         if not isinstance(self.theory, (Phi4, PulledBack)):
@@ -257,6 +262,10 @@ class HMC(Sampler):
         real_dtype(self.dtype)
         if not (isinstance(self.length_spread, (int, float)) and 0 <= self.length_spread < 1):
             raise ValueError(f"length_spread: must be at least 0 and below 1, got {self.length_spread!r}")
+        if self.device not in self._devices:
+            raise ValueError(f"device: must be one of {', '.join(self._devices)}, got {self.device!r}")
+        if self.device == "cuda":
+            _gpu.require('device "cuda"')
         if isinstance(self.integrator, str):
             if self.integrator not in INTEGRATORS:
                 raise ValueError(f"integrator: must be one of {', '.join(INTEGRATORS)}, got {self.integrator!r}")
@@ -314,8 +323,10 @@ class HMC(Sampler):
         latent, momenta : ndarray
             New arrays.
         """
-        latent, _ = fields(latent, self.theory.shape, "latent")
-        momenta, _ = fields(momenta, self.theory.shape, "momenta")
+        latent, _ = self._fields(latent, "latent")
+        momenta, _ = self._fields(momenta, "momenta")
+        if type(momenta) is not type(latent):
+            raise TypeError("momenta: one of latent and momenta lies on a GPU, the other does not")
         if momenta.shape != latent.shape:
             raise ValueError(f"momenta: shape {momenta.shape} differs from the latent's, {latent.shape}")
         latent, momenta = latent.copy(), momenta.astype(latent.dtype, copy=True)
@@ -325,9 +336,13 @@ class HMC(Sampler):
         self._evolve(h, latent, momenta)
         return latent, momenta
 
+    def _fields(self, array, name: str):
+        array, leading = fields(array, self.theory.shape, name, gpu="cuda" in self._devices)
+        return (_gpu.asarray(array, name) if self.device == "cuda" else array), leading
+
     def _evolve(self, settings, latent, momenta):
         layers, weights = self.theory._program()
-        _core.evolve(
+        backend(latent)[0].evolve(
             layers, weights, self.theory._physical._record(), settings, latent, momenta, check_threads(self.n_threads)
         )
 
@@ -335,7 +350,7 @@ class HMC(Sampler):
         """The trajectories of `settings`, from and to `latent`; phi receives the fields they end in."""
         layers, weights = self.theory._program()
         physical = self.theory._physical
-        _core.hmc(
+        backend(latent)[0].hmc(
             layers, weights, physical._record(), settings, latent, phi, dh, accepted, physical._smear(), values,
             check_threads(self.n_threads),
         )  # fmt: skip
@@ -360,15 +375,19 @@ class HMC(Sampler):
         first_chain = check_count(first_chain, "first_chain", 0, 2**32 - n_chains)
         pulled_back = isinstance(self.theory, PulledBack)
         if phi is None and pulled_back:
-            plain = HMC(self.theory.theory, tau=1.3, n_steps=26, dtype=self.dtype, n_threads=self.n_threads)
+            plain = HMC(
+                self.theory.theory, tau=1.3, n_steps=26, dtype=self.dtype, n_threads=self.n_threads, device=self.device
+            )
             rough = plain.advance(plain.start(n_chains, seed, first_chain=first_chain), 1, 20)
             return State(self.theory.latent(rough.phi, self.n_threads), rough.state.trajectory, seed, first_chain)
         if phi is None:
-            latent = np.empty((n_chains, *self.theory.shape), dtype=self.dtype)
-            _core.normal(seed, _core.PURPOSES["start"], 0, first_chain, n_chains, latent, check_threads(self.n_threads))
+            kernels, empty = (_gpu, _gpu.empty) if self.device == "cuda" else (_core, np.empty)
+            latent = empty((n_chains, *self.theory.shape), self.dtype)
+            purpose, threads = _core.PURPOSES["start"], check_threads(self.n_threads)
+            kernels.normal(seed, purpose, 0, first_chain, n_chains, latent, threads)
             latent *= 0.5
         else:
-            phi, leading = fields(phi, self.theory.shape, "phi")
+            phi, leading = self._fields(phi, "phi")
             if leading != (n_chains,):
                 raise ValueError(f"phi: shape {phi.shape} is not {n_chains} fields of shape {self.theory.shape}")
             if not np.isfinite(phi).all():
@@ -389,10 +408,10 @@ class HMC(Sampler):
         """
         n_samples = check_count(n_samples, "n_samples")
         thin = check_count(thin, "thin", 1, 2**31 - 1)
-        latent, leading = fields(state.latent, self.theory.shape, "latent")
+        latent, leading = self._fields(state.latent, "latent")
         latent = latent.astype(self.dtype, copy=True).reshape(-1, *self.theory.shape)
         n = len(latent)
-        phi = np.empty_like(latent)
+        phi = backend(latent)[1](latent.shape, latent.dtype)
         dh = np.empty((n_samples * thin, n))
         accepted = np.empty((n_samples * thin, n), dtype=np.uint8)
         flipped = np.empty((n_samples * thin, n), dtype=np.int64) if self._flips else None
@@ -615,6 +634,7 @@ class ClusterHMC(HMC):
     n_updates: int = 1
 
     _flips = True
+    _devices = ("cpu",)
 
     def __post_init__(self):
         _plain_theory(self.theory, "cluster updates")
@@ -692,6 +712,8 @@ class FourierHMC(HMC):
     """
 
     mass: float = 2.0
+
+    _devices = ("cpu",)
 
     def __post_init__(self):
         _plain_theory(self.theory, "accelerated modes")

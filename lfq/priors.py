@@ -47,19 +47,22 @@ class Base:
         if theory is not None:
             self.hmc()
 
-    def hmc(self, dtype="float64", n_threads=None) -> HMC:
-        return HMC(self.theory, tau=self.tau, n_steps=self.n_steps, dtype=str(np.dtype(dtype)), n_threads=n_threads)
+    def hmc(self, dtype="float64", n_threads=None, device="cpu") -> HMC:
+        return HMC(
+            self.theory, tau=self.tau, n_steps=self.n_steps, dtype=str(np.dtype(dtype)), n_threads=n_threads,
+            device=device,
+        )  # fmt: skip
 
     @property
     def volume(self) -> int:
         coarse = self.theory.volume if self.theory is not None else 0
         return self.n_copies * coarse + self.n_noise
 
-    def start(self, n: int, seed: int, dtype, n_threads=None) -> State | None:
+    def start(self, n: int, seed: int, dtype, n_threads=None, device="cpu") -> State | None:
         """Thermalised chains for batches of `n` latents."""
         if self.theory is None:
             return None
-        hmc = self.hmc(dtype, n_threads)
+        hmc = self.hmc(dtype, n_threads, device)
         state = hmc.start(n * self.n_copies, seed)
         return hmc.advance(state, 1, self.n_warmup).state if self.n_warmup else state
 
@@ -82,7 +85,7 @@ class Base:
         noise = latent[:, split:].astype(np.float64)
         log_prob = -0.5 * np.einsum("ij,ij->i", noise, noise) - 0.5 * math.log(2 * math.pi) * self.n_noise
         if self.theory is not None:
-            coarse = np.ascontiguousarray(latent[:, :split]).reshape(-1, self.n_copies, *self.theory.shape)
+            coarse = latent[:, :split].reshape(-1, self.n_copies, *self.theory.shape)
             log_prob -= self.theory.action(coarse, n_threads).sum(axis=1)
         return log_prob
 

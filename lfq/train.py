@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numba import njit
 
-from . import _core, _native
+from . import _core, _cuda, _gpu, _native
 from ._kernels import check_count, check_seed, check_threads, real_dtype
 from .actions import Phi4
 from .flows import Compose, Flow
@@ -28,7 +28,7 @@ __all__ = ["Fit", "effective_sample_size", "independence_acceptance", "train", "
 _FIRST_TRAJECTORY = _core.hmc_dtype.fields["first_trajectory"][1] // 8
 _HISTORY = ("loss", "ess", "std_log_w", "learning_rate")
 _LATENT = _core.PURPOSES["latent"]
-_DONE, _FAILED_KERNEL, _FAILED_LOSS = 0, 1, 2
+_DONE, _FAILED_KERNEL, _FAILED_LOSS, _FAILED_CHAIN = 0, 1, 2, 3
 
 
 @njit(cache=True, nogil=True)
@@ -95,16 +95,76 @@ def _loop(
     return first_step + n_steps, _DONE
 
 
-_FLOW_RECORD = np.dtype(
-    [
-        ("volume", "i8"),
-        ("n_weights", "i8"),
-        ("n_layers", "i4"),
-        ("reserved", "i4"),
-        ("layers", "u8"),
-        ("weights", "u8"),
-    ]
-)
+class _DeviceLoop:
+    """`_loop` with all arrays on the GPU; the host waits only at the end of `run`."""
+
+    def __init__(self, base, target, program, weights, n, n_steps, learning_rate, seed, dtype, settings):
+        volume, copies = target.volume, base.n_copies
+        self._seed, self._dtype, self._between = seed, dtype, base.n_between
+        self._target, self._settings, self._program = target._record(), settings, program
+        self._coarse = base.theory._record() if base.theory else None
+        self._n_coarse = volume - base.n_noise
+        self.chains = None
+        self._weights = _gpu.asarray(weights, "weights").copy()
+        self._coarse_action, self._dh = _gpu.empty(n * copies), _gpu.empty((base.n_between, n * copies))
+        self._noise, self._latent = _gpu.empty((n, base.n_noise), dtype), _gpu.empty((n, volume), dtype)
+        self._action, self._log_det, self._log_w = (_gpu.empty(n) for _ in range(3))
+        self._gradient, self._moments = _gpu.empty(weights.size), _gpu.empty((2, weights.size))
+        self._history, self._failed = _gpu.empty((len(_HISTORY), n_steps)), _gpu.empty(1, np.int64)
+        self._dh_total = _gpu.empty(())
+        self._moments[...] = 0
+        self._history[...] = 0
+        self._failed[...] = -1
+        self._dh_total[...] = 0
+        self._flow, self._layers, self._alive = _gpu.flow_record(volume, program, self._weights)
+        record = self._record = np.zeros(1, dtype=_cuda.TRAINING_RECORD)
+        record["n"], record["n_noise"], record["n_weights"], record["copies"] = n, base.n_noise, weights.size, copies
+        record["total_steps"], record["learning_rate"] = n_steps, learning_rate
+        for name, array in {
+            "coarse_action": self._coarse_action, "target_action": self._action, "log_det": self._log_det,
+            "gradient": self._gradient, "weights": self._weights, "first_moment": self._moments[0],
+            "second_moment": self._moments[1], "log_w": self._log_w, "history": self._history,
+            "failed_step": self._failed,
+        }.items():  # fmt: skip
+            record[name] = array.data.ptr
+
+    @property
+    def weights(self) -> np.ndarray:
+        return _gpu.to_host(self._weights)
+
+    def _step(self, step: int) -> None:
+        n, dtype, chains, split = len(self._latent), self._dtype, self.chains, self._n_coarse
+        if chains is not None:
+            resident = _cuda.library().call("resident", dtype, self._coarse)
+            _gpu.call(
+                "hmc", dtype, self._coarse, self._settings, 0, len(chains), chains.data.ptr, self._dh.data.ptr, None,
+                None, None, workspace=("hmc", self._coarse, 0 if resident else len(chains)),
+            )  # fmt: skip
+            # Any dH that is not finite stays visible here.
+            self._dh_total[...] += self._dh.sum()
+            self._settings["first_trajectory"] += self._between
+            _gpu.phi4_action(self._coarse, chains, self._coarse_action)
+            self._latent[:, :split] = chains.reshape(n, split)
+        if split < self._latent.shape[1]:
+            _gpu.normal(self._seed, _LATENT, step, 0, n, self._noise)
+            self._latent[:, split:] = self._noise
+        _gpu.call(
+            "flow_loss", dtype, self._flow, self._layers, self._target, n, self._latent.data.ptr, self._action.data.ptr,
+            self._log_det.data.ptr, self._gradient.data.ptr, workspace=("flow", self._flow, n),
+        )  # fmt: skip
+        self._record["step"] = step
+        _gpu.call("train_step", dtype, self._record, self._noise.data.ptr)
+
+    def run(self, count: int, first: int, history: np.ndarray) -> tuple[int, int]:
+        for step in range(first, first + count):
+            self._step(step)
+        _gpu.to_host(self._history, out=history)
+        failed = int(_gpu.to_host(self._failed)[0])
+        if failed >= 0:
+            return failed, _FAILED_LOSS
+        if not np.isfinite(float(_gpu.to_host(self._dh_total))):
+            return first, _FAILED_CHAIN
+        return first + count, _DONE
 
 
 @dataclass(frozen=True)
@@ -169,6 +229,7 @@ def train(
     n_threads: int | None = None,
     n_evaluation: int | None = None,
     progress: bool | Callable[[int, int, float, float], None] = False,
+    device: str = "cpu",
 ) -> Fit:
     """Train a flow to map samples of a prior to those of a theory.
 
@@ -193,6 +254,8 @@ def train(
         Fresh samples behind ess, acceptance and std_log_w; by default ten batches.
     progress : bool or callable
         True for a line on stderr, or called as progress(step, n_steps, loss, ess).
+    device : {"cpu", "cuda"}
+        With "cuda" all of a step happens on the current GPU: the prior's chains, the flow, the loss, Adam.
 
     Returns
     -------
@@ -220,12 +283,16 @@ def train(
     seed, dtype, threads = check_seed(seed), real_dtype(dtype), check_threads(n_threads)
     n_evaluation = 10 * n if n_evaluation is None else check_count(n_evaluation, "n_evaluation", 2)
     report = _progress_line if progress is True else progress or None
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f"device: must be one of cpu, cuda, got {device!r}")
+    if device == "cuda":
+        _gpu.require('device "cuda"')
 
     base = prior.base
     whole = flow.copy() if prior.map is None else Compose([prior.map.copy(), flow.copy()])
     program, weights = whole.program(target.shape), whole.weights
     volume = target.volume
-    flow_record = np.zeros(1, dtype=_FLOW_RECORD)
+    flow_record = np.zeros(1, dtype=_cuda.FLOW_RECORD)
     flow_record["volume"], flow_record["n_weights"], flow_record["n_layers"] = (
         volume,
         weights.size,
@@ -236,37 +303,50 @@ def train(
 
     coarse = (base.theory or target)._record()
     chain_count = n * base.n_copies
+    on_cpu = device == "cpu"
     settings = (base.hmc(dtype, n_threads) if base.theory else HMC(target))._settings(1, base.n_between, seed)
     history = np.zeros((len(_HISTORY), n_steps))
     seconds = np.zeros(n_steps)
     batch, coarse_batch, all_threads = ctypes.c_int64(n), ctypes.c_int64(chain_count), ctypes.c_int32(threads)
-    spaces = [
-        _native.workspace("hmc", dtype, None, coarse, coarse_batch, all_threads),
-        _native.workspace("phi4", dtype, coarse, coarse_batch, all_threads),
-        _native.workspace("flow", dtype, flow_record, batch, all_threads),
-    ]
-    buffers = {
-        "chains": np.empty((chain_count, base.theory.volume if base.theory else 0), dtype=dtype),
-        "coarse_action": np.zeros(chain_count),
-        "noise": np.empty((n, base.n_noise), dtype=dtype),
-        "latent": np.empty((n, volume), dtype=dtype),
-    }
+    if on_cpu:
+        spaces = [
+            _native.workspace("hmc", dtype, None, coarse, coarse_batch, all_threads),
+            _native.workspace("phi4", dtype, coarse, coarse_batch, all_threads),
+            _native.workspace("flow", dtype, flow_record, batch, all_threads),
+        ]
+        buffers = {
+            "chains": np.empty((chain_count, base.theory.volume if base.theory else 0), dtype=dtype),
+            "coarse_action": np.zeros(chain_count),
+            "noise": np.empty((n, base.n_noise), dtype=dtype),
+            "latent": np.empty((n, volume), dtype=dtype),
+        }
 
-    def run(count: int, first: int) -> tuple[int, int]:
-        return _loop(
-            flow_record.ctypes.data, weights, moments[0], moments[1], theory.ctypes.data, count, first, n_steps,
-            float(learning_rate), coarse.ctypes.data, buffers["chains"], settings.ctypes.data,
-            settings.view(np.uint64), base.n_between, buffers["coarse_action"],
-            buffers["noise"], seed, buffers["latent"], np.empty(n), np.empty(n), np.empty(weights.size),
-            *spaces, threads, history,
-        )  # fmt: skip
+        def run(count: int, first: int) -> tuple[int, int]:
+            return _loop(
+                flow_record.ctypes.data, weights, moments[0], moments[1], theory.ctypes.data, count, first, n_steps,
+                float(learning_rate), coarse.ctypes.data, buffers["chains"], settings.ctypes.data,
+                settings.view(np.uint64), base.n_between, buffers["coarse_action"],
+                buffers["noise"], seed, buffers["latent"], np.empty(n), np.empty(n), np.empty(weights.size),
+                *spaces, threads, history,
+            )  # fmt: skip
 
-    moments = np.zeros((2, weights.size))
-    run(0, 0)  # compiles the loop outside the clock
+        moments = np.zeros((2, weights.size))
+        run(0, 0)  # compiles the loop outside the clock
+    else:
+        loop = _DeviceLoop(base, target, program, weights, n, n_steps, float(learning_rate), seed, dtype, settings)
+
+        def run(count: int, first: int) -> tuple[int, int]:
+            return loop.run(count, first, history)
+
     begin = time.perf_counter()
-    state = base.start(n, seed, dtype, n_threads)
+    state = base.start(n, seed, dtype, n_threads, device)
+    chains = None
     if state is not None:
-        buffers["chains"][:] = state.latent.reshape(chain_count, -1)
+        if on_cpu:
+            buffers["chains"][:] = state.latent.reshape(chain_count, -1)
+            chains = buffers["chains"]
+        else:
+            chains = loop.chains = state.latent.reshape(chain_count, -1)
         settings["first_trajectory"] = state.trajectory
     step, chunk = 0, 1
     while step < n_steps:
@@ -274,7 +354,10 @@ def train(
         count = min(chunk, n_steps - step)
         reached, status = run(count, step)
         if status != _DONE:
-            reason = _native.last_error() if status == _FAILED_KERNEL else "the loss is NaN or Inf"
+            reason = {
+                _FAILED_KERNEL: _native.last_error, _FAILED_LOSS: lambda: "the loss is NaN or Inf",
+                _FAILED_CHAIN: lambda: "dH of a coarse chain is NaN or Inf, at this step or soon after",
+            }[status]()  # fmt: skip
             raise _core.NotFiniteError(f"training step {reached}: {reason}; try a smaller learning rate")
         now = time.perf_counter()
         seconds[step:reached] = (before - begin) + (now - before) * np.arange(1, count + 1) / count
@@ -284,12 +367,12 @@ def train(
             report(step, n_steps, float(history[0, step - 1]), float(history[1, step - 1]))
     elapsed = time.perf_counter() - begin
 
-    whole.weights = weights
+    whole.weights = weights if on_cpu else loop.weights
     trained, map_weights = whole, np.empty(0)
     if prior.map is not None:
         trained, map_weights = whole.flows[1], whole.flows[0].weights
     log_w = _evaluate(
-        whole, prior, target, n, n_evaluation, seed, dtype, n_threads, buffers, settings, n_steps
+        whole, prior, target, n, n_evaluation, seed, dtype, n_threads, chains, settings, n_steps, device
     )
     found = dict(zip(_HISTORY, history, strict=True))
     return Fit(
@@ -304,20 +387,23 @@ def train(
     )
 
 
-def _evaluate(whole, prior, target, n, n_samples, seed, dtype, n_threads, buffers, settings, first_step):
+def _evaluate(whole, prior, target, n, n_samples, seed, dtype, n_threads, chains, settings, first_step, device):
     """log w of fresh samples: the prior's chains move on as in training."""
     base, parts = prior.base, []
-    chains, trajectory = buffers["chains"], int(settings["first_trajectory"][0])
+    trajectory = int(settings["first_trajectory"][0])
     for batch in range(-(-n_samples // n)):
         latent = base.noise(n, seed, first_step + batch, dtype, n_threads)
+        if device == "cuda":
+            latent = _gpu.asarray(latent, "noise")
         if base.theory is not None:
-            hmc = base.hmc(dtype, n_threads)
+            hmc = base.hmc(dtype, n_threads, device)
             state = hmc.start(len(chains), seed, phi=chains.reshape(-1, *base.theory.shape))
             block = hmc.advance(replace(state, trajectory=trajectory), 1, base.n_between)
             chains, trajectory = block.state.latent, block.state.trajectory
             latent = np.concatenate([chains.reshape(n, -1), latent], axis=1)
         x, log_det = whole.forward(latent.reshape(n, *target.shape), n_threads)
-        parts.append(log_det - target.action(x, n_threads) - base.log_prob(latent, n_threads))
+        log_w = log_det - target.action(x, n_threads) - base.log_prob(latent, n_threads)
+        parts.append(log_w if device == "cpu" else _gpu.to_host(log_w))
     return np.concatenate(parts)[:n_samples]
 
 

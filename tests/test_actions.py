@@ -299,7 +299,10 @@ def test_bad_latents(rng):
 
 def test_info():
     found = lfq.info()
-    assert set(found) == {"version", "isa", "isas", "threads", "cuda_built", "cupy", "gpu", "library"}
+    gpu = {"cuda_built", "cuda_architectures", "cupy", "gpu", "gpu_missing"}
+    assert set(found) == {"version", "isa", "isas", "threads", "library"} | gpu
+    assert found["cuda_built"] == (found["cuda_architectures"] is not None)
+    assert (found["gpu"] is None) <= (found["gpu_missing"] is not None)
     assert found["version"] == lfq.__version__
     assert found["isa"] in found["isas"] and len(set(found["isas"])) == len(found["isas"])
     assert found["threads"] >= 1 and isinstance(found["cuda_built"], bool)
