@@ -17,6 +17,7 @@ import numpy as np
 from numba import njit
 
 from . import _core, _cuda, _gpu, _native
+from ._cuda import FLOW_RECORD as _FLOW_RECORD
 from ._kernels import check_count, check_seed, check_threads, real_dtype
 from .actions import Phi4
 from .flows import Compose, Flow
@@ -292,7 +293,7 @@ def train(
     whole = flow.copy() if prior.map is None else Compose([prior.map.copy(), flow.copy()])
     program, weights = whole.program(target.shape), whole.weights
     volume = target.volume
-    flow_record = np.zeros(1, dtype=_cuda.FLOW_RECORD)
+    flow_record = np.zeros(1, dtype=_FLOW_RECORD)
     flow_record["volume"], flow_record["n_weights"], flow_record["n_layers"] = (
         volume,
         weights.size,
