@@ -133,7 +133,7 @@ def test_hmc_follows_the_chains_of_the_cpu(library, dtype, shape, path, integrat
         np.testing.assert_allclose(values[..., i], expected.observables[name], **close(dtype, 10))
 
 
-@pytest.mark.parametrize("shape", [(36, 34), (66, 250)], ids=str)
+@pytest.mark.parametrize("shape", [(36, 34), (66, 200)], ids=str)
 def test_long_strips_are_rejected_and_accepted(library, dtype, shape):
     """Lattices of long strips, with a step so coarse that trajectories are rejected."""
     t = lfq.Phi4(shape, beta=0.55, lam=0.5)
@@ -542,9 +542,10 @@ def test_under_sanitizers(tmp_path):
         "PYTHONPATH": os.pathsep.join(sys.path),
     }
     environment.pop("PYTEST_XDIST_WORKER", None)
-    # One type of field is enough for addresses.
+    # One type of field and one integrator are enough for addresses.
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "not float32", __file__],
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "not float32 and not omf4"]
+        + [__file__],
         env=environment,
         capture_output=True,
         text=True,

@@ -8,6 +8,9 @@
 
 LFQ_NAMESPACE_BEGIN
 
+// What is called once a layer: inlined into every kernel it would make ptxas work for minutes.
+#define LFQ_CALLED __device__ __noinline__
+
 // Output channels that a thread sums at a time.
 constexpr int channel_block = 8;
 
@@ -256,7 +259,7 @@ struct flow_block {
   }
 
   // Runs the hidden layers on the frozen sites of the field; returns what the last convolution reads.
-  LFQ_DEVICE const T* run_hidden(const lfq_layer& l, const T* field) const {
+  LFQ_CALLED const T* run_hidden(const lfq_layer& l, const T* field) const {
     const int volume = sites_of(l);
     const activation_kind act = activation_kind(l.activation);
     const T* in = field;
@@ -303,8 +306,10 @@ struct flow_block {
       f(std::integral_constant<scale_kind, scale_kind::exp>());
   }
 
-  LFQ_DEVICE void couple(const lfq_layer& l, T* keep, double& log_det) const {
+  LFQ_CALLED void couple(const lfq_layer& l, T* keep, double& log_det) const {
     const int64_t half = sites_of(l) / 2;
+    T* const x = this->x;
+    double sum = 0;
     with_scale(l, [&](auto kind) {
       constexpr scale_kind S = decltype(kind)::value;
       net(l, x, [&](int64_t i, int site, T us, T ut) {
@@ -317,23 +322,27 @@ struct flow_block {
           keep[3 * half + i] = before;
         }
         x[site] = fma(before, a.e, a.t);
-        log_det += double(affine_log_det<S>(a.s));
+        sum += double(affine_log_det<S>(a.s));
       });
     });
+    log_det += sum;
   }
-  LFQ_DEVICE void uncouple(const lfq_layer& l, double& log_det) const {
+  LFQ_CALLED void uncouple(const lfq_layer& l, double& log_det) const {
+    T* const x = this->x;
+    double sum = 0;
     with_scale(l, [&](auto kind) {
       constexpr scale_kind S = decltype(kind)::value;
       net(l, x, [&](int64_t, int site, T us, T ut) {
         const affine_site<T> a = affine_parameters<S>(us, ut);
         x[site] = (x[site] - a.t) / a.e;
-        log_det -= double(affine_log_det<S>(a.s));
+        sum -= double(affine_log_det<S>(a.s));
       });
     });
+    log_det += sum;
   }
 
   // Adds sum over sites of dout[out][site] in[in][site + tap] to the gradient: a warp for each tap and input channel.
-  LFQ_DEVICE void weight_gradient(const lfq_layer& l, const convolution& c, int number, const T* in, const T* dout) const {
+  LFQ_CALLED void weight_gradient(const lfq_layer& l, const convolution& c, int number, const T* in, const T* dout) const {
     const int volume = sites_of(l), lane = threadIdx.x % warp_size, n_warps = blockDim.x / warp_size;
     const bool first = number == 0, last = number == l.n_hidden;
     const int64_t items = int64_t(c.taps) * c.n_in;
@@ -383,10 +392,10 @@ struct flow_block {
   }
 
   // Restores x to the layer's input and turns g from dL/dy into dL/dx.
-  LFQ_DEVICE void couple_backward(const lfq_layer& l, const T* kept, T dlog_det) const {
+  LFQ_CALLED void couple_backward(const lfq_layer& l, const T* kept, T dlog_det) const {
     const int volume = sites_of(l);
     const int64_t half = volume / 2;
-    T *dout = du, *din = du2;
+    T *dout = du, *din = du2, *const x = this->x, *const g = this->g;
     with_scale(l, [&](auto kind) {
       constexpr scale_kind S = decltype(kind)::value;
       each_of(half, [&](int64_t i) {
@@ -467,7 +476,7 @@ struct flow_block {
   }
 
   // y from the coarse field and the noise in the latent z.
-  LFQ_DEVICE void upsample(const lfq_layer& l, const T* coarse, const T* z, T* y) const {
+  LFQ_CALLED void upsample(const lfq_layer& l, const T* coarse, const T* z, T* y) const {
     const int n_coarse = sites_of(l) >> l.ndim;
     each_of(sites_of(l), [&](int64_t site) {
       const fine_site s(l, int(site));
@@ -479,7 +488,7 @@ struct flow_block {
       y[site] = fma(coefficient(l, s.odd), sum, width(l, s.odd) * z[int64_t(s.sublattice) * n_coarse + s.near(0)]);
     });
   }
-  LFQ_DEVICE void downsample(const lfq_layer& l, const T* y, T* coarse, T* z) const {
+  LFQ_CALLED void downsample(const lfq_layer& l, const T* y, T* coarse, T* z) const {
     const int n_coarse = sites_of(l) >> l.ndim;
     each_of(sites_of(l), [&](int64_t site) {
       const fine_site s(l, int(site));
@@ -494,7 +503,7 @@ struct flow_block {
     });
   }
   // From g = dL/dy: dL/dx of the coarse field to gc, of the noise to gz.
-  LFQ_DEVICE void upsample_backward(const lfq_layer& l, const T* coarse, const T* z, T* gc, T dlog_det) const {
+  LFQ_CALLED void upsample_backward(const lfq_layer& l, const T* coarse, const T* z, T* gc, T dlog_det) const {
     const int n_coarse = sites_of(l) >> l.ndim, D = l.ndim;
     // d/dscale, then for each number of odd coordinates d/dmean and d/dwidth
     double sum[2 * LFQ_MAX_DIM + 1] = {};
@@ -556,7 +565,7 @@ struct flow_block {
 
   // ---- the flow ----------------------------------------------------------------------------------
   // x = f(z), all threads' shares of the log-det that depends on the field. KEEP what backward needs.
-  LFQ_DEVICE void forward(const T* z, bool keep, double& log_det) {
+  LFQ_CALLED void forward(const T* z, bool keep, double& log_det) {
     each_of(flow.first_volume, [&](int64_t i) { x[i] = z[i]; });
     __syncthreads();
     T* kept = cache;
@@ -577,7 +586,7 @@ struct flow_block {
     }
   }
   // From the field in x to the latent z.
-  LFQ_DEVICE void inverse(T* z, double& log_det) {
+  LFQ_CALLED void inverse(T* z, double& log_det) {
     for (int n = flow.n_layers - 1; n >= 0; --n) {
       const lfq_layer& l = flow.layers[n];
       if (l.kind == LFQ_LAYER_COUPLING) {
@@ -594,7 +603,7 @@ struct flow_block {
     each_of(flow.first_volume, [&](int64_t i) { z[i] = x[i]; });
   }
   // After forward with keep, and with dL/dx in g: dL/dz in gz. x is overwritten.
-  LFQ_DEVICE void backward(const T* z, T dlog_det) {
+  LFQ_CALLED void backward(const T* z, T dlog_det) {
     int64_t at = 0;
     for (int n = 0; n < flow.n_layers; ++n) at += cache_of(flow.layers[n]);
     for (int n = flow.n_layers - 1; n >= 0; --n) {
@@ -629,8 +638,9 @@ struct flow_block {
   }
 
   // The threads' shares of the action of the field in x, and dS/dphi into g.
-  LFQ_DEVICE double action_gradient(const lfq_phi4& theory) const {
+  LFQ_CALLED double action_gradient(const lfq_phi4& theory) const {
     const phi4_site<T> site(theory.beta, theory.lam);
+    T *const x = this->x, *const g = this->g;
     double s = 0;
     each_of(flow.volume, [&](int64_t i) {
       T ahead, all;
@@ -743,7 +753,7 @@ struct pulled_back_block {
         old_g(plan.get<T>(buffer_old_g)) {}
 
   // dS~/dz into flow.gz, the field into new_phi; returns the threads' shares of S~ but for its constant.
-  LFQ_DEVICE double gradient() {
+  LFQ_CALLED double gradient() {
     T *const x = flow.x, *const spare_x = flow.spare_x, *const g = flow.g, *const spare_g = flow.spare_g;
     double log_det = 0;
     __syncthreads();

@@ -6,32 +6,40 @@
 namespace lfq_cuda {
 namespace {
 
-// How a chain fits one block: rows of a strip, threads and shared memory; no rows where it does not.
+// How a chain fits one block: the kernel, its threads and shared memory; no kernel where it does not.
+template <class T>
 struct residence {
-  int rows = 0, threads = 0;
+  void (*kernel)(lfq::hmc_arguments, T*) = nullptr;
+  int threads = 0;
   size_t shared = 0;
 };
 
+template <class T, int D, int R, int THREADS>
+bool fits(const lfq_phi4& t, residence<T>& r) {
+  const int64_t strips = volume_of(t) / t.extent[0] * lfq::ceil_div(t.extent[0], R);
+  if (strips > THREADS) return false;
+  r.threads = lfq::whole_warps(strips);
+  r.shared = lfq::sum_scratch(r.threads, lfq::moments<D>::size) + size_t(volume_of(t)) * sizeof(T);
+  if (r.shared > shared_limit()) return false;
+  r.kernel = lfq::resident_kernel<T, D, R, THREADS>;
+  return true;
+}
+
 template <class T>
-residence find_residence(const lfq_phi4& t) {
-  const int64_t volume = volume_of(t);
-  const size_t limit = shared_limit();
-  // Small lattices take short strips, so as to fill more of a block.
-  const auto fits = [&](int rows, int most) {
-    residence r;
-    const int64_t strips = volume / t.extent[0] * lfq::ceil_div(t.extent[0], rows);
-    if (strips > most) return r;
-    r.threads = lfq::whole_warps(strips);
-    r.shared = lfq::sum_scratch(r.threads, 4 + 2 * t.ndim) + size_t(volume) * sizeof(T);
-    if (r.shared <= limit) r.rows = rows;
-    return r;
-  };
-  const residence small = fits(4, lfq::resident_threads<4>);
-  // Long strips are for two dimensions, where many sites go with few places of a row.
-  if (t.ndim != 2 || (small.rows && small.threads <= 256)) return small;
-  for (int rows = 16; rows <= lfq::longest_strip<T>; rows *= 2)
-    if (const residence large = fits(rows, lfq::resident_threads<16>); large.rows) return large;
-  return small;
+residence<T> find_residence(const lfq_phi4& t) {
+  residence<T> r;
+  with_dimension(t.ndim, [&](auto dimension) {
+    constexpr int D = decltype(dimension)::value;
+    if constexpr (D == 2) {
+      // Small lattices take short strips, so as to fill more of a block.
+      if (fits<T, D, 4, 256>(t, r) || fits<T, D, 16, 512>(t, r)) return 0;
+      if constexpr (sizeof(T) == 4) fits<T, D, 16, 1024>(t, r);
+    } else {
+      fits<T, D, 4, 1024>(t, r);
+    }
+    return 0;
+  });
+  return r;
 }
 
 template <class T>
@@ -65,7 +73,7 @@ size_t workspace(const lfq_phi4* t, int64_t n_chains) {
 template <class T>
 int resident(const lfq_phi4* t) {
   if (int e = check_theory(t, 0)) return e;
-  return find_residence<T>(*t).rows > 0;
+  return find_residence<T>(*t).kernel != nullptr;
 }
 
 // A trajectory from `from` through the buffers of w in turn, momenta in w.p, up to the last kick. Returns where the
@@ -141,23 +149,12 @@ int hmc(const lfq_phi4* t, const lfq_hmc* h, int32_t path, int64_t n, T* phi, do
     if (int e = smearing_of(*t, smear, a.smear)) return e;
   if (h->n_samples == 0) return LFQ_OK;
   if (path < LFQ_CUDA_AUTO || path > LFQ_CUDA_TILED) return fail(LFQ_ERR_ARGUMENT, "path: unknown value %d", int(path));
-  const residence r = path == LFQ_CUDA_TILED ? residence() : find_residence<T>(*t);
-  if (path == LFQ_CUDA_RESIDENT && r.rows == 0) return fail(LFQ_ERR_ARGUMENT, "path: a chain of this theory does not fit one block");
-  if (r.rows == 0) {
-    if (int e = check_workspace(ws, bytes, workspace<T>(t, n))) return e;
-    pieces mem(ws);
-    return tiled(*t, *h, n, phi, dh, accepted, a.smear, observables, hmc_work<T>(mem, *t, n), stream);
-  }
-  return with_dimension(t->ndim, [&](auto dimension) {
-    constexpr int D = decltype(dimension)::value;
-    // The longer strips exist in two dimensions only: see find_residence.
-    constexpr int medium = D == 2 ? 16 : 4, longest = D == 2 ? lfq::longest_strip<T> : 4;
-    return launch("HMC",
-                  r.rows == 4    ? lfq::resident_kernel<T, D, 4>
-                  : r.rows == 16 ? lfq::resident_kernel<T, D, medium>
-                                 : lfq::resident_kernel<T, D, longest>,
-                  n, r.threads, r.shared, stream, a, phi);
-  });
+  const residence<T> r = path == LFQ_CUDA_TILED ? residence<T>() : find_residence<T>(*t);
+  if (path == LFQ_CUDA_RESIDENT && !r.kernel) return fail(LFQ_ERR_ARGUMENT, "path: a chain of this theory does not fit one block");
+  if (r.kernel) return launch("HMC", r.kernel, n, r.threads, r.shared, stream, a, phi);
+  if (int e = check_workspace(ws, bytes, workspace<T>(t, n))) return e;
+  pieces mem(ws);
+  return tiled(*t, *h, n, phi, dh, accepted, a.smear, observables, hmc_work<T>(mem, *t, n), stream);
 }
 
 template <class T>

@@ -102,15 +102,9 @@ struct resident_phi4 {
   }
 };
 
-// Most threads of a block, so that field and momenta of R sites stay in registers.
-template <int R>
-constexpr int resident_threads = R <= 4 ? 1024 : 512;
-// The longest strip for which they do.
-template <class T>
-constexpr int longest_strip = sizeof(T) == 4 ? 32 : 16;
-
-template <class T, int D, int R>
-__global__ void __launch_bounds__(resident_threads<R>) resident_kernel(const __grid_constant__ hmc_arguments a, T* phi) {
+// THREADS: the most there may be, so that field and momenta of R sites stay in registers.
+template <class T, int D, int R, int THREADS>
+__global__ void __launch_bounds__(THREADS) resident_kernel(const __grid_constant__ hmc_arguments a, T* phi) {
   T* shared = reinterpret_cast<T*>(lfq_shared + sum_scratch(blockDim.x, moments<D>::size));
   resident_phi4<T, D, R> potential(a, phi + blockIdx.x * a.volume, shared);
   run_chain(potential, a, blockIdx.x);
