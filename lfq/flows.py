@@ -16,7 +16,7 @@ from .io import FileFormatError, load_tensors, save_tensors
 __all__ = ["AffineFlow", "Compose", "Flow", "InterleaveMap", "UpsampleMap", "load_flow"]
 
 _ACTIVATIONS = {"tanh": 0, "leaky_relu": 1}
-_SCALES = {"exp(-|s|)": 0, "exp(s)": 1}
+_SCALES = {"exp(-|s|)": 0, "exp(s)": 1, "even": 2}
 
 
 def _choice(value, table: dict[str, int], name: str) -> str:
@@ -174,7 +174,8 @@ class AffineFlow(Flow):
     """Checkerboard affine couplings (arXiv:2302.08408 sec. 3, arXiv:2310.03381).
 
     Each block updates the even sites given the odd ones, then the odd sites given the updated even ones,
-    then rescales the field: y = x exp(-\\|s\\|) + t with (s, t) from a convolutional net of its own.
+    then rescales the field: y = x e + t with e and t from a convolutional net of its own, whose last layer
+    ends in h = tanh(u).
 
     Parameters
     ----------
@@ -187,8 +188,12 @@ class AffineFlow(Flow):
         Of the hidden layers. The last layer always ends in tanh.
     bias : bool
         Biases break the symmetry phi -> -phi.
-    scale : {"exp(-|s|)", "exp(s)"}
-        With "exp(-|s|)", odd activations and no bias, f(-z) = -f(z).
+    scale : {"exp(-|s|)", "exp(s)", "even"}
+        (s, t) = h with e = exp(-\\|s\\|) or exp(s); or, from `features` outputs, t = sum_c a_c h_c and
+        e = exp(sum_c b_c h_c^2) with trained a and b. With "exp(-|s|)" or "even", odd activations and no bias,
+        f(-z) = -f(z). The force through "exp(-|s|)" jumps where s changes sign; "even" is smooth.
+    features : int
+        1, 2, 4 or 8, with scale "even".
     rescale : bool
         Whether a block ends in y = exp(a) x.
     seed : int
@@ -206,7 +211,7 @@ class AffineFlow(Flow):
 
     def __init__(
         self, kernel_size=3, n_blocks=1, hidden=(), activation="tanh", bias=False, scale="exp(-|s|)",
-        rescale=True, seed=0, ndim=2,
+        rescale=True, seed=0, ndim=2, features=None,
     ):  # fmt: skip
         self.kernel_size = check_count(kernel_size, "kernel_size", 3, 9)
         if self.kernel_size % 2 == 0:
@@ -220,12 +225,17 @@ class AffineFlow(Flow):
         self.activation = _choice(activation, _ACTIVATIONS, "activation")
         self.bias = bool(bias)
         self.scale = _choice(scale, _SCALES, "scale")
+        if (features is not None) != (scale == "even"):
+            raise ValueError(f'features: goes with scale "even", and that with features; got {features!r}')
+        self.features = features
+        if features is not None and check_count(features, "features", 1, 8) not in (1, 2, 4, 8):
+            raise ValueError(f"features: must be 1, 2, 4 or 8, got {features}")
         self.rescale = bool(rescale)
         self.ndim = check_count(ndim, "ndim", 1, 4)
         self._weights = self._initial_weights(check_seed(seed))
 
     def _net_shapes(self) -> list[tuple[int, int]]:
-        channels = (1, *self.hidden, 2)
+        channels = (1, *self.hidden, self.features or 2)
         return list(zip(channels[:-1], channels[1:], strict=True))
 
     def _initial_weights(self, seed: int) -> np.ndarray:
@@ -239,6 +249,8 @@ class AffineFlow(Flow):
                 np.zeros(c_out * self.bias),
             )
         ]
+        n = self.features or 0
+        net += [np.full(n, 0.1), np.zeros(n)]
         widths = np.concatenate([*net, *net, np.zeros(int(self.rescale))])
         widths = np.tile(widths, self.n_blocks)
         normals = np.empty((1, widths.size))
@@ -273,6 +285,7 @@ class AffineFlow(Flow):
         layers["activation"] = np.where(couplings, _ACTIVATIONS[self.activation], 0)
         layers["bias"] = np.where(couplings, self.bias, 0)
         layers["scale"] = np.where(couplings, _SCALES[self.scale], 0)
+        layers["n_features"] = np.where(couplings, self.features or 0, 0)
         layers["weight_offset"] = _offsets(layers)
         return layers
 
@@ -287,7 +300,7 @@ class AffineFlow(Flow):
             "scale": self.scale,
             "rescale": self.rescale,
             "ndim": self.ndim,
-        }
+        } | ({"features": self.features} if self.features else {})
 
     @classmethod
     def from_dict(cls, structure: dict) -> AffineFlow:

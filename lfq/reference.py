@@ -255,11 +255,12 @@ def activation_slope(kind, value):
 class Coupling:
     """One half-update of the checkerboard.
 
-    On active sites, sum(coordinates) % 2 == parity, x = z e^q + t with q = -|s| or q = s and
-    log-det sum q over the active sites; frozen sites stay. (s, t) is the output of a convolutional
-    net that sees the field with active sites set to zero. The derivative of |s| at s = 0 is 0.
+    On active sites, sum(coordinates) % 2 == parity, x = z e^q + t with log-det sum q over the active
+    sites; frozen sites stay. q and t are made of h, the output of a convolutional net that sees the field
+    with active sites set to zero: (s, t) = h with q = -|s| or q = s, or t = sum_c a_c h_c and
+    q = sum_c b_c h_c^2. The derivative of |s| at s = 0 is 0.
 
-    Weights, in order of the net's layers: kernel[out][in][k]..[k], then bias[out] if any.
+    Weights, in order of the net's layers: kernel[out][in][k]..[k], then bias[out] if any; at the end a and b.
 
     Parameters
     ----------
@@ -269,11 +270,13 @@ class Coupling:
     kernel_size : int
         Odd.
     hidden : tuple of int
-        Channels of the hidden layers; the last layer has 2 channels and is followed by tanh.
+        Channels of the hidden layers; the last layer has 2 channels, or `features`, and is followed by tanh.
     activation : "tanh" or "leaky_relu"
         Of the hidden layers.
     bias : bool
-    scale : "exp(-|s|)" or "exp(s)"
+    scale : "exp(-|s|)", "exp(s)" or "even"
+    features : int
+        Of "even".
     """
 
     shape: tuple
@@ -283,6 +286,7 @@ class Coupling:
     activation: str = "tanh"
     bias: bool = False
     scale: str = "exp(-|s|)"
+    features: int = 0
 
     @property
     def input_shape(self):
@@ -291,13 +295,13 @@ class Coupling:
     @property
     def kernel_shapes(self):
         """(c_out, c_in, k, ..., k) of every layer of the net."""
-        channels = (1, *self.hidden, 2)
+        channels = (1, *self.hidden, self.features or 2)
         taps = (self.kernel_size,) * len(self.shape)
         return [(c_out, c_in, *taps) for c_in, c_out in itertools.pairwise(channels)]
 
     @property
     def n_weights(self):
-        return sum(math.prod(shape) + self.bias * shape[0] for shape in self.kernel_shapes)
+        return sum(math.prod(shape) + self.bias * shape[0] for shape in self.kernel_shapes) + 2 * self.features
 
     @property
     def active(self):
@@ -317,7 +321,7 @@ class Coupling:
         return layers
 
     def _net(self, z, weights):
-        """The net's input, the values of its hidden layers, and (s, t), each (channels, ..., *shape)."""
+        """The net's input, the values of its hidden layers, and h, each (channels, ..., *shape)."""
         values = [np.where(self.active, 0.0, z)[np.newaxis]]
         for activation, kernel, bias in self._net_layers(weights):
             u = correlate(values[-1], kernel) + bias.reshape(-1, *[1] * z.ndim)
@@ -325,7 +329,7 @@ class Coupling:
         return values
 
     def _net_vjp(self, values, weights, doutput):
-        """From dL/d(s, t) to dL/dz through the net, and dL/dweights."""
+        """From dL/dh to dL/dz through the net, and dL/dweights of the net."""
         dvalue, dweights = doutput, []
         for i, (activation, kernel, _) in reversed(list(enumerate(self._net_layers(weights)))):
             du = dvalue * activation_slope(activation, values[i + 1])
@@ -334,29 +338,42 @@ class Coupling:
             dweights = [dkernel.ravel(), *([dbias] if self.bias else []), *dweights]
         return np.where(self.active, 0.0, dvalue[0]), np.concatenate(dweights)
 
-    def _log_scale(self, s):
-        """q and dq/ds."""
-        return (-np.abs(s), -np.sign(s)) if self.scale == "exp(-|s|)" else (s, np.ones(s.shape))
+    def _affine(self, h, weights):
+        """q and t from h."""
+        if self.scale == "even":
+            a, b = weights[-2 * self.features :].reshape(2, -1)
+            return np.tensordot(b, h**2, 1), np.tensordot(a, h, 1)
+        s, t = h
+        return -np.abs(s) if self.scale == "exp(-|s|)" else s, t
+
+    def _affine_vjp(self, h, weights, dq, dt):
+        """dL/dh, and dL/d(a, b)."""
+        if self.scale == "even":
+            a, b = weights[-2 * self.features :].reshape(2, -1, *[1] * dq.ndim)
+            sites = tuple(range(1, h.ndim))
+            damplitudes = [(dt * h).sum(axis=sites), (dq * h**2).sum(axis=sites)]
+            return a * dt + 2 * b * h * dq, np.concatenate(damplitudes)
+        return np.stack([dq * (-np.sign(h[0]) if self.scale == "exp(-|s|)" else 1), dt]), np.empty(0)
 
     def forward(self, z, weights):
-        s, t = self._net(z, weights)[-1]
-        q = np.where(self.active, self._log_scale(s)[0], 0.0)
+        q, t = self._affine(self._net(z, weights)[-1], weights)
+        q = np.where(self.active, q, 0.0)
         return np.where(self.active, z * np.exp(q) + t, z), q.sum(axis=_axes(len(self.shape)))
 
     def inverse(self, x, weights):
-        s, t = self._net(x, weights)[-1]
-        q = np.where(self.active, self._log_scale(s)[0], 0.0)
+        q, t = self._affine(self._net(x, weights)[-1], weights)
+        q = np.where(self.active, q, 0.0)
         return np.where(self.active, (x - t) * np.exp(-q), x), -q.sum(axis=_axes(len(self.shape)))
 
     def vjp(self, z, weights, dx, dlog_det):
         values = self._net(z, weights)
-        s, _ = values[-1]
-        q, slope = self._log_scale(s)
+        q, _ = self._affine(values[-1], weights)
         dlog_det = np.expand_dims(dlog_det, _axes(len(self.shape)))
-        ds = (dx * z * np.exp(q) + dlog_det) * slope
-        doutput = np.where(self.active, np.stack([ds, dx]), 0.0)
-        dz_net, dweights = self._net_vjp(values, weights, doutput)
-        return np.where(self.active, dx * np.exp(q), dx) + dz_net, dweights
+        dt = np.where(self.active, dx, 0.0)
+        dq = np.where(self.active, dx * z * np.exp(q) + dlog_det, 0.0)
+        dh, damplitudes = self._affine_vjp(values[-1], weights, dq, dt)
+        dz_net, dweights = self._net_vjp(values, weights, dh)
+        return np.where(self.active, dx * np.exp(q), dx) + dz_net, np.concatenate([dweights, damplitudes])
 
 
 @dataclass(frozen=True)

@@ -78,8 +78,12 @@ int check_layer(int index, const lfq_layer& l) {
                   LFQ_MAX_CHANNELS);
   if (l.activation != LFQ_TANH && l.activation != LFQ_LEAKY_RELU)
     return fail(LFQ_ERR_ARGUMENT, "%s: unknown activation %d", what, int(l.activation));
-  if (l.scale != LFQ_SCALE_NEG_ABS && l.scale != LFQ_SCALE_EXP)
+  if (l.scale < LFQ_SCALE_NEG_ABS || l.scale > LFQ_SCALE_EVEN)
     return fail(LFQ_ERR_ARGUMENT, "%s: unknown scale %d", what, int(l.scale));
+  const int n = l.n_features;
+  if (l.scale == LFQ_SCALE_EVEN ? n != 1 && n != 2 && n != 4 && n != LFQ_MAX_FEATURES : n != 0)
+    return fail(LFQ_ERR_ARGUMENT, "%s: n_features is %d, must be %s", what, n,
+                l.scale == LFQ_SCALE_EVEN ? "1, 2, 4 or 8" : "0 with this scale");
   if (l.bias != 0 && l.bias != 1) return fail(LFQ_ERR_ARGUMENT, "%s: bias is %d, must be 0 or 1", what, int(l.bias));
   return LFQ_OK;
 }
@@ -444,11 +448,11 @@ int64_t lfq_layer_n_weights(const lfq_layer* l) {
   int64_t taps = 1, n = 0, channels = 1;
   for (int i = 0; i < l->ndim; ++i) taps *= l->kernel_size;
   for (int i = 0; i <= l->n_hidden; ++i) {
-    const int64_t out = i < l->n_hidden ? l->hidden[i] : 2;
+    const int64_t out = i < l->n_hidden ? l->hidden[i] : l->n_features > 0 ? l->n_features : 2;
     n += taps * channels * out + (l->bias ? out : 0);
     channels = out;
   }
-  return n;
+  return n + 2 * l->n_features;
 }
 int lfq_flow_check(const lfq_flow* flow) { return check_flow(flow); }
 

@@ -20,13 +20,16 @@ struct layer_plan {
   T* weight[max_convolutions];      // [tap][in][out]
   T* transposed[max_convolutions];  // [opposite tap][out][in]: the convolution that goes backward
   T* bias[max_convolutions];        // null without biases
+  T amplitude[2 * LFQ_MAX_FEATURES];
+  int64_t amplitude_at;
   int64_t cache_at;
   // rescale and upsample
   lattice coarse;
   T factor, coefficient[LFQ_MAX_DIM + 1], width[LFQ_MAX_DIM + 1];
 
+  int outputs() const { return channels[n_convolutions]; }
   int64_t cache_size() const {
-    if (spec.kind == LFQ_LAYER_COUPLING) return 2 * lat.volume;
+    if (spec.kind == LFQ_LAYER_COUPLING) return ((outputs() > 2 ? outputs() : 2) + 2) * (lat.volume / 2);
     return spec.kind == LFQ_LAYER_UPSAMPLE || spec.kind == LFQ_LAYER_INTERLEAVE ? coarse.volume : 0;
   }
 };
@@ -39,7 +42,7 @@ struct flow_plan {
   int n_layers = 0;
   layer_plan<T>* layers = nullptr;
   int64_t volume = 0, first_volume = 0, n_weights = 0;
-  int64_t cache_size = 0, hidden_size = 0, channel_size = 0;
+  int64_t cache_size = 0, hidden_size = 0, channel_size = 0, cotangent_size = 0;
   double log_det_constant = 0;
   bool resizing = false;
   int fused_at = -1;  // where the last layers are a block that block_kernels.hpp fuses with the action
@@ -81,7 +84,10 @@ struct flow_plan {
     const auto plain = [](const lfq_layer& l) {
       return l.kind == LFQ_LAYER_COUPLING && l.ndim == 2 && l.kernel_size == 3 && l.n_hidden == 0;
     };
-    return plain(a) && plain(b) && a.parity != b.parity && a.scale == b.scale && a.bias == b.bias ? at : -1;
+    return plain(a) && plain(b) && a.parity != b.parity && a.scale == b.scale && a.n_features == b.n_features &&
+                   a.bias == b.bias
+               ? at
+               : -1;
   }
 
   void plan_coupling(arena& mem, layer_plan<T>& l, const double* w, bool fill) {
@@ -89,13 +95,15 @@ struct flow_plan {
     l.win.plan(mem, l.lat, s.kernel_size);
     l.n_convolutions = s.n_hidden + 1;
     l.channels[0] = 1;
-    int64_t hidden = 0, widest = 2;
+    const int outputs = s.n_features > 0 ? s.n_features : 2;
+    int64_t hidden = 0, widest = outputs > 2 ? outputs : 2;
     for (int c = 0; c < s.n_hidden; ++c) {
       l.channels[c + 1] = s.hidden[c];
       hidden += s.hidden[c];
       if (s.hidden[c] > widest) widest = s.hidden[c];
     }
-    l.channels[s.n_hidden + 1] = 2;
+    l.channels[s.n_hidden + 1] = outputs;
+    if (outputs * (l.lat.volume / 2) > cotangent_size) cotangent_size = outputs * (l.lat.volume / 2);
     if (hidden * l.lat.volume > hidden_size) hidden_size = hidden * l.lat.volume;
     if (widest * l.lat.volume > channel_size) channel_size = widest * l.lat.volume;
     int64_t at = 0;
@@ -121,6 +129,9 @@ struct flow_plan {
       }
       at += n + (s.bias ? no : 0);
     }
+    l.amplitude_at = s.weight_offset + at;
+    if (fill)
+      for (int i = 0; i < 2 * s.n_features; ++i) l.amplitude[i] = T(w[at + i]);
   }
 
   void plan_upsample(layer_plan<T>& l, const double* w, bool fill) {
@@ -165,7 +176,7 @@ struct flow_work {
     gz = f.resizing ? mem.take<V>(f.volume) : g;
     cache = mem.take<V>(f.cache_size);
     dchannel[1] = mem.take<V>(f.channel_size);
-    du = mem.take<V>(f.volume);
+    du = mem.take<V>(f.cotangent_size);
     dweights = weights ? mem.take<V>(f.n_weights) : nullptr;
     weight_sums = weights ? mem.take<lane_sum<T>>(f.n_weights) : nullptr;
   }
@@ -196,14 +207,32 @@ struct row_taps {
     else
       return field[i][wrap[i][x]];
   }
-  // The same of a field that keeps pairs of numbers in the places of two neighbours.
-  LFQ_HD void at_pair(int i, int x, simd<T>& first, simd<T>& second) const {
-    const simd<T>* p = field[i] + (wrap[i][x] & ~1);
-    first = p[0], second = p[1];
+};
+
+// The same of N numbers for each site of one parity.
+template <class T, int NT, int N>
+struct row_cotangents {
+  static constexpr int capacity = NT ? NT : max_resolved_taps;
+  int run_time_n;
+  const simd<T>* row[capacity];
+  const int32_t* wrap[capacity];
+  int32_t number[capacity];
+  LFQ_HD int n() const { return NT ? NT : run_time_n; }
+  LFQ_HD row_cotangents(const window& w, const simd<T>* du, const int64_t* rows) {
+    run_time_n = w.n[1];
+    for (int i = 0; i < n(); ++i) {
+      number[i] = w.taps[1][i];
+      row[i] = du + N * (rows[w.row_of[number[i]]] / 2);
+      wrap[i] = w.wrap + w.dx[number[i]];
+    }
   }
-  LFQ_HD void at_pair(int i, int x, twin<T>& first, twin<T>& second) const {
-    at_pair(i, x, first.a, second.a);
-    at_pair(i, x + 2, first.b, second.b);
+  LFQ_HD const simd<T>* at(int i, int x) const { return row[i] + N * (wrap[i][x] >> 1); }
+  template <class R>
+  LFQ_HD R get(int i, int x, int c) const {
+    if constexpr (span<R>::sites == 2)
+      return {at(i, x)[c], at(i, x + 2)[c]};
+    else
+      return at(i, x)[c];
   }
 };
 
@@ -221,11 +250,42 @@ LFQ_HD void with_taps(int n, F&& f) {
   f(constant<0>());
 }
 
+// Calls f with what a coupling makes of its net's outputs, and their number.
 template <class F>
-LFQ_HD void with_scale(int32_t kind, F&& f) {
-  if (kind == LFQ_SCALE_NEG_ABS) return f(constant<int(scale_kind::neg_abs)>());
-  f(constant<int(scale_kind::exp)>());
+LFQ_HD void with_scale(const lfq_layer& l, F&& f) {
+  constexpr constant<int(scale_kind::even)> even;
+  if (l.scale == LFQ_SCALE_NEG_ABS) return f(constant<int(scale_kind::neg_abs)>(), constant<2>());
+  if (l.scale == LFQ_SCALE_EXP) return f(constant<int(scale_kind::exp)>(), constant<2>());
+  if (l.n_features == 1) return f(even, constant<1>());
+  if (l.n_features == 2) return f(even, constant<2>());
+  if (l.n_features == 4) return f(even, constant<4>());
+  f(even, constant<8>());
 }
+
+// The gradient of a coupling's amplitudes.
+template <class T, scale_kind S, int N>
+struct amplitude_gradient {
+  using V = simd<T>;
+  V a[N], b[N];
+  amplitude_gradient() {
+    for (int i = 0; i < N; ++i) a[i] = b[i] = V(T(0));
+  }
+  template <class R>
+  LFQ_HD void add(const R (&h)[N], R dy, R ds) {
+    if constexpr (S == scale_kind::even)
+      for (int i = 0; i < N; ++i) {
+        a[i] = span<R>::dot(dy, h[i], a[i]);
+        b[i] = span<R>::dot(ds, h[i] * h[i], b[i]);
+      }
+  }
+  void store(const layer_plan<T>& l, lane_mask<T> keep, V* dweights) const {
+    if constexpr (S == scale_kind::even)
+      for (int i = 0; i < N; ++i) {
+        dweights[l.amplitude_at + i] += masked<T>(keep, a[i]);
+        dweights[l.amplitude_at + N + i] += masked<T>(keep, b[i]);
+      }
+  }
+};
 
 template <class T>
 struct flow_group {
@@ -258,8 +318,8 @@ struct flow_group {
     }
   }
 
-  // Calls f(first site, u_s, u_t) for the active sites, two at a time (see span) where a row has them.
-  template <class F>
+  // Calls f(first site, outputs) for the active sites, two at a time (see span) where a row has them.
+  template <int N, class F>
   void net(const layer_plan<T>& l, const V* x, F&& f) const {
     const int active = l.spec.parity, last = l.n_convolutions - 1;
     if (last > 0) {
@@ -267,32 +327,35 @@ struct flow_group {
       const V* in = work.hidden;
       for (int c = 1; c < last; ++c) in += l.lat.volume * l.channels[c];
       V* u = work.dchannel[0];
-      convolve(l.win, active, 2, in, l.channels[last], l.weight[last], 2, l.bias[last],
-               [&](int64_t site, int ch, V v) { u[2 * site + ch] = v; });
+      convolve(l.win, active, 2, in, l.channels[last], l.weight[last], N, l.bias[last],
+               [&](int64_t site, int ch, V v) { u[N * site + ch] = v; });
       for (int64_t r = 0; r < l.lat.n_rows; ++r)
         every_other(l.lat.row_parity(r) ^ active, l.lat.length, [&](auto real, int c) LFQ_LAMBDA_INLINE {
           using S = span<decltype(real)>;
           const int64_t site = r * l.lat.length + c;
-          f(site, S::at(u + 2 * site, 4), S::at(u + 2 * site + 1, 4));
+          decltype(real) out[N];
+          for (int i = 0; i < N; ++i) out[i] = S::at(u + N * site + i, 2 * N);
+          f(site, out);
         });
       return;
     }
     with_taps(l.win.n[1], [&](auto nt) {
       constexpr int NT = decltype(nt)::value;
-      const V bs(l.bias[0] ? l.bias[0][0] : T(0)), bt(l.bias[0] ? l.bias[0][1] : T(0));
+      V bias[N];
+      for (int i = 0; i < N; ++i) bias[i] = V(l.bias[0] ? l.bias[0][i] : T(0));
       for (int64_t r = 0; r < l.lat.n_rows; ++r) {
         const int64_t* rows = l.win.rows(r);
         const row_taps<T, NT> taps(l.win, x, rows);
         every_other(l.lat.row_parity(r) ^ active, l.lat.length, [&](auto real, int c) LFQ_LAMBDA_INLINE {
           using R = decltype(real);
-          R us(bs), ut(bt);
+          R out[N];
+          for (int k = 0; k < N; ++k) out[k] = R(bias[k]);
           for (int i = 0; i < taps.n(); ++i) {
             const R v = taps.template at<R>(i, c);
-            const T* w = l.weight[0] + 2 * taps.number[i];
-            us = fma(R(w[0]), v, us);
-            ut = fma(R(w[1]), v, ut);
+            const T* w = l.weight[0] + N * taps.number[i];
+            for (int k = 0; k < N; ++k) out[k] = fma(R(w[k]), v, out[k]);
           }
-          f(r * l.lat.length + c, us, ut);
+          f(r * l.lat.length + c, out);
         });
       }
     });
@@ -302,68 +365,74 @@ struct flow_group {
   template <bool CACHE, bool LOG_DET>
   void couple(const layer_plan<T>& l, V* x, site_sum<T>& log_det) const {
     V* cache = work.cache + (CACHE ? l.cache_at : 0);
-    with_scale(l.spec.scale, [&](auto k) {
-      constexpr scale_kind S = scale_kind(decltype(k)::value);
-      net(l, x, [&](int64_t site, auto us, auto ut) LFQ_LAMBDA_INLINE {
-        using R = decltype(us);
-        const affine_site<R> a = affine_parameters<S>(us, ut);
+    with_scale(l.spec, [&](auto kind, auto n) {
+      constexpr scale_kind S = scale_kind(decltype(kind)::value);
+      constexpr int N = decltype(n)::value;
+      net<N>(l, x, [&](int64_t site, const auto& u) LFQ_LAMBDA_INLINE {
+        using R = std::decay_t<decltype(u[0])>;
+        const affine_site<R, N> a = affine_parameters<S>(u, l.amplitude);
         const R before = span<R>::at(x + site, 2);
         if constexpr (CACHE) {
-          V* c = cache + 4 * (site >> 1);
-          span<R>::put(c, 4, a.s), span<R>::put(c + 1, 4, a.t);
-          span<R>::put(c + 2, 4, a.e), span<R>::put(c + 3, 4, before);
+          V* c = cache + (N + 2) * (site >> 1);
+          for (int k = 0; k < N; ++k) span<R>::put(c + k, N + 2, a.h[k]);
+          span<R>::put(c + N, N + 2, a.e), span<R>::put(c + N + 1, N + 2, before);
         }
         span<R>::put(x + site, 2, fma(before, a.e, a.t));
         int64_t i = site >> 1;
-        if constexpr (LOG_DET) span<R>::each(affine_log_det<S>(a.s), [&](V v) LFQ_LAMBDA_INLINE { log_det.add(i++, v); });
+        if constexpr (LOG_DET) span<R>::each(a.log_e, [&](V v) LFQ_LAMBDA_INLINE { log_det.add(i++, v); });
       });
     });
   }
   void uncouple(const layer_plan<T>& l, V* x, site_sum<T>& log_det) const {
-    with_scale(l.spec.scale, [&](auto k) {
-      constexpr scale_kind S = scale_kind(decltype(k)::value);
-      net(l, x, [&](int64_t site, auto us, auto ut) LFQ_LAMBDA_INLINE {
-        using R = decltype(us);
-        const affine_site<R> a = affine_parameters<S>(us, ut);
+    with_scale(l.spec, [&](auto kind, auto n) {
+      constexpr scale_kind S = scale_kind(decltype(kind)::value);
+      constexpr int N = decltype(n)::value;
+      net<N>(l, x, [&](int64_t site, const auto& u) LFQ_LAMBDA_INLINE {
+        using R = std::decay_t<decltype(u[0])>;
+        const affine_site<R, N> a = affine_parameters<S>(u, l.amplitude);
         span<R>::put(x + site, 2, (span<R>::at(x + site, 2) - a.t) / a.e);
         int64_t i = site >> 1;
-        span<R>::each(affine_log_det<S>(a.s), [&](V v) LFQ_LAMBDA_INLINE { log_det.add(i++, -v); });
+        span<R>::each(a.log_e, [&](V v) LFQ_LAMBDA_INLINE { log_det.add(i++, -v); });
       });
     });
   }
   // Restores x to the layer's input and turns g from dL/dy into dL/dx.
   template <bool WEIGHTS>
   void couple_backward(const layer_plan<T>& l, V* x, V* g, V dlog_det) const {
-    with_scale(l.spec.scale, [&](auto k) {
-      constexpr scale_kind S = scale_kind(decltype(k)::value);
+    with_scale(l.spec, [&](auto kind, auto n) {
+      constexpr scale_kind S = scale_kind(decltype(kind)::value);
+      constexpr int N = decltype(n)::value;
       if (l.n_convolutions > 1)
-        hidden_backward<WEIGHTS, S>(l, x, g, dlog_det);
+        hidden_backward<WEIGHTS, S, N>(l, x, g, dlog_det);
       else
-        with_taps(l.win.n[1], [&](auto nt) { direct_backward<WEIGHTS, S, decltype(nt)::value>(l, x, g, dlog_det); });
+        with_taps(l.win.n[1], [&](auto nt) { direct_backward<WEIGHTS, S, N, decltype(nt)::value>(l, x, g, dlog_det); });
     });
   }
 
-  template <scale_kind S, class R>
-  LFQ_HD void site_backward(const V* cache, V* x, V* g, int64_t site, V dlog_det, R& du_s, R& du_t) const {
+  template <bool WEIGHTS, scale_kind S, int N, class R>
+  LFQ_HD void site_backward(const layer_plan<T>& l, V* x, V* g, int64_t site, V dlog_det, R (&du)[N],
+                            amplitude_gradient<T, S, N>& grad) const {
     using P = span<R>;
-    const V* c = cache + 4 * (site >> 1);
-    const affine_site<R> a = {P::at(c, 4), P::at(c + 1, 4), P::at(c + 2, 4)};
-    const R before = P::at(c + 3, 4), dy = P::at(g + site, 2);
-    affine_backward<S>(a, before * a.e, dy, R(dlog_det), du_s, du_t);
-    P::put(g + site, 2, dy * a.e);
+    const V* c = work.cache + l.cache_at + (N + 2) * (site >> 1);
+    R h[N];
+    for (int i = 0; i < N; ++i) h[i] = P::at(c + i, N + 2);
+    const R e = P::at(c + N, N + 2), before = P::at(c + N + 1, N + 2), dy = P::at(g + site, 2);
+    const R ds = affine_backward<S>(h, l.amplitude, before * e, dy, R(dlog_det), du);
+    if constexpr (WEIGHTS) grad.add(h, dy, ds);
+    P::put(g + site, 2, dy * e);
     P::put(x + site, 2, before);
   }
 
-  template <bool WEIGHTS, scale_kind S, int NT>
+  template <bool WEIGHTS, scale_kind S, int N, int NT>
   void direct_backward(const layer_plan<T>& l, V* x, V* g, V dlog_det) const {
     const int active = l.spec.parity, L = l.lat.length;
-    const V* cache = work.cache + l.cache_at;
     V* du = work.du;
-    V bias_s(T(0)), bias_t(T(0));
-    V acc[NT ? 2 * NT : 1];
+    V bias[N], acc[NT ? N * NT : 1];
+    amplitude_gradient<T, S, N> amplitudes;
     V* dw = nullptr;
     if constexpr (WEIGHTS) {
       dw = work.dweights + l.weight_at[0];
+      for (V& b : bias) b = V(T(0));
       if constexpr (NT > 0)
         for (V& a : acc) a = V(T(0));
     }
@@ -373,18 +442,15 @@ struct flow_group {
         using R = decltype(real);
         using P = span<R>;
         const int64_t site = r * L + c;
-        R us, ut;
-        site_backward<S>(cache, x, g, site, dlog_det, us, ut);
-        V* u = du + (site & ~int64_t(1));
-        P::put(u, 2, us), P::put(u + 1, 2, ut);
+        R u[N];
+        site_backward<WEIGHTS>(l, x, g, site, dlog_det, u, amplitudes);
+        for (int k = 0; k < N; ++k) P::put(du + N * (site >> 1) + k, N, u[k]);
         if constexpr (WEIGHTS) {
-          bias_s = P::sum(us, bias_s);
-          bias_t = P::sum(ut, bias_t);
+          for (int k = 0; k < N; ++k) bias[k] = P::sum(u[k], bias[k]);
           for (int i = 0; i < taps.n(); ++i) {
             const R v = taps.template at<R>(i, c);
-            V* a = NT ? acc + 2 * i : dw + 2 * taps.number[i];
-            a[0] = P::dot(us, v, a[0]);
-            a[1] = P::dot(ut, v, a[1]);
+            V* a = NT ? acc + N * i : dw + N * taps.number[i];
+            for (int k = 0; k < N; ++k) a[k] = P::dot(u[k], v, a[k]);
           }
         }
       });
@@ -392,45 +458,42 @@ struct flow_group {
     if constexpr (WEIGHTS) {
       if constexpr (NT > 0)
         for (int i = 0; i < NT; ++i)
-          for (int c = 0; c < 2; ++c) dw[2 * l.win.taps[1][i] + c] += acc[2 * i + c];
-      if (l.bias[0]) {
-        work.dweights[l.bias_at[0]] += bias_s;
-        work.dweights[l.bias_at[0] + 1] += bias_t;
-      }
+          for (int k = 0; k < N; ++k) dw[N * l.win.taps[1][i] + k] += acc[N * i + k];
+      if (l.bias[0])
+        for (int k = 0; k < N; ++k) work.dweights[l.bias_at[0] + k] += bias[k];
+      amplitudes.store(l, ~lane_mask<T>{}, work.dweights);
     }
     for (int64_t r = 0; r < l.lat.n_rows; ++r) {
-      const row_taps<T, NT> taps(l.win, du, l.win.rows(r));
+      const row_cotangents<T, NT, N> taps(l.win, du, l.win.rows(r));
       every_other(l.lat.row_parity(r) ^ active ^ 1, L, [&](auto real, int c) LFQ_LAMBDA_INLINE {
         using R = decltype(real);
         using P = span<R>;
         V* target = g + r * L + c;
         R sum = P::at(target, 2);
         for (int i = 0; i < taps.n(); ++i) {
-          const T* w = l.transposed[0] + 2 * taps.number[i];
-          R us, ut;
-          taps.at_pair(i, c, us, ut);
-          sum = fma(R(w[0]), us, sum);
-          sum = fma(R(w[1]), ut, sum);
+          const T* w = l.transposed[0] + N * taps.number[i];
+          for (int k = 0; k < N; ++k) sum = fma(R(w[k]), taps.template get<R>(i, c, k), sum);
         }
         P::put(target, 2, sum);
       });
     }
   }
 
-  template <bool WEIGHTS, scale_kind S>
+  template <bool WEIGHTS, scale_kind S, int N>
   void hidden_backward(const layer_plan<T>& l, V* x, V* g, V dlog_det) const {
     const int active = l.spec.parity, L = l.lat.length, last = l.n_convolutions - 1;
     const activation_kind act = activation_kind(l.spec.activation);
-    const V* cache = work.cache + l.cache_at;
     V* dout = work.dchannel[0];
+    amplitude_gradient<T, S, N> amplitudes;
     for (int64_t r = 0; r < l.lat.n_rows; ++r)
       every_other(l.lat.row_parity(r) ^ active, L, [&](auto real, int c) LFQ_LAMBDA_INLINE {
         using R = decltype(real);
         const int64_t site = r * L + c;
-        R us, ut;
-        site_backward<S>(cache, x, g, site, dlog_det, us, ut);
-        span<R>::put(dout + 2 * site, 4, us), span<R>::put(dout + 2 * site + 1, 4, ut);
+        R u[N];
+        site_backward<WEIGHTS>(l, x, g, site, dlog_det, u, amplitudes);
+        for (int k = 0; k < N; ++k) span<R>::put(dout + N * site + k, 2 * N, u[k]);
       });
+    if constexpr (WEIGHTS) amplitudes.store(l, ~lane_mask<T>{}, work.dweights);
     run_hidden(l, x);
     const V* h = work.hidden;
     for (int c = 1; c <= last; ++c) h += l.lat.volume * l.channels[c];
@@ -684,6 +747,7 @@ struct flow_group {
         if (l.bias[c])
           for (int co = 0; co < no; ++co) grad[l.bias_at[c] + co] = lanes(l.bias_at[c] + co);
       }
+      for (int i = 0; i < 2 * l.spec.n_features; ++i) grad[l.amplitude_at + i] = lanes(l.amplitude_at + i);
     }
   }
 };

@@ -28,10 +28,11 @@
 extern "C" {
 #endif
 
-#define LFQ_ABI_VERSION 2
+#define LFQ_ABI_VERSION 3
 #define LFQ_MAX_DIM 4
 #define LFQ_MAX_HIDDEN 4
 #define LFQ_MAX_CHANNELS 64
+#define LFQ_MAX_FEATURES 8
 #define LFQ_MAX_STAGES 8
 #define LFQ_N_OBSERVABLES 6
 
@@ -66,7 +67,12 @@ enum lfq_layer_kind {
 };
 enum lfq_cluster_kind { LFQ_CLUSTER_SWENDSEN_WANG = 0, LFQ_CLUSTER_WOLFF = 1 };
 enum lfq_activation { LFQ_TANH = 0, LFQ_LEAKY_RELU = 1 };
-enum lfq_scale { LFQ_SCALE_NEG_ABS = 0 /* exp(-|s|) */, LFQ_SCALE_EXP = 1 /* exp(s) */ };
+/* What a coupling makes of h = tanh(outputs of its net): y = x e + t. */
+enum lfq_scale {
+  LFQ_SCALE_NEG_ABS = 0,  /* (s, t) = h, e = exp(-|s|) */
+  LFQ_SCALE_EXP = 1,      /* (s, t) = h, e = exp(s) */
+  LFQ_SCALE_EVEN = 2      /* t = sum_c a_c h_c, e = exp(sum_c b_c h_c^2); the layer's weights end in a, b */
+};
 
 typedef struct lfq_phi4 {
   int32_t ndim;                 /* 1..4 */
@@ -86,6 +92,8 @@ typedef struct lfq_layer {
   int32_t activation;           /* of the hidden layers */
   int32_t bias;                 /* 0 or 1 */
   int32_t scale;
+  int32_t n_features;           /* LFQ_SCALE_EVEN: outputs of the net, 1, 2, 4 or 8; else 0 */
+  int32_t reserved;
   int64_t weight_offset;        /* where this layer's weights begin in the flow's weight vector */
 } lfq_layer;
 
