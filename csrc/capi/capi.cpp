@@ -78,12 +78,13 @@ int check_layer(int index, const lfq_layer& l) {
                   LFQ_MAX_CHANNELS);
   if (l.activation != LFQ_TANH && l.activation != LFQ_LEAKY_RELU)
     return fail(LFQ_ERR_ARGUMENT, "%s: unknown activation %d", what, int(l.activation));
-  if (l.scale < LFQ_SCALE_NEG_ABS || l.scale > LFQ_SCALE_EVEN)
+  if (l.scale < LFQ_SCALE_NEG_ABS || l.scale > LFQ_SCALE_SITE)
     return fail(LFQ_ERR_ARGUMENT, "%s: unknown scale %d", what, int(l.scale));
   const int n = l.n_features;
-  if (l.scale == LFQ_SCALE_EVEN ? n != 1 && n != 2 && n != 4 && n != LFQ_MAX_FEATURES : n != 0)
+  const bool even = l.scale == LFQ_SCALE_EVEN, site = l.scale == LFQ_SCALE_SITE;
+  if (even ? n != 1 && n != 2 && n != 4 && n != LFQ_MAX_FEATURES : n < 0 || n > (site ? 2 : 0))
     return fail(LFQ_ERR_ARGUMENT, "%s: n_features is %d, must be %s", what, n,
-                l.scale == LFQ_SCALE_EVEN ? "1, 2, 4 or 8" : "0 with this scale");
+                even ? "1, 2, 4 or 8" : site ? "0, 1 or 2" : "0 with this scale");
   if (l.bias != 0 && l.bias != 1) return fail(LFQ_ERR_ARGUMENT, "%s: bias is %d, must be 0 or 1", what, int(l.bias));
   return LFQ_OK;
 }
@@ -448,11 +449,11 @@ int64_t lfq_layer_n_weights(const lfq_layer* l) {
   int64_t taps = 1, n = 0, channels = 1;
   for (int i = 0; i < l->ndim; ++i) taps *= l->kernel_size;
   for (int i = 0; i <= l->n_hidden; ++i) {
-    const int64_t out = i < l->n_hidden ? l->hidden[i] : l->n_features > 0 ? l->n_features : 2;
+    const int64_t out = i < l->n_hidden ? l->hidden[i] : lfq_internal::net_outputs(*l);
     n += taps * channels * out + (l->bias ? out : 0);
     channels = out;
   }
-  return n + 2 * l->n_features;
+  return n + lfq_internal::coupling_parameters(*l);
 }
 int lfq_flow_check(const lfq_flow* flow) { return check_flow(flow); }
 

@@ -1,6 +1,7 @@
 // A flow on one group: forward, inverse, and the hand-written backward pass.
 #pragma once
 #include "cpu/convolution.hpp"
+#include "cpu/table.hpp"
 #include "lfq/coupling.hpp"
 
 LFQ_NAMESPACE_BEGIN
@@ -20,8 +21,8 @@ struct layer_plan {
   T* weight[max_convolutions];      // [tap][in][out]
   T* transposed[max_convolutions];  // [opposite tap][out][in]: the convolution that goes backward
   T* bias[max_convolutions];        // null without biases
-  T amplitude[2 * LFQ_MAX_FEATURES];
-  int64_t amplitude_at;
+  T parameters[2 * LFQ_MAX_FEATURES];  // as couple_site takes them
+  int64_t parameters_at;
   int64_t cache_at;
   // rescale and upsample
   lattice coarse;
@@ -29,7 +30,7 @@ struct layer_plan {
 
   int outputs() const { return channels[n_convolutions]; }
   int64_t cache_size() const {
-    if (spec.kind == LFQ_LAYER_COUPLING) return ((outputs() > 2 ? outputs() : 2) + 2) * (lat.volume / 2);
+    if (spec.kind == LFQ_LAYER_COUPLING) return (outputs() + 3) * (lat.volume / 2);
     return spec.kind == LFQ_LAYER_UPSAMPLE || spec.kind == LFQ_LAYER_INTERLEAVE ? coarse.volume : 0;
   }
 };
@@ -95,7 +96,7 @@ struct flow_plan {
     l.win.plan(mem, l.lat, s.kernel_size);
     l.n_convolutions = s.n_hidden + 1;
     l.channels[0] = 1;
-    const int outputs = s.n_features > 0 ? s.n_features : 2;
+    const int outputs = lfq_internal::net_outputs(s);
     int64_t hidden = 0, widest = outputs > 2 ? outputs : 2;
     for (int c = 0; c < s.n_hidden; ++c) {
       l.channels[c + 1] = s.hidden[c];
@@ -129,9 +130,11 @@ struct flow_plan {
       }
       at += n + (s.bias ? no : 0);
     }
-    l.amplitude_at = s.weight_offset + at;
+    l.parameters_at = s.weight_offset + at;
     if (fill)
-      for (int i = 0; i < 2 * s.n_features; ++i) l.amplitude[i] = T(w[at + i]);
+      for (int i = 0; i < lfq_internal::coupling_parameters(s); ++i)
+        l.parameters[i] = T(i < 2 * s.n_features ? w[at + i] : ::exp(w[at + i]));
+    if (fill && s.scale == LFQ_SCALE_SITE) l.parameters[2 * s.n_features + 3] = T(1) / l.parameters[2 * s.n_features];
   }
 
   void plan_upsample(layer_plan<T>& l, const double* w, bool fill) {
@@ -256,34 +259,33 @@ LFQ_HD void with_scale(const lfq_layer& l, F&& f) {
   constexpr constant<int(scale_kind::even)> even;
   if (l.scale == LFQ_SCALE_NEG_ABS) return f(constant<int(scale_kind::neg_abs)>(), constant<2>());
   if (l.scale == LFQ_SCALE_EXP) return f(constant<int(scale_kind::exp)>(), constant<2>());
+  if (l.scale == LFQ_SCALE_SITE) {
+    constexpr constant<int(scale_kind::site)> site;
+    if (l.n_features == 0) return f(site, constant<1>());
+    if (l.n_features == 1) return f(site, constant<2>());
+    return f(site, constant<3>());
+  }
   if (l.n_features == 1) return f(even, constant<1>());
   if (l.n_features == 2) return f(even, constant<2>());
   if (l.n_features == 4) return f(even, constant<4>());
   f(even, constant<8>());
 }
 
-// The gradient of a coupling's amplitudes.
+// The gradient of the weights behind a coupling's net.
 template <class T, scale_kind S, int N>
-struct amplitude_gradient {
-  using V = simd<T>;
-  V a[N], b[N];
-  amplitude_gradient() {
-    for (int i = 0; i < N; ++i) a[i] = b[i] = V(T(0));
+struct parameter_gradient {
+  static constexpr int n = n_parameters<S, N>;
+  simd<T> sum[n ? n : 1];
+  parameter_gradient() {
+    for (auto& s : sum) s = simd<T>(T(0));
   }
   template <class R>
-  LFQ_HD void add(const R (&h)[N], R dy, R ds) {
-    if constexpr (S == scale_kind::even)
-      for (int i = 0; i < N; ++i) {
-        a[i] = span<R>::dot(dy, h[i], a[i]);
-        b[i] = span<R>::dot(ds, h[i] * h[i], b[i]);
-      }
+  LFQ_HD void add(const layer_plan<T>& l, const R* kept, R x, R y, R dy, R dv, R dlog_det) {
+    parameter_terms<S, N>(kept, l.parameters, x, y, dy, dv, dlog_det,
+                          [&](int i, R a, R b) LFQ_LAMBDA_INLINE { sum[i] = span<R>::dot(a, b, sum[i]); });
   }
-  void store(const layer_plan<T>& l, lane_mask<T> keep, V* dweights) const {
-    if constexpr (S == scale_kind::even)
-      for (int i = 0; i < N; ++i) {
-        dweights[l.amplitude_at + i] += masked<T>(keep, a[i]);
-        dweights[l.amplitude_at + N + i] += masked<T>(keep, b[i]);
-      }
+  void store(const layer_plan<T>& l, lane_mask<T> keep, simd<T>* dweights) const {
+    for (int i = 0; i < n; ++i) dweights[l.parameters_at + i] += masked<T>(keep, sum[i]);
   }
 };
 
@@ -370,16 +372,18 @@ struct flow_group {
       constexpr int N = decltype(n)::value;
       net<N>(l, x, [&](int64_t site, const auto& u) LFQ_LAMBDA_INLINE {
         using R = std::decay_t<decltype(u[0])>;
-        const affine_site<R, N> a = affine_parameters<S>(u, l.amplitude);
         const R before = span<R>::at(x + site, 2);
+        const auto a = couple_site<S>(before, u, l.parameters);
         if constexpr (CACHE) {
-          V* c = cache + (N + 2) * (site >> 1);
-          for (int k = 0; k < N; ++k) span<R>::put(c + k, N + 2, a.h[k]);
-          span<R>::put(c + N, N + 2, a.e), span<R>::put(c + N + 1, N + 2, before);
+          constexpr int kept = n_kept<S, N>, stride = kept + 1;
+          V* c = cache + stride * (site >> 1);
+          for (int k = 0; k < kept; ++k) span<R>::put(c + k, stride, a.kept[k]);
+          span<R>::put(c + kept, stride, before);
         }
-        span<R>::put(x + site, 2, fma(before, a.e, a.t));
+        span<R>::put(x + site, 2, a.y);
         int64_t i = site >> 1;
-        if constexpr (LOG_DET) span<R>::each(a.log_e, [&](V v) LFQ_LAMBDA_INLINE { log_det.add(i++, v); });
+        if constexpr (LOG_DET)
+          span<R>::each(log_slope<S, N>(a.kept, l.parameters), [&](V v) LFQ_LAMBDA_INLINE { log_det.add(i++, v); });
       });
     });
   }
@@ -389,10 +393,10 @@ struct flow_group {
       constexpr int N = decltype(n)::value;
       net<N>(l, x, [&](int64_t site, const auto& u) LFQ_LAMBDA_INLINE {
         using R = std::decay_t<decltype(u[0])>;
-        const affine_site<R, N> a = affine_parameters<S>(u, l.amplitude);
-        span<R>::put(x + site, 2, (span<R>::at(x + site, 2) - a.t) / a.e);
+        R log_dy;
+        span<R>::put(x + site, 2, uncouple_site<S>(span<R>::at(x + site, 2), u, l.parameters, log_dy));
         int64_t i = site >> 1;
-        span<R>::each(a.log_e, [&](V v) LFQ_LAMBDA_INLINE { log_det.add(i++, -v); });
+        span<R>::each(log_dy, [&](V v) LFQ_LAMBDA_INLINE { log_det.add(i++, -v); });
       });
     });
   }
@@ -411,15 +415,16 @@ struct flow_group {
 
   template <bool WEIGHTS, scale_kind S, int N, class R>
   LFQ_HD void site_backward(const layer_plan<T>& l, V* x, V* g, int64_t site, V dlog_det, R (&du)[N],
-                            amplitude_gradient<T, S, N>& grad) const {
+                            parameter_gradient<T, S, N>& grad) const {
     using P = span<R>;
-    const V* c = work.cache + l.cache_at + (N + 2) * (site >> 1);
-    R h[N];
-    for (int i = 0; i < N; ++i) h[i] = P::at(c + i, N + 2);
-    const R e = P::at(c + N, N + 2), before = P::at(c + N + 1, N + 2), dy = P::at(g + site, 2);
-    const R ds = affine_backward<S>(h, l.amplitude, before * e, dy, R(dlog_det), du);
-    if constexpr (WEIGHTS) grad.add(h, dy, ds);
-    P::put(g + site, 2, dy * e);
+    constexpr int n = n_kept<S, N>, stride = n + 1;
+    const V* c = work.cache + l.cache_at + stride * (site >> 1);
+    R kept[n], dv;
+    for (int i = 0; i < n; ++i) kept[i] = P::at(c + i, stride);
+    const R before = P::at(c + n, stride), dy = P::at(g + site, 2);
+    const R dx = couple_site_backward<S>(kept, l.parameters, before, dy, R(dlog_det), du, dv);
+    if constexpr (WEIGHTS) grad.add(l, kept, before, P::at(x + site, 2), dy, dv, R(dlog_det));
+    P::put(g + site, 2, dx);
     P::put(x + site, 2, before);
   }
 
@@ -428,7 +433,7 @@ struct flow_group {
     const int active = l.spec.parity, L = l.lat.length;
     V* du = work.du;
     V bias[N], acc[NT ? N * NT : 1];
-    amplitude_gradient<T, S, N> amplitudes;
+    parameter_gradient<T, S, N> parameters;
     V* dw = nullptr;
     if constexpr (WEIGHTS) {
       dw = work.dweights + l.weight_at[0];
@@ -443,7 +448,7 @@ struct flow_group {
         using P = span<R>;
         const int64_t site = r * L + c;
         R u[N];
-        site_backward<WEIGHTS>(l, x, g, site, dlog_det, u, amplitudes);
+        site_backward<WEIGHTS>(l, x, g, site, dlog_det, u, parameters);
         for (int k = 0; k < N; ++k) P::put(du + N * (site >> 1) + k, N, u[k]);
         if constexpr (WEIGHTS) {
           for (int k = 0; k < N; ++k) bias[k] = P::sum(u[k], bias[k]);
@@ -461,7 +466,7 @@ struct flow_group {
           for (int k = 0; k < N; ++k) dw[N * l.win.taps[1][i] + k] += acc[N * i + k];
       if (l.bias[0])
         for (int k = 0; k < N; ++k) work.dweights[l.bias_at[0] + k] += bias[k];
-      amplitudes.store(l, ~lane_mask<T>{}, work.dweights);
+      parameters.store(l, ~lane_mask<T>{}, work.dweights);
     }
     for (int64_t r = 0; r < l.lat.n_rows; ++r) {
       const row_cotangents<T, NT, N> taps(l.win, du, l.win.rows(r));
@@ -484,16 +489,16 @@ struct flow_group {
     const int active = l.spec.parity, L = l.lat.length, last = l.n_convolutions - 1;
     const activation_kind act = activation_kind(l.spec.activation);
     V* dout = work.dchannel[0];
-    amplitude_gradient<T, S, N> amplitudes;
+    parameter_gradient<T, S, N> parameters;
     for (int64_t r = 0; r < l.lat.n_rows; ++r)
       every_other(l.lat.row_parity(r) ^ active, L, [&](auto real, int c) LFQ_LAMBDA_INLINE {
         using R = decltype(real);
         const int64_t site = r * L + c;
         R u[N];
-        site_backward<WEIGHTS>(l, x, g, site, dlog_det, u, amplitudes);
+        site_backward<WEIGHTS>(l, x, g, site, dlog_det, u, parameters);
         for (int k = 0; k < N; ++k) span<R>::put(dout + N * site + k, 2 * N, u[k]);
       });
-    if constexpr (WEIGHTS) amplitudes.store(l, ~lane_mask<T>{}, work.dweights);
+    if constexpr (WEIGHTS) parameters.store(l, ~lane_mask<T>{}, work.dweights);
     run_hidden(l, x);
     const V* h = work.hidden;
     for (int c = 1; c <= last; ++c) h += l.lat.volume * l.channels[c];
@@ -747,7 +752,8 @@ struct flow_group {
         if (l.bias[c])
           for (int co = 0; co < no; ++co) grad[l.bias_at[c] + co] = lanes(l.bias_at[c] + co);
       }
-      for (int i = 0; i < 2 * l.spec.n_features; ++i) grad[l.amplitude_at + i] = lanes(l.amplitude_at + i);
+      for (int i = 0; i < lfq_internal::coupling_parameters(l.spec); ++i)
+        grad[l.parameters_at + i] = lanes(l.parameters_at + i);
     }
   }
 };

@@ -5,6 +5,14 @@
 
 namespace lfq_internal {
 
+// What the last layer of a coupling's net puts out, and the weights behind the net's.
+inline int net_outputs(const lfq_layer& l) {
+  return l.scale == LFQ_SCALE_SITE ? l.n_features + 1 : l.scale == LFQ_SCALE_EVEN ? l.n_features : 2;
+}
+inline int coupling_parameters(const lfq_layer& l) {
+  return l.scale == LFQ_SCALE_SITE ? 2 * l.n_features + 3 : 2 * l.n_features;
+}
+
 template <class T>
 struct kernels {
   int (*normal)(uint64_t seed, int32_t purpose, uint64_t trajectory, uint64_t first_chain, int64_t n_chains,
