@@ -211,7 +211,7 @@ class AffineFlow(Flow):
 
     def __init__(
         self, kernel_size=3, n_blocks=1, hidden=(), activation="tanh", bias=False, scale="exp(-|s|)",
-        rescale=True, seed=0, ndim=2, features=0,
+        rescale=True, seed=0, ndim=2, features=None,
     ):  # fmt: skip
         self.kernel_size = check_count(kernel_size, "kernel_size", 3, 9)
         if self.kernel_size % 2 == 0:
@@ -225,16 +225,17 @@ class AffineFlow(Flow):
         self.activation = _choice(activation, _ACTIVATIONS, "activation")
         self.bias = bool(bias)
         self.scale = _choice(scale, _SCALES, "scale")
-        allowed = {"even": (1, 2, 4, 8), "site": (0, 1, 2)}.get(scale, (0,))
-        if features not in allowed:
-            raise ValueError(f"features: must be one of {allowed} with scale {scale!r}, got {features!r}")
-        self.features = int(features)
+        if (features is not None) != (scale == "even"):
+            raise ValueError(f'features: goes with scale "even", and that with features; got {features!r}')
+        self.features = features
+        if features is not None and check_count(features, "features", 1, 8) not in (1, 2, 4, 8):
+            raise ValueError(f"features: must be 1, 2, 4 or 8, got {features}")
         self.rescale = bool(rescale)
         self.ndim = check_count(ndim, "ndim", 1, 4)
         self._weights = self._initial_weights(check_seed(seed))
 
     def _net_shapes(self) -> list[tuple[int, int]]:
-        channels = (1, *self.hidden, self.features + 1 if self.scale == "site" else self.features or 2)
+        channels = (1, *self.hidden, 1 if self.scale == "site" else self.features or 2)
         return list(zip(channels[:-1], channels[1:], strict=True))
 
     def _initial_weights(self, seed: int) -> np.ndarray:
@@ -248,7 +249,7 @@ class AffineFlow(Flow):
                 np.zeros(c_out * self.bias),
             )
         ]
-        n = self.features
+        n = self.features or 0
         net += [np.full(n, 0.1), np.zeros(n)]
         means = np.zeros(sum(part.size for part in net))
         if self.scale == "site":
@@ -290,7 +291,7 @@ class AffineFlow(Flow):
         layers["activation"] = np.where(couplings, _ACTIVATIONS[self.activation], 0)
         layers["bias"] = np.where(couplings, self.bias, 0)
         layers["scale"] = np.where(couplings, _SCALES[self.scale], 0)
-        layers["n_features"] = np.where(couplings, self.features, 0)
+        layers["n_features"] = np.where(couplings, self.features or 0, 0)
         layers["weight_offset"] = _offsets(layers)
         return layers
 

@@ -81,10 +81,9 @@ int check_layer(int index, const lfq_layer& l) {
   if (l.scale < LFQ_SCALE_NEG_ABS || l.scale > LFQ_SCALE_SITE)
     return fail(LFQ_ERR_ARGUMENT, "%s: unknown scale %d", what, int(l.scale));
   const int n = l.n_features;
-  const bool even = l.scale == LFQ_SCALE_EVEN, site = l.scale == LFQ_SCALE_SITE;
-  if (even ? n != 1 && n != 2 && n != 4 && n != LFQ_MAX_FEATURES : n < 0 || n > (site ? 2 : 0))
+  if (l.scale == LFQ_SCALE_EVEN ? n != 1 && n != 2 && n != 4 && n != LFQ_MAX_FEATURES : n != 0)
     return fail(LFQ_ERR_ARGUMENT, "%s: n_features is %d, must be %s", what, n,
-                even ? "1, 2, 4 or 8" : site ? "0, 1 or 2" : "0 with this scale");
+                l.scale == LFQ_SCALE_EVEN ? "1, 2, 4 or 8" : "0 with this scale");
   if (l.bias != 0 && l.bias != 1) return fail(LFQ_ERR_ARGUMENT, "%s: bias is %d, must be 0 or 1", what, int(l.bias));
   return LFQ_OK;
 }

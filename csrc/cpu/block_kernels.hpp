@@ -24,7 +24,7 @@ template <class T, block_output OUT, scale_kind S, int N>
 struct fused_block {
   using V = simd<T>;
   static constexpr bool WEIGHTS = OUT == block_output::weights, STEP = OUT == block_output::step;
-  static constexpr int n_numbers = n_kept<S, N>, stride = n_numbers + 1;
+  static constexpr int stride = N + 2;
   enum { up, left, right, down };
 
   struct net {
@@ -77,7 +77,7 @@ struct fused_block {
   const layer_plan<T>&first, &second;
   const V* x;        // the block's input
   V* g;              // its gradient
-  V* kept;                // for each site of the first parity: what backward needs, and y
+  V* kept;                // for each site of the first parity: h, slope and y
   V *parts_b, *parts_c;   // four numbers for each site of a parity
   V* du;                  // N
   V* phi;            // the field, when wanted
@@ -124,7 +124,7 @@ struct fused_block {
   LFQ_HD void sites(int r, int parity, F&& f) const {
     every_other_site<T>((r & 1) ^ parity, n, [&](auto real, int c) LFQ_LAMBDA_INLINE { f(real, int64_t(r) * n + c, c); });
   }
-  LFQ_HD V kept_y(int row, int k) const { return kept[stride * ((int64_t(row) * n + k) >> 1) + n_numbers]; }
+  LFQ_HD V kept_y(int row, int k) const { return kept[stride * ((int64_t(row) * n + k) >> 1) + N + 1]; }
   LFQ_HD int below(int r) const { return r + 1 < n_rows ? r + 1 : 0; }
   LFQ_HD int above(int r) const { return r > 0 ? r - 1 : n_rows - 1; }
   LFQ_HD int column(int k) const { return k < 0 ? k + n : k < n ? k : k - n; }
@@ -164,13 +164,14 @@ struct fused_block {
       R tap[4], u[N];
       neighbours(r, c, tap, [&](int row, int k) LFQ_LAMBDA_INLINE { return x[int64_t(row) * n + k]; });
       net_a(tap, u);
-      const auto a = couple_site<S>(span<R>::at(x + s, 2), u, first.parameters);
+      const coupled_site<R, N> a = couple_site<S>(span<R>::at(x + s, 2), u, first.parameters);
       V* k = kept + stride * (s >> 1);
-      for (int i = 0; i < n_numbers; ++i) span<R>::put(k + i, stride, a.kept[i]);
-      span<R>::put(k + n_numbers, stride, a.y);
+      for (int i = 0; i < N; ++i) span<R>::put(k + i, stride, a.h[i]);
+      span<R>::put(k + N, stride, a.slope);
+      span<R>::put(k + N + 1, stride, a.y);
       if constexpr (ENERGY) {
         int64_t i = s >> 1;
-        span<R>::each(log_slope<S, N>(a.kept, first.parameters), [&](V v) LFQ_LAMBDA_INLINE { log_det.add(i++, v); });
+        span<R>::each(log_slope<S>(a, first.parameters), [&](V v) LFQ_LAMBDA_INLINE { log_det.add(i++, v); });
       }
     });
   }
@@ -182,23 +183,22 @@ struct fused_block {
       neighbours(r, c, tap, [&](int row, int k) LFQ_LAMBDA_INLINE { return kept_y(row, k); });
       net_b(tap, u);
       const R before = span<R>::at(x + s, 2);
-      const auto a = couple_site<S>(before, u, second.parameters);
-      R dv;
+      const coupled_site<R, N> a = couple_site<S>(before, u, second.parameters);
       const R around = (tap[up] + tap[down]) + (tap[left] + tap[right]);
       const R dy = -site.force(a.y, around);
-      span<R>::put(g + s, 2, couple_site_backward<S>(a.kept, second.parameters, before, dy, R(dlog_det), cotangent, dv));
+      span<R>::put(g + s, 2, couple_site_backward<S>(a.h, second.parameters, a.slope, before, dy, R(dlog_det), cotangent));
       const R hopping = -(R(site.beta) * a.y);
       for (int i = 0; i < 4; ++i) span<R>::put(parts_b + 4 * (s >> 1) + i, 4, net_b.part(i, cotangent, hopping));
       if constexpr (WEIGHTS) {
         for (int i = 0; i < N; ++i) span<R>::put(du + N * (s >> 1) + i, N, cotangent[i]);
-        parameters_b.add(second, a.kept, before, a.y, dy, dv, R(dlog_det));
+        parameters_b.add(second, a.h, a.slope, before, a.y, dy, R(dlog_det));
         phi4_sum = span<R>::dot(a.y * a.y, a.y * a.y, phi4_sum);
       }
       if constexpr (ENERGY) {
         int64_t i = s >> 1;
         span<R>::each(site.action(a.y, around), [&](V v) LFQ_LAMBDA_INLINE { action.add(i++, v); });
         i = s >> 1;
-        span<R>::each(log_slope<S, N>(a.kept, second.parameters), [&](V v) LFQ_LAMBDA_INLINE { log_det.add(i++, v); });
+        span<R>::each(log_slope<S>(a, second.parameters), [&](V v) LFQ_LAMBDA_INLINE { log_det.add(i++, v); });
         if (phi) span<R>::put(phi + s, 2, R(factor) * a.y);
       }
     });
@@ -208,15 +208,15 @@ struct fused_block {
     sites(r, first.spec.parity, [&](auto real, int64_t s, int c) LFQ_LAMBDA_INLINE {
       using R = decltype(real);
       const V* k = kept + stride * (s >> 1);
-      R numbers[n_numbers], cotangent[N], dv;
-      for (int i = 0; i < n_numbers; ++i) numbers[i] = span<R>::at(k + i, stride);
-      const R y = span<R>::at(k + n_numbers, stride), before = span<R>::at(x + s, 2);
+      R h[N], cotangent[N];
+      for (int i = 0; i < N; ++i) h[i] = span<R>::at(k + i, stride);
+      const R slope = span<R>::at(k + N, stride), y = span<R>::at(k + N + 1, stride), before = span<R>::at(x + s, 2);
       const R dy = received(r, c, parts_b, -site.force_alone(y));
-      finish(s, couple_site_backward<S>(numbers, first.parameters, before, dy, R(dlog_det), cotangent, dv));
+      finish(s, couple_site_backward<S>(h, first.parameters, slope, before, dy, R(dlog_det), cotangent));
       for (int i = 0; i < 4; ++i) span<R>::put(parts_c + 4 * (s >> 1) + i, 4, net_a.part(i, cotangent, R(T(0))));
       if constexpr (WEIGHTS) {
         for (int i = 0; i < N; ++i) span<R>::put(du + N * (s >> 1) + i, N, cotangent[i]);
-        parameters_a.add(first, numbers, before, y, dy, dv, R(dlog_det));
+        parameters_a.add(first, h, slope, before, y, dy, R(dlog_det));
         phi4_sum = span<R>::dot(y * y, y * y, phi4_sum);
       }
       if constexpr (ENERGY) {

@@ -21,7 +21,7 @@ struct layer_plan {
   T* weight[max_convolutions];      // [tap][in][out]
   T* transposed[max_convolutions];  // [opposite tap][out][in]: the convolution that goes backward
   T* bias[max_convolutions];        // null without biases
-  T parameters[2 * LFQ_MAX_FEATURES];  // as couple_site takes them
+  T parameters[2 * LFQ_MAX_FEATURES];
   int64_t parameters_at;
   int64_t cache_at;
   // rescale and upsample
@@ -30,7 +30,7 @@ struct layer_plan {
 
   int outputs() const { return channels[n_convolutions]; }
   int64_t cache_size() const {
-    if (spec.kind == LFQ_LAYER_COUPLING) return (outputs() + 3) * (lat.volume / 2);
+    if (spec.kind == LFQ_LAYER_COUPLING) return ((outputs() > 2 ? outputs() : 2) + 2) * (lat.volume / 2);
     return spec.kind == LFQ_LAYER_UPSAMPLE || spec.kind == LFQ_LAYER_INTERLEAVE ? coarse.volume : 0;
   }
 };
@@ -133,8 +133,8 @@ struct flow_plan {
     l.parameters_at = s.weight_offset + at;
     if (fill)
       for (int i = 0; i < lfq_internal::coupling_parameters(s); ++i)
-        l.parameters[i] = T(i < 2 * s.n_features ? w[at + i] : ::exp(w[at + i]));
-    if (fill && s.scale == LFQ_SCALE_SITE) l.parameters[2 * s.n_features + 3] = T(1) / l.parameters[2 * s.n_features];
+        l.parameters[i] = T(s.scale == LFQ_SCALE_SITE ? ::exp(w[at + i]) : w[at + i]);
+    if (fill && s.scale == LFQ_SCALE_SITE) l.parameters[3] = T(1) / l.parameters[0];
   }
 
   void plan_upsample(layer_plan<T>& l, const double* w, bool fill) {
@@ -259,12 +259,7 @@ LFQ_HD void with_scale(const lfq_layer& l, F&& f) {
   constexpr constant<int(scale_kind::even)> even;
   if (l.scale == LFQ_SCALE_NEG_ABS) return f(constant<int(scale_kind::neg_abs)>(), constant<2>());
   if (l.scale == LFQ_SCALE_EXP) return f(constant<int(scale_kind::exp)>(), constant<2>());
-  if (l.scale == LFQ_SCALE_SITE) {
-    constexpr constant<int(scale_kind::site)> site;
-    if (l.n_features == 0) return f(site, constant<1>());
-    if (l.n_features == 1) return f(site, constant<2>());
-    return f(site, constant<3>());
-  }
+  if (l.scale == LFQ_SCALE_SITE) return f(constant<int(scale_kind::site)>(), constant<1>());
   if (l.n_features == 1) return f(even, constant<1>());
   if (l.n_features == 2) return f(even, constant<2>());
   if (l.n_features == 4) return f(even, constant<4>());
@@ -280,9 +275,9 @@ struct parameter_gradient {
     for (auto& s : sum) s = simd<T>(T(0));
   }
   template <class R>
-  LFQ_HD void add(const layer_plan<T>& l, const R* kept, R x, R y, R dy, R dv, R dlog_det) {
-    parameter_terms<S, N>(kept, l.parameters, x, y, dy, dv, dlog_det,
-                          [&](int i, R a, R b) LFQ_LAMBDA_INLINE { sum[i] = span<R>::dot(a, b, sum[i]); });
+  LFQ_HD void add(const layer_plan<T>& l, const R (&h)[N], R slope, R x, R y, R dy, R dlog_det) {
+    parameter_terms<S>(h, l.parameters, slope, x, y, dy, dlog_det,
+                       [&](int i, R a, R b) LFQ_LAMBDA_INLINE { sum[i] = span<R>::dot(a, b, sum[i]); });
   }
   void store(const layer_plan<T>& l, lane_mask<T> keep, simd<T>* dweights) const {
     for (int i = 0; i < n; ++i) dweights[l.parameters_at + i] += masked<T>(keep, sum[i]);
@@ -373,17 +368,16 @@ struct flow_group {
       net<N>(l, x, [&](int64_t site, const auto& u) LFQ_LAMBDA_INLINE {
         using R = std::decay_t<decltype(u[0])>;
         const R before = span<R>::at(x + site, 2);
-        const auto a = couple_site<S>(before, u, l.parameters);
+        const coupled_site<R, N> a = couple_site<S>(before, u, l.parameters);
         if constexpr (CACHE) {
-          constexpr int kept = n_kept<S, N>, stride = kept + 1;
-          V* c = cache + stride * (site >> 1);
-          for (int k = 0; k < kept; ++k) span<R>::put(c + k, stride, a.kept[k]);
-          span<R>::put(c + kept, stride, before);
+          V* c = cache + (N + 2) * (site >> 1);
+          for (int k = 0; k < N; ++k) span<R>::put(c + k, N + 2, a.h[k]);
+          span<R>::put(c + N, N + 2, a.slope), span<R>::put(c + N + 1, N + 2, before);
         }
         span<R>::put(x + site, 2, a.y);
         int64_t i = site >> 1;
         if constexpr (LOG_DET)
-          span<R>::each(log_slope<S, N>(a.kept, l.parameters), [&](V v) LFQ_LAMBDA_INLINE { log_det.add(i++, v); });
+          span<R>::each(log_slope<S>(a, l.parameters), [&](V v) LFQ_LAMBDA_INLINE { log_det.add(i++, v); });
       });
     });
   }
@@ -417,13 +411,12 @@ struct flow_group {
   LFQ_HD void site_backward(const layer_plan<T>& l, V* x, V* g, int64_t site, V dlog_det, R (&du)[N],
                             parameter_gradient<T, S, N>& grad) const {
     using P = span<R>;
-    constexpr int n = n_kept<S, N>, stride = n + 1;
-    const V* c = work.cache + l.cache_at + stride * (site >> 1);
-    R kept[n], dv;
-    for (int i = 0; i < n; ++i) kept[i] = P::at(c + i, stride);
-    const R before = P::at(c + n, stride), dy = P::at(g + site, 2);
-    const R dx = couple_site_backward<S>(kept, l.parameters, before, dy, R(dlog_det), du, dv);
-    if constexpr (WEIGHTS) grad.add(l, kept, before, P::at(x + site, 2), dy, dv, R(dlog_det));
+    const V* c = work.cache + l.cache_at + (N + 2) * (site >> 1);
+    R h[N];
+    for (int i = 0; i < N; ++i) h[i] = P::at(c + i, N + 2);
+    const R slope = P::at(c + N, N + 2), before = P::at(c + N + 1, N + 2), dy = P::at(g + site, 2);
+    const R dx = couple_site_backward<S>(h, l.parameters, slope, before, dy, R(dlog_det), du);
+    if constexpr (WEIGHTS) grad.add(l, h, slope, before, P::at(x + site, 2), dy, R(dlog_det));
     P::put(g + site, 2, dx);
     P::put(x + site, 2, before);
   }

@@ -67,13 +67,13 @@ enum lfq_layer_kind {
 };
 enum lfq_cluster_kind { LFQ_CLUSTER_SWENDSEN_WANG = 0, LFQ_CLUSTER_WOLFF = 1 };
 enum lfq_activation { LFQ_TANH = 0, LFQ_LEAKY_RELU = 1 };
-/* What a coupling makes of a site's x and of h = tanh(outputs of its net), with t = sum_c a_c h_c and
- * e = exp(sum_c b_c h_c^2) over n_features outputs. The layer's weights end in a, b, and in log a, log b, log c. */
+/* What a coupling makes of h = tanh(outputs of its net): y = x e + t. */
 enum lfq_scale {
-  LFQ_SCALE_NEG_ABS = 0,  /* y = x exp(-|h_0|) + h_1 */
-  LFQ_SCALE_EXP = 1,      /* y = x exp(h_0) + h_1 */
-  LFQ_SCALE_EVEN = 2,     /* y = x e + t */
-  LFQ_SCALE_SITE = 3      /* y = a v + b tanh(c v), v = x e + t + u, u one more output, without tanh */
+  LFQ_SCALE_NEG_ABS = 0,  /* (s, t) = h, e = exp(-|s|) */
+  LFQ_SCALE_EXP = 1,      /* (s, t) = h, e = exp(s) */
+  LFQ_SCALE_EVEN = 2,     /* t = sum_c a_c h_c, e = exp(sum_c b_c h_c^2); the layer's weights end in a, b */
+  LFQ_SCALE_SITE = 3      /* not affine: y = a v + b tanh(c v), v = x + the net's one output;
+                           * the layer's weights end in log a, log b, log c */
 };
 
 typedef struct lfq_phi4 {
@@ -94,7 +94,7 @@ typedef struct lfq_layer {
   int32_t activation;           /* of the hidden layers */
   int32_t bias;                 /* 0 or 1 */
   int32_t scale;
-  int32_t n_features;           /* LFQ_SCALE_EVEN: 1, 2, 4 or 8; LFQ_SCALE_SITE: 0, 1 or 2; else 0 */
+  int32_t n_features;           /* LFQ_SCALE_EVEN: outputs of the net, 1, 2, 4 or 8; else 0 */
   int32_t reserved;
   int64_t weight_offset;        /* where this layer's weights begin in the flow's weight vector */
 } lfq_layer;
