@@ -5,7 +5,7 @@ from ._kernels import info
 from ._version import __version__
 from .actions import Phi4, PulledBack
 from .comparison import Comparison, Contender, DisagreementWarning, compare
-from .flows import AffineFlow, Compose, Flow, InterleaveMap, UpsampleMap, load_flow
+from .flows import AffineFlow, Compose, Flow, InterleaveMap, MultiscaleFlow, UpsampleMap, load_flow
 from .hmc import HMC, INTEGRATORS, ClusterHMC, FourierHMC, Integrator, Run, State
 from .priors import Gaussian, Interleave, Lattice, Upsample
 from .samplers import Annealing, IndependenceMetropolis, Reweighting, Weighted, reverse_ess
@@ -30,6 +30,7 @@ __all__ = [
     "Interleave",
     "InterleaveMap",
     "Lattice",
+    "MultiscaleFlow",
     "NotFiniteError",
     "Phi4",
     "PulledBack",

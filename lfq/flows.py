@@ -13,7 +13,7 @@ from . import _core
 from ._kernels import check_count, check_finite, check_seed, check_shape, check_threads, fields
 from .io import FileFormatError, load_tensors, save_tensors
 
-__all__ = ["AffineFlow", "Compose", "Flow", "InterleaveMap", "UpsampleMap", "load_flow"]
+__all__ = ["AffineFlow", "Compose", "Flow", "InterleaveMap", "MultiscaleFlow", "UpsampleMap", "load_flow"]
 
 _ACTIVATIONS = {"tanh": 0, "leaky_relu": 1}
 _SCALES = {"exp(-|s|)": 0, "exp(s)": 1, "even": 2, "site": 3}
@@ -171,11 +171,10 @@ class Flow(ABC):
 
 
 class AffineFlow(Flow):
-    """Checkerboard affine couplings (arXiv:2302.08408 sec. 3, arXiv:2310.03381).
+    """Checkerboard couplings (arXiv:2302.08408 sec. 3, arXiv:2310.03381).
 
     Each block updates the even sites given the odd ones, then the odd sites given the updated even ones,
-    then rescales the field: y = x e + t with e and t from a convolutional net of its own, whose last layer
-    ends in h = tanh(u).
+    then rescales the field. (s, t) come from a convolutional net of the frozen sites, each half-update its own.
 
     Parameters
     ----------
@@ -188,12 +187,15 @@ class AffineFlow(Flow):
         Of the hidden layers. The last layer always ends in tanh.
     bias : bool
         Biases break the symmetry phi -> -phi.
-    scale : {"exp(-|s|)", "exp(s)", "even"}
-        (s, t) = h with e = exp(-\\|s\\|) or exp(s); or, from `features` outputs, t = sum_c a_c h_c and
-        e = exp(sum_c b_c h_c^2) with trained a and b. With "exp(-|s|)" or "even", odd activations and no bias,
-        f(-z) = -f(z). The force through "exp(-|s|)" jumps where s changes sign; "even" is smooth.
+    scale : {"exp(-|s|)", "exp(s)", "even", "site"}
+        How a site changes. The first two: y = x exp(-\\|s\\|) + t or x exp(s) + t with (s, t) = tanh of the net's
+        outputs. "even": from h_c = tanh of `features` outputs, y = x exp(sum_c b_c h_c^2) + sum_c a_c h_c with trained a
+        and b. "site" is not affine: y = a v + b tanh(c v), v = x + the one output (no tanh), with trained a, b and c;
+        the conditional density of a site given its neighbours, exp(-V(phi) + beta h phi), is close to a Gaussian
+        shifted by a multiple of h and seen through such a function. All but "exp(s)", with odd activations and no bias,
+        have f(-z) = -f(z). The force through "exp(-|s|)" jumps where s changes sign, the others are smooth.
     features : int
-        1, 2, 4 or 8, with scale "even".
+        1, 2, 4 or 8, with scale "even" only.
     rescale : bool
         Whether a block ends in y = exp(a) x.
     seed : int
@@ -465,6 +467,62 @@ class Compose(Flow):
         return {"kind": "compose", "flows": [flow.to_dict() for flow in self.flows]}
 
 
+class MultiscaleFlow(Compose):
+    """A field made from noise at every scale, from a lattice of a few sites to the finest.
+
+    The coarsest field is noise sent through blocks of couplings. Each further level puts the field so far on the even
+    sites of a lattice twice as fine, noise of its own elsewhere (`UpsampleMap`), and sends all of it through blocks
+    of that level. All noise is of unit width, and HMC moves that of all levels at once: a long mode of the field is
+    an ordinary direction of the latents, unlike where coarse fields serve as a prior only (arXiv:2310.03381). HMC in
+    the latents of a hierarchical map goes back to arXiv:1802.02840.
+
+    Parameters
+    ----------
+    n_levels : int
+        Lattices, the coarsest counted: fields of extents L begin as L / 2^(n_levels - 1), which must be even.
+    n_blocks : int
+        Of each level.
+    scale, kernel_size, hidden, features
+        Of the couplings, see `AffineFlow`.
+    seed : int
+        Of the initial weights.
+    ndim : int
+        Dimensions of the lattice.
+
+    Examples
+    --------
+    >>> MultiscaleFlow(n_levels=3).program((8, 8))["extent"][0, :2].tolist()
+    [2, 2]
+    """
+
+    def __init__(self, n_levels, n_blocks=4, scale="site", kernel_size=3, hidden=(), features=None, seed=0, ndim=2):
+        self.n_levels = check_count(n_levels, "n_levels", 1, 16)
+        self._blocks = dict(
+            n_blocks=n_blocks, scale=scale, kernel_size=kernel_size, hidden=list(hidden), features=features, ndim=ndim
+        )
+        seed, parts = check_seed(seed), []
+        for level in range(self.n_levels):
+            if level:
+                parts.append(UpsampleMap(scale=1.0, width=0.8, interpolation=0.3, ndim=ndim))
+            # A site map has a scale of its own.
+            parts.append(AffineFlow(**self._blocks, rescale=scale != "site", seed=(seed + level) % 2**64))
+        super().__init__(parts)
+
+    def refined(self) -> MultiscaleFlow:
+        """A flow of one more level, whose weights are those of the finest one here."""
+        finer = MultiscaleFlow(self.n_levels + 1, **self._blocks)
+        # The coarsest level has no noise to add: the step from it is the one to copy when there is no other.
+        again = self.flows[-2:] if self.n_levels > 1 else (finer.flows[-2], self.flows[-1])
+        finer.weights = np.concatenate([self.weights, *(flow.weights for flow in again)])
+        return finer
+
+    def to_dict(self) -> dict:
+        return {"kind": "multiscale", "n_levels": self.n_levels} | self._blocks
+
+    def __repr__(self) -> str:
+        return f"MultiscaleFlow({', '.join(f'{k}={v!r}' for k, v in self.to_dict().items() if k != 'kind')})"
+
+
 def _from_dict(structure, depth: int = 0) -> Flow:
     if not isinstance(structure, dict) or depth > 8:
         raise ValueError("the flow's structure is not a table")
@@ -474,7 +532,7 @@ def _from_dict(structure, depth: int = 0) -> Flow:
         if set(arguments) != {"flows"} or not isinstance(arguments["flows"], list):
             raise ValueError("a composition holds a list of flows")
         return Compose([_from_dict(part, depth + 1) for part in arguments["flows"]])
-    makers = {"affine": AffineFlow, "interleave": InterleaveMap, "upsample": UpsampleMap}
+    makers = {"affine": AffineFlow, "interleave": InterleaveMap, "multiscale": MultiscaleFlow, "upsample": UpsampleMap}
     if kind not in makers:
         raise ValueError(f"unknown kind of flow {kind!r}")
     return makers[kind](**arguments)

@@ -242,25 +242,26 @@ def correlate_vjp(x, kernel, dout):
 
 
 def activate(kind, u):
-    """tanh(u), or leaky ReLU: u where u > 0, else 0.01 u."""
-    return np.tanh(u) if kind == "tanh" else np.where(u > 0, u, 0.01 * u)
+    """tanh(u), u ("none"), or leaky ReLU: u where u > 0, else 0.01 u."""
+    return np.tanh(u) if kind == "tanh" else u if kind == "none" else np.where(u > 0, u, 0.01 * u)
 
 
 def activation_slope(kind, value):
     """The derivative of `activate` in terms of its value."""
-    return 1 - value**2 if kind == "tanh" else np.where(value > 0, 1.0, 0.01)
+    return 1 - value**2 if kind == "tanh" else np.where((value > 0) | (kind == "none"), 1.0, 0.01)
 
 
 @dataclass(frozen=True)
 class Coupling:
     """One half-update of the checkerboard.
 
-    On active sites, sum(coordinates) % 2 == parity, x = z e^q + t with log-det sum q over the active
-    sites; frozen sites stay. q and t are made of h, the output of a convolutional net that sees the field
-    with active sites set to zero: (s, t) = h with q = -|s| or q = s, or t = sum_c a_c h_c and
-    q = sum_c b_c h_c^2. The derivative of |s| at s = 0 is 0.
+    Active sites, sum(coordinates) % 2 == parity, change from z to x given u, the output of a convolutional net that
+    sees the field with active sites set to zero; frozen sites stay. Affine kinds: x = z e^q + t and log-det sum q over
+    the active sites, where with h = tanh(u) q = -|h_0| or q = h_0 and t = h_1, or (even) q = sum_c b_c h_c^2 and
+    t = sum_c a_c h_c. The derivative of |h_0| at 0 is 0. Kind "site": x = a v + b tanh(c v) of v = z + u.
 
-    Weights, in order of the net's layers: kernel[out][in][k]..[k], then bias[out] if any; at the end a and b.
+    Weights, in order of the net's layers: kernel[out][in][k]..[k], then bias[out] if any. Behind them a and b of
+    "even", or log a, log b and log c of "site".
 
     Parameters
     ----------
@@ -270,11 +271,11 @@ class Coupling:
     kernel_size : int
         Odd.
     hidden : tuple of int
-        Channels of the hidden layers; the last layer has 2 channels, or `features`, and is followed by tanh.
+        Channels of the hidden layers; the last layer has 2 channels, or `features`, or 1 ("site").
     activation : "tanh" or "leaky_relu"
         Of the hidden layers.
     bias : bool
-    scale : "exp(-|s|)", "exp(s)" or "even"
+    scale : "exp(-|s|)", "exp(s)", "even" or "site"
     features : int
         Of "even".
     """
@@ -295,13 +296,14 @@ class Coupling:
     @property
     def kernel_shapes(self):
         """(c_out, c_in, k, ..., k) of every layer of the net."""
-        channels = (1, *self.hidden, self.features or 2)
+        channels = (1, *self.hidden, 1 if self.scale == "site" else self.features or 2)
         taps = (self.kernel_size,) * len(self.shape)
         return [(c_out, c_in, *taps) for c_in, c_out in itertools.pairwise(channels)]
 
     @property
     def n_weights(self):
-        return sum(math.prod(shape) + self.bias * shape[0] for shape in self.kernel_shapes) + 2 * self.features
+        parameters = 3 if self.scale == "site" else 2 * self.features
+        return sum(math.prod(shape) + self.bias * shape[0] for shape in self.kernel_shapes) + parameters
 
     @property
     def active(self):
@@ -310,7 +312,7 @@ class Coupling:
 
     def _net_layers(self, weights):
         """(activation, kernel, bias) of every layer of the net."""
-        activations = [self.activation] * len(self.hidden) + ["tanh"]
+        activations = [self.activation] * len(self.hidden) + ["none" if self.scale == "site" else "tanh"]
         layers, begin = [], 0
         for activation, shape in zip(activations, self.kernel_shapes, strict=True):
             middle = begin + math.prod(shape)
@@ -343,37 +345,72 @@ class Coupling:
         if self.scale == "even":
             a, b = weights[-2 * self.features :].reshape(2, -1)
             return np.tensordot(b, h**2, 1), np.tensordot(a, h, 1)
-        s, t = h
-        return -np.abs(s) if self.scale == "exp(-|s|)" else s, t
+        return -np.abs(h[0]) if self.scale == "exp(-|s|)" else h[0], h[1]
 
     def _affine_vjp(self, h, weights, dq, dt):
         """dL/dh, and dL/d(a, b)."""
         if self.scale == "even":
             a, b = weights[-2 * self.features :].reshape(2, -1, *[1] * dq.ndim)
             sites = tuple(range(1, h.ndim))
-            damplitudes = [(dt * h).sum(axis=sites), (dq * h**2).sum(axis=sites)]
-            return a * dt + 2 * b * h * dq, np.concatenate(damplitudes)
+            dparameters = [(dt * h).sum(axis=sites), (dq * h**2).sum(axis=sites)]
+            return a * dt + 2 * b * h * dq, np.concatenate(dparameters)
         return np.stack([dq * (-np.sign(h[0]) if self.scale == "exp(-|s|)" else 1), dt]), np.empty(0)
 
+    def _map(self, z, h, weights):
+        """x and log dx/dz at every site, as if all were active."""
+        if self.scale == "site":
+            a, b, c = np.exp(weights[-3:])
+            v = z + h[0]
+            return a * v + b * np.tanh(c * v), np.log(a + b * c / np.cosh(c * v) ** 2)
+        q, t = self._affine(h, weights)
+        return z * np.exp(q) + t, q
+
+    def _map_vjp(self, z, h, weights, dx, dlog_det):
+        """dL/dz, dL/dh and dL/dparameters from those of x and of each site's log dx/dz."""
+        if self.scale == "site":
+            a, b, c = np.exp(weights[-3:])
+            v = z + h[0]
+            th, sech2 = np.tanh(c * v), 1 / np.cosh(c * v) ** 2
+            slope = a + b * c * sech2
+            dslope = dlog_det / slope
+            dv = dx * slope - dslope * 2 * b * c**2 * th * sech2
+            dparameters = [
+                (a * (dx * v + dslope)).sum(),
+                (b * (dx * th + dslope * c * sech2)).sum(),
+                (c * b * sech2 * (dx * v + dslope * (1 - 2 * c * v * th))).sum(),
+            ]
+            return dv, dv[np.newaxis], np.array(dparameters)
+        q, _ = self._affine(h, weights)
+        dh, dparameters = self._affine_vjp(h, weights, dx * z * np.exp(q) + dlog_det, dx)
+        return dx * np.exp(q), dh, dparameters
+
     def forward(self, z, weights):
-        q, t = self._affine(self._net(z, weights)[-1], weights)
-        q = np.where(self.active, q, 0.0)
-        return np.where(self.active, z * np.exp(q) + t, z), q.sum(axis=_axes(len(self.shape)))
+        x, q = self._map(z, self._net(z, weights)[-1], weights)
+        return np.where(self.active, x, z), np.where(self.active, q, 0.0).sum(axis=_axes(len(self.shape)))
 
     def inverse(self, x, weights):
-        q, t = self._affine(self._net(x, weights)[-1], weights)
-        q = np.where(self.active, q, 0.0)
-        return np.where(self.active, (x - t) * np.exp(-q), x), -q.sum(axis=_axes(len(self.shape)))
+        h = self._net(x, weights)[-1]
+        if self.scale == "site":
+            # Bisection: the map is monotone, and no less steep than a.
+            a, b, c = np.exp(weights[-3:])
+            low, high = (x - b) / a, (x + b) / a
+            for _ in range(200):
+                v = (low + high) / 2
+                above = a * v + b * np.tanh(c * v) > x
+                low, high = np.where(above, low, v), np.where(above, v, high)
+            z = v - h[0]
+        else:
+            q, t = self._affine(h, weights)
+            z = (x - t) * np.exp(-q)
+        z = np.where(self.active, z, x)
+        return z, -self.forward(z, weights)[1]
 
     def vjp(self, z, weights, dx, dlog_det):
         values = self._net(z, weights)
-        q, _ = self._affine(values[-1], weights)
-        dlog_det = np.expand_dims(dlog_det, _axes(len(self.shape)))
-        dt = np.where(self.active, dx, 0.0)
-        dq = np.where(self.active, dx * z * np.exp(q) + dlog_det, 0.0)
-        dh, damplitudes = self._affine_vjp(values[-1], weights, dq, dt)
+        dlog_det = np.where(self.active, np.expand_dims(dlog_det, _axes(len(self.shape))), 0.0)
+        dz, dh, dparameters = self._map_vjp(z, values[-1], weights, np.where(self.active, dx, 0.0), dlog_det)
         dz_net, dweights = self._net_vjp(values, weights, dh)
-        return np.where(self.active, dx * np.exp(q), dx) + dz_net, np.concatenate([dweights, damplitudes])
+        return np.where(self.active, dz, dx) + dz_net, np.concatenate([dweights, dparameters])
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ per step.
 from __future__ import annotations
 
 import ctypes
+import itertools
 import math
 import sys
 import time
@@ -19,9 +20,9 @@ from numba import njit
 from . import _core, _native
 from ._kernels import check_count, check_seed, check_threads, real_dtype
 from .actions import Phi4
-from .flows import Compose, Flow
+from .flows import Compose, Flow, MultiscaleFlow
 from .hmc import HMC
-from .priors import Interleave, Lattice, Prior, Upsample
+from .priors import Gaussian, Interleave, Lattice, Prior, Upsample
 
 __all__ = ["Fit", "effective_sample_size", "independence_acceptance", "train", "train_ladder"]
 
@@ -337,7 +338,8 @@ def train_ladder(
     """Train level by level up a ladder of ever finer lattices.
 
     Level i maps configurations of theories[i] (made by HMC) to theories[i + 1], starting from the
-    weights of the level below.
+    weights of the level below. A `MultiscaleFlow` maps noise alone: it is trained for theories[0], then, refined by
+    one level each time, for the others, all its levels together.
 
     Parameters
     ----------
@@ -346,15 +348,16 @@ def train_ladder(
     theories : sequence of Phi4
         Coarsest first, each of half the extents of the next ("lattice": of the same extents).
     prior : {"interleave", "upsample", "lattice"}
+        Not of a `MultiscaleFlow`.
     chain : dict, optional
-        Keywords of the priors' chains.
+        Keywords of the priors' chains, likewise.
     progress, **training
         Passed to `train`. The seed of level i is seed + i.
 
     Returns
     -------
     list of Fit
-        One for each theory but the first.
+        One for each theory but the first; of a `MultiscaleFlow`, for each theory.
     """
     kinds = {"interleave": Interleave, "upsample": Upsample, "lattice": Lattice}
     if prior not in kinds:
@@ -362,6 +365,8 @@ def train_ladder(
     theories = list(theories)
     if len(theories) < 2 or not all(isinstance(theory, Phi4) for theory in theories):
         raise ValueError("theories: a ladder needs at least two theories")
+    if isinstance(flow, MultiscaleFlow):
+        return _train_levels(flow, theories, progress, **training)
     priors = [kinds[prior](theory, **(chain or {})) for theory in theories[:-1]]
     for below, target in zip(priors, theories[1:], strict=True):
         if below.shape != target.shape:
@@ -372,4 +377,16 @@ def train_ladder(
     for level, (below, target) in enumerate(zip(priors, theories[1:], strict=True)):
         fits.append(train(flow, below, target, seed=seed + level, progress=progress, **training))
         flow = fits[-1].flow
+    return fits
+
+
+def _train_levels(flow: MultiscaleFlow, theories: list[Phi4], progress, seed=0, **training) -> list[Fit]:
+    for coarse, fine in itertools.pairwise(theories):
+        if tuple(2 * extent for extent in coarse.shape) != fine.shape:
+            raise ValueError(f"theories: {fine.shape} is not twice the extents of the level below, {coarse.shape}")
+    seed, fits = check_seed(seed), []
+    for level, theory in enumerate(theories):
+        if fits:
+            flow = fits[-1].flow.refined()
+        fits.append(train(flow, Gaussian(theory.shape), theory, seed=seed + level, progress=progress, **training))
     return fits

@@ -19,6 +19,8 @@ STRUCTURES = {
     "hidden 3-2, leaky, bias": dict(
         hidden=(3, 2), activation="leaky_relu", bias=True, scale="exp(s)", n_blocks=2
     ),
+    "even": dict(scale="even", features=4),
+    "site": dict(scale="site", rescale=False, n_blocks=2),
 }
 
 
@@ -41,11 +43,12 @@ def make_kind(kind, ndim=2):
                 lfq.Compose([lfq.UpsampleMap(0.8, 0.4, 0.7, ndim), make_flow("hidden 4", ndim)]),
             ]
         ),
+        "multiscale": lambda: lfq.MultiscaleFlow(n_levels=2, n_blocks=2, ndim=ndim),
     }[kind]()
 
 
 AFFINE = pytest.mark.parametrize("name", STRUCTURES)
-KINDS = pytest.mark.parametrize("kind", ["affine", "interleave", "upsample", "compose"])
+KINDS = pytest.mark.parametrize("kind", ["affine", "interleave", "upsample", "compose", "multiscale"])
 
 
 # ---- structure ------------------------------------------------------------------------------

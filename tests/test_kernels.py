@@ -26,6 +26,12 @@ FLOWS = {
     "hidden 3-11-2, kernel 5": dict(
         kernel_size=5, n_blocks=1, hidden=(3, 11, 2), activation="leaky_relu", rescale=False
     ),
+    **{f"even {n}": dict(kernel_size=3, n_blocks=2, scale="even", features=n) for n in (1, 2, 4, 8)},
+    "even 4, hidden, kernel 5": dict(
+        kernel_size=5, n_blocks=1, hidden=(3,), bias=True, scale="even", features=4
+    ),
+    "site": dict(kernel_size=3, n_blocks=2, scale="site", rescale=False),
+    "site, rescale, hidden, kernel 5": dict(kernel_size=5, n_blocks=1, hidden=(3,), bias=True, scale="site"),
 }
 
 
@@ -49,6 +55,7 @@ def reference_layers(flow, shape):
                     activation=flow.activation,
                     bias=flow.bias,
                     scale=flow.scale,
+                    features=flow.features or 0,
                 )  # fmt: skip
             )
         if flow.rescale:
