@@ -4,7 +4,7 @@ from ._core import NotFiniteError
 from ._kernels import info
 from ._version import __version__
 from .actions import Phi4, PulledBack
-from .comparison import Comparison, Contender, DisagreementWarning, compare
+from .comparison import Comparison, Contender, DisagreementWarning, FailureWarning, compare
 from .flows import AffineFlow, Compose, Flow, InterleaveMap, UpsampleMap, load_flow
 from .hmc import HMC, INTEGRATORS, ClusterHMC, FourierHMC, Integrator, Run, State
 from .priors import Gaussian, Interleave, Lattice, Upsample
@@ -21,6 +21,7 @@ __all__ = [
     "Compose",
     "Contender",
     "DisagreementWarning",
+    "FailureWarning",
     "Fit",
     "Flow",
     "FourierHMC",

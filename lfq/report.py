@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .analysis import with_error
-from .comparison import JUDGED_TAU
+from .comparison import JUDGED_TAU, completed
 from .config import Config
 
 __all__ = [
@@ -135,6 +135,9 @@ def comparison_rows(results: dict[str, Any]) -> list[list[str]]:
 
     rows = []
     for sampler in results["samplers"]:
+        if "error" in sampler:
+            rows.append([sampler["name"] + WRONG, "failed", *[""] * (len(COMPARISON_COLUMNS) - 2)])
+            continue
         taus = [sampler["observables"][name] for name in ("M2", "phi2", "phi2_smeared")]
         trained = sampler["train_seconds"] > 0
         marks = ("" if sampler["long_enough"] else MARK) + ("" if sampler.get("agrees", True) else WRONG)
@@ -176,7 +179,8 @@ def comparison_notes(results: dict[str, Any]) -> list[str]:
         "of the flow, from fields of HMC with clusters; near zero where the flow misses part of them. chi^2 / 4: of "
         f"phi^2, nn, |M| and smeared phi^2 against all others, for runs of more than {JUDGED_TAU} tau_int.",
     ]
-    samplers = results["samplers"]
+    samplers = completed(results)
+    notes += [f"{WRONG} FAILED: {s['name']}: {s['error']}" for s in results["samplers"] if "error" in s]
     if not all(s["long_enough"] for s in samplers):
         notes.append(
             f"{MARK} shorter than 1000 tau_int over all chains, or weights without a variance: errors are not reliable."
@@ -237,11 +241,11 @@ def _measured(value: float | None, error: float | None) -> str:
 
 
 def _observables(results: dict[str, Any]) -> str:
-    samplers = results["samplers"]
+    samplers = completed(results)
     columns = ("observable", *(s["name"] + (f", {s['prior']}" if s["prior"] else "") for s in samplers))
     rows = []
     missing = {"value": None, "error": None}
-    for name in max((sampler["observables"] for sampler in samplers), key=len):
+    for name in max((sampler["observables"] for sampler in samplers), key=len, default=()):
         entries = [sampler["observables"].get(name, missing) for sampler in samplers]
         rows.append([name] + [_measured(entry["value"], entry["error"]) for entry in entries])
     rows.append(["exp(-dH)"] + [_measured(*sampler.get("exp_minus_dh", (None, None))) for sampler in samplers])
