@@ -47,7 +47,9 @@ def samplers(extent, proposals, before):
         "HMC, random length": lfq.HMC(target, tau=tau, length_spread=0.3),
         "HMC, OMF2": lfq.HMC(target, tau=tau, integrator="omf2"),
         "Swendsen-Wang": lfq.ClusterHMC(target),
-        "Wolff": lfq.ClusterHMC(target, cluster="wolff", n_updates=3),
+        "Wolff": lfq.ClusterHMC(target, cluster="wolff"),
+        "heat bath": lfq.HeatBath(target),
+        "heat bath, Swendsen-Wang": lfq.HeatBath(target, cluster="swendsen-wang"),
         "Fourier": kept("Fourier", lfq.FourierHMC(target), extent, before),
         "flow-HMC": replace(
             kept("flow-HMC", lfq.HMC(target.pullback(fit.flow)), extent, before),

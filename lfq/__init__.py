@@ -6,6 +6,7 @@ from ._version import __version__
 from .actions import Phi4, PulledBack
 from .comparison import Comparison, Contender, DisagreementWarning, FailureWarning, compare
 from .flows import AffineFlow, Compose, Flow, InterleaveMap, UpsampleMap, load_flow
+from .heat_bath import HeatBath
 from .hmc import HMC, INTEGRATORS, ClusterHMC, FourierHMC, Integrator, Run, State
 from .priors import Gaussian, Interleave, Lattice, Upsample
 from .samplers import Annealing, IndependenceMetropolis, Reweighting, Weighted, reverse_ess
@@ -26,6 +27,7 @@ __all__ = [
     "Flow",
     "FourierHMC",
     "Gaussian",
+    "HeatBath",
     "IndependenceMetropolis",
     "Integrator",
     "Interleave",

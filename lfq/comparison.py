@@ -14,8 +14,9 @@ import numpy as np
 
 from . import analysis
 from ._kernels import check_count, check_seed
-from .actions import Phi4, PulledBack
+from .actions import Phi4, PulledBack, check_theory
 from .flows import Flow
+from .heat_bath import HeatBath
 from .hmc import HMC, ClusterHMC, FourierHMC, Run, Sampler, State
 from .priors import Gaussian, Prior
 from .samplers import IndependenceMetropolis, Reweighting, Weighted, WeightedSampler, reverse_ess
@@ -75,9 +76,9 @@ class Contender:
     training_seconds : float
         Spent on training its flow.
     tune : bool
-        Whether the comparison tunes it: trajectory length and step size to least cost (see `HMC.tune_cost`).
+        Whether the comparison tunes it: trajectory length and step size, say, to least cost (see its `tune_cost`).
     prior : Prior, optional
-        Of the flow's latents, for the reverse ESS; unit normals by default.
+        Of the flow's latents, for the reverse ESS; the sampler's own by default, or unit normals.
     """
 
     sampler: Sampler | WeightedSampler
@@ -99,6 +100,12 @@ class Contender:
     def flow(self) -> Flow | None:
         theory = self.sampler.theory
         return theory.flow if isinstance(theory, PulledBack) else getattr(self.sampler, "flow", None)
+
+
+    @property
+    def latents(self) -> Prior:
+        """The prior of the flow's latents."""
+        return self.prior or getattr(self.sampler, "prior", None) or Gaussian(self.theory.shape)
 
 
 @dataclass(frozen=True)
@@ -375,6 +382,9 @@ def _settings(sampler: Sampler | WeightedSampler) -> str:
         if isinstance(sampler, ClusterHMC):
             text += f", {sampler.n_updates} per trajectory"
         return text + (f", mass {sampler.mass:g}" if isinstance(sampler, FourierHMC) else "")
+    if isinstance(sampler, HeatBath):
+        text = f"{sampler.n_sweeps} per trajectory"
+        return text if sampler.cluster is None else f"{text}, then {sampler.n_updates} of clusters"
     if isinstance(sampler, (IndependenceMetropolis, Reweighting)):
         return f"{sampler.flow.n_weights} weights"
     text = f"{sampler.n_temperatures} temperatures, tau = {sampler.tau:.3g}, {sampler.n_steps} steps"
@@ -406,7 +416,7 @@ class _Bench:
         """Tune, sample and analyse."""
         sampler, begin = contender.sampler, time.perf_counter()
         self.report(name, 0, 3, "tuning")
-        if contender.tune and isinstance(sampler, HMC):
+        if contender.tune and isinstance(sampler, Sampler):
             sampler = sampler.tune_cost(acceptance=self.acceptance, n_chains=self.n_chains, seed=self.seed)
         tuning = time.perf_counter() - begin
         self.report(name, 1, 3, _settings(sampler))
@@ -420,7 +430,7 @@ class _Bench:
         cost = record["cost_per_independent_sample_s"]
         record |= {
             "settings": _settings(sampler),
-            "tuning_seconds": tuning if isinstance(sampler, HMC) else 0.0,
+            "tuning_seconds": tuning,
             "prior": None,
             "train_seconds": contender.training_seconds,
             "n_effective_per_second": 1 / cost,
@@ -432,8 +442,7 @@ class _Bench:
             record["means"] = {"of": AGREEMENT, "value": mean.tolist(), "covariance": covariance.tolist()}
         record |= _sign(run)
         if contender.flow is not None:
-            prior = contender.prior or Gaussian(self.theory.shape)
-            record["reverse_ess"] = reverse_ess(contender.flow, prior, self.theory, self.reference())
+            record["reverse_ess"] = reverse_ess(contender.flow, contender.latents, self.theory, self.reference())
         self.report(name, 3, 3, _settings(sampler))
         return run, record
 
@@ -493,8 +502,7 @@ def compare(
     DisagreementWarning
         Some samplers' expectation values do not agree; names them.
     """
-    if not isinstance(theory, Phi4):
-        raise TypeError(f"theory: must be a Phi4, got {type(theory).__name__}")
+    check_theory(theory)
     if not isinstance(samplers, Mapping) or not samplers:
         raise TypeError("samplers: must map names to samplers, at least one")
     for name, sampler in samplers.items():
