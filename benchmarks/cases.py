@@ -246,7 +246,9 @@ def _fourier(shape, n, dtype, n_threads):
 
 def _annealing(shape, n, dtype, n_threads):
     n_temperatures = 5
-    sampler = lfq.Annealing(theory(shape), None, n_temperatures, n_steps=N_STEPS, dtype=dtype, n_threads=n_threads)
+    sampler = lfq.Annealing(
+        theory(shape), n_temperatures=n_temperatures, n_steps=N_STEPS, dtype=dtype, n_threads=n_threads
+    )
     single, ndim = np.dtype(dtype).itemsize == 4, len(shape)
     ends = [(1 / N_STEPS) * phase for phase in costs.trajectory_ends(ndim, single)]
     return Work(

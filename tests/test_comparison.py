@@ -258,6 +258,10 @@ tune = false
 n_updates = 2
 
 [[sampler]]
+kind = "heat-bath"
+cluster = "swendsen-wang"
+
+[[sampler]]
 kind = "flow-hmc"
 prior = "gaussian"
 
@@ -282,7 +286,7 @@ def finished(tmp_path_factory):
 
 def test_compare_leaves_results_figures_and_a_report(finished):
     results = json.loads((finished / "results.json").read_text())
-    names = ["hmc", "wolff", "flow-hmc, gaussian", "reweighting, gaussian", "annealing"]
+    names = ["hmc", "wolff", "heat-bath, swendsen-wang", "flow-hmc, gaussian", "reweighting, gaussian", "annealing"]
     assert [record["name"] for record in results["samplers"]] == names
     assert results["config"]["target"]["shape"] == [4, 4] and results["machine"]["threads"]
     assert results["levels"][0]["prior"] == "gaussian"
@@ -396,10 +400,7 @@ def test_compare_prints_its_table(finished, capsys, tmp_path):
         ('[[sampler]]\nkind = "hmc"\nprior = "gaussian"', "means nothing"),
         ('[[prior]]\nkind = "gaussian"\n[[sampler]]\nkind = "flow-hmc"\nprior = "gausian"', "the nearest is gaussian"),
         ('[[sampler]]\nkind = "hmc"\n[[sampler]]\nkind = "hmc"', "[sampler 2] name"),
-        (
-            '[[prior]]\nkind = "upsample"\nbeta = 0.4\n[[sampler]]\nkind = "independence"\nprior = "upsample"',
-            "not the gaussian prior",
-        ),
+        ('[[sampler]]\nkind = "hmc"\ncluster = "wolff"', "[sampler 1] cluster: means nothing"),
         ("[comparison]\nseconds = 0.0", "[comparison] seconds"),
         ('[sampler]\nkind = "hmc"', "[[sampler]]"),
     ],
