@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from . import analysis
+from ._core import NotFiniteError
 from ._kernels import check_count, check_seed
 from .actions import Phi4, PulledBack, check_theory
 from .flows import Flow
@@ -23,6 +24,7 @@ from .samplers import IndependenceMetropolis, Reweighting, Weighted, WeightedSam
 
 __all__ = [
     "AGREEMENT",
+    "COLLAPSED",
     "Comparison",
     "Contender",
     "DisagreementWarning",
@@ -53,6 +55,9 @@ JUDGED_TAU = 100
 
 HEAVY_TAIL = 0.5
 """Weights with a tail index above this have no variance, and no error to be judged by."""
+
+COLLAPSED = 0.1
+"""Of a flow's ESS by its own fields: with a smaller reverse ESS it leaves out part of the theory's fields."""
 
 IMPROBABLE = 1e-5
 """Probability of a chi-square below which a sampler is said to disagree: 4.4 sigma."""
@@ -100,7 +105,6 @@ class Contender:
     def flow(self) -> Flow | None:
         theory = self.sampler.theory
         return theory.flow if isinstance(theory, PulledBack) else getattr(self.sampler, "flow", None)
-
 
     @property
     def latents(self) -> Prior:
@@ -442,9 +446,18 @@ class _Bench:
             record["means"] = {"of": AGREEMENT, "value": mean.tolist(), "covariance": covariance.tolist()}
         record |= _sign(run)
         if contender.flow is not None:
-            record["reverse_ess"] = reverse_ess(contender.flow, contender.latents, self.theory, self.reference())
+            record |= self._coverage(contender.flow, contender.latents)
         self.report(name, 3, 3, _settings(sampler))
         return run, record
+
+    def _coverage(self, flow: Flow, prior: Prior) -> dict[str, float | None]:
+        """ESS of the flow's fields by their own weights, and by the weights of the theory's fields."""
+        phi = self.reference()
+        try:
+            own = Reweighting(self.theory, flow, prior).sample(len(phi), self.seed).ess
+        except NotFiniteError:
+            own = None
+        return {"flow_ess": own, "reverse_ess": reverse_ess(flow, prior, self.theory, phi)}
 
 
 def compare(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .analysis import with_error
-from .comparison import JUDGED_TAU, completed
+from .comparison import COLLAPSED, JUDGED_TAU, completed
 from .config import Config
 
 __all__ = [
@@ -195,6 +195,18 @@ def comparison_notes(results: dict[str, Any]) -> list[str]:
             f"{', '.join(frozen)}: the sign of M hardly ever changed. Chains stay in the phase they began in, and what "
             "depends on the sign is not sampled."
         )
+    for s in samplers:
+        own, reverse = s.get("flow_ess"), s.get("reverse_ess")
+        if own is not None and reverse is not None and reverse < COLLAPSED * own:
+            notes.append(
+                f"{WRONG} COLLAPSE: the flow of {s['name']} leaves out part of the theory's fields: its ESS is "
+                f"{own:.2g} by fields of its own, and {reverse:.2g} by those of HMC with clusters."
+            )
+        if s["judged"] and None not in (s["sign"], s["sign_error"]) and abs(s["sign"]) > 5 * s["sign_error"]:
+            notes.append(
+                f"{WRONG} BROKEN SYMMETRY: the sign of M averages to {_measured(s['sign'], s['sign_error'])} in "
+                f"{s['name']}, not to zero: a phase is missing, or has the wrong weight."
+            )
     if results["disagreeing"]:
         notes.append(
             f"{WRONG} DISAGREEMENT: the expectation values of {' and '.join(results['disagreeing'])} are not those "

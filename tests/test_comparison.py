@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
+from test_weighted import one_sided_flow, scaled_gaussian
 
 import lfq
 from lfq import cli, comparison, plots, report
@@ -202,6 +203,31 @@ def test_a_frozen_sign_is_noticed():
     assert clusters["sign_tau_int"] < 1
     notes = " ".join(report.comparison_notes(result))
     assert "HMC: the sign of M hardly ever changed" in notes
+
+
+def test_a_lost_phase_is_noticed():
+    """A flow to one of two ordered states: its own weights look well, and so do |M| and phi^2."""
+    theory = lfq.Phi4((2, 2), beta=0.9, lam=0.5)
+    samplers = {
+        "clusters": lfq.Contender(lfq.ClusterHMC(theory, n_steps=6), tune=False),
+        "reweighting": lfq.Reweighting(theory, one_sided_flow()),
+    }
+    result = lfq.compare(theory, samplers, **BUDGET).results
+    clusters, flow = result["samplers"]
+    assert flow["judged"] and flow["agrees"] and flow["flow_ess"] > 0.1 and flow["reverse_ess"] < 1e-6
+    notes = [note for note in report.comparison_notes(result) if note.startswith("!")]
+    assert any("COLLAPSE: the flow of reweighting" in note for note in notes)
+    assert sum("BROKEN SYMMETRY" in note for note in notes) == 1
+    assert any("in reweighting, not to zero" in note for note in notes)
+
+
+def test_a_flow_that_covers_the_theory_is_not_accused():
+    """lam = 0 and a flow of the right width: no note of a collapse."""
+    theory = lfq.Phi4((4, 4), beta=0.1, lam=0.0)
+    samplers = {"reweighting": lfq.Reweighting(theory, scaled_gaussian(0.75))}
+    result = lfq.compare(theory, samplers, **BUDGET).results
+    assert result["samplers"][0]["reverse_ess"] > 0.3
+    assert not any("COLLAPSE" in note or "SYMMETRY" in note for note in report.comparison_notes(result))
 
 
 @pytest.mark.parametrize(

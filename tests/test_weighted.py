@@ -288,6 +288,17 @@ def scaled_gaussian(scale, ndim=2):
     return flow
 
 
+def one_sided_flow():
+    """Fields of positive sign, near one of the two ordered states of L = 2, beta = 0.9."""
+    flow = lfq.AffineFlow(bias=True, scale="exp(s)")
+    weights = np.zeros(flow.n_weights)
+    n = (flow.n_weights - 1) // 2
+    # The biases of t move every site by tanh(3), those of s narrow the fields around that.
+    weights[[n - 1, 2 * n - 1]], weights[[n - 2, 2 * n - 2]], weights[-1] = 3.0, -0.8, 0.2
+    flow.weights = weights
+    return flow
+
+
 def test_reverse_ess_of_gaussians():
     """lam = 0: 1 / ESS is the product of s^2 / sqrt(v (2 s^2 - v)) over modes of variance v; within 5%."""
     theory, scale = lfq.Phi4((4, 4), beta=0.15, lam=0.0), 0.75
@@ -302,12 +313,7 @@ def test_reverse_ess_sees_a_lost_mode():
     """Two ordered states: a flow that makes fields of positive sign only, and whose own ESS does not tell."""
     theory = lfq.Phi4((2, 2), beta=0.9, lam=0.5)
     phi = lfq.ClusterHMC(theory, n_steps=6).sample(4000, 1, n_warmup=100, seed=11).phi
-    flow = lfq.AffineFlow(bias=True, scale="exp(s)")
-    weights = np.zeros(flow.n_weights)
-    n = (flow.n_weights - 1) // 2
-    # The bias of t moves every site by tanh(3), the rescaling narrows the fields around that.
-    weights[[n - 1, 2 * n - 1]], weights[-1] = 3.0, math.log(0.85)
-    flow.weights = weights
+    flow = one_sided_flow()
     prior = lfq.Gaussian((2, 2))
     one, half = (
         lfq.reverse_ess(flow, prior, theory, x) for x in (phi, phi * np.sign(phi.mean(axis=(1, 2)))[:, None, None])
