@@ -181,9 +181,9 @@ def observables(shape, single: bool) -> list[Cost]:
 
 
 def heat_bath(ndim: int, single: bool) -> list[Cost]:
-    """A site of a sweep (csrc/include/lfq/heat_bath.hpp): its block, the Gaussian by 3 steps of Newton's, two tries."""
+    """A site of a sweep (csrc/include/lfq/heat_bath.hpp): its block, the Gaussian by a step of Newton's, two tries."""
     guess = log(single) + exp(single) + Cost(fma=7, add=2 * ndim - 1, sqrt=1)
-    newton = 3 * Cost(fma=5, add=2, divide=1)
+    newton = Cost(fma=5, add=2, divide=1)
     gaussian = Cost(fma=2, add=1, divide=1, sqrt=1)
     tries = 2 * (Cost(fma=6, other=3) + word(single) + exp(single))
     return [philox(single) + box_muller(single) + guess + newton + gaussian + tries + Cost(add=1, group=3)]

@@ -905,7 +905,7 @@ def heat_bath_proposal(a, lam, b):
 
     exp(-lam (x^2 - c)^2) of its samples, accepted with that probability, have the density, for any c with
     alpha = a + 2 lam c > 0. The best c is the Gaussian's own <x^2> = 1 / (2 alpha) + b^2 / (4 alpha^2): alpha is the
-    positive root of alpha^3 - a alpha^2 - lam alpha - lam b^2 / 2, here by Newton's method.
+    positive root of alpha^3 - a alpha^2 - lam alpha - lam b^2 / 2, here nearly, by Newton's method.
 
     Parameters
     ----------
@@ -921,7 +921,7 @@ def heat_bath_proposal(a, lam, b):
     least = (root + a) / 2 if a > 0 else 2 * lam / (root - a)  # alpha at b = 0, without cancellation
     s3 = lam * b**2 / 2
     alpha = np.sqrt(least**2 + np.cbrt(s3) ** 2)
-    steps = 3 + sum(8.0 ** (k + 1) < lam for k in range(200))  # the first guess is up to lam^(1/3) too large
+    steps = 1 + sum(8.0 ** (k + 1) < lam for k in range(200))  # the first guess is up to lam^(1/3) too large
     for _ in range(steps):
         alpha = (alpha**2 * (2 * alpha - a) + s3) / (alpha * (3 * alpha - 2 * a) - lam)
     if lam < 0.25:

@@ -55,7 +55,7 @@ enum lfq_purpose {
   LFQ_PURPOSE_CLUSTER = 7, /* which clusters flip, where one starts */
   LFQ_PURPOSE_PROPOSAL = 8, /* latents of samplers: apart from those that a flow was trained on */
   LFQ_PURPOSE_RESAMPLE = 9, /* which of a population's fields survive */
-  LFQ_PURPOSE_HEAT_BATH = 10,
+  LFQ_PURPOSE_HEAT_BATH = 10, /* proposals of a site, and the uniforms that accept them */
   LFQ_PURPOSE_USER = 128 /* 128..255 are free for callers */
 };
 
