@@ -173,7 +173,8 @@ def comparison_notes(results: dict[str, Any]) -> list[str]:
         f"Every sampler: {results['seconds']:g} s of sampling with {results['n_chains']} chains side by side, tuned "
         "on its own to least cost. tau_int = 1/2 + sum rho(t), in trajectories.",
         "Cost of an independent sample: 2 tau_int trajectories of the slowest of M^2, phi^2 and smeared phi^2, in "
-        "wall time and in force evaluations (through a flow: of its latents; a Swendsen-Wang sweep counts as one). "
+        "wall time and in force evaluations (through a flow: of its latents; a sweep, of clusters or of a heat bath, "
+        "counts as one). "
         "ESS / s is its inverse; 'with training' divides the run's independent samples by sampling and training time.",
         "The sign of M averages to zero, and its tau_int tells how long the sampler stays in one phase. Reverse ESS: "
         "of the flow, from fields of HMC with clusters; near zero where the flow misses part of them. chi^2 / 4: of "
