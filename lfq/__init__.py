@@ -4,8 +4,9 @@ from ._core import NotFiniteError
 from ._kernels import info
 from ._version import __version__
 from .actions import Phi4, PulledBack
-from .comparison import Comparison, Contender, DisagreementWarning, compare
+from .comparison import Comparison, Contender, DisagreementWarning, FailureWarning, compare
 from .flows import AffineFlow, Compose, Flow, InterleaveMap, MultiscaleFlow, UpsampleMap, load_flow
+from .heat_bath import HeatBath
 from .hmc import HMC, INTEGRATORS, ClusterHMC, FourierHMC, Integrator, Run, State
 from .priors import Gaussian, Interleave, Lattice, Upsample
 from .samplers import Annealing, IndependenceMetropolis, Reweighting, Weighted, reverse_ess
@@ -21,10 +22,12 @@ __all__ = [
     "Compose",
     "Contender",
     "DisagreementWarning",
+    "FailureWarning",
     "Fit",
     "Flow",
     "FourierHMC",
     "Gaussian",
+    "HeatBath",
     "IndependenceMetropolis",
     "Integrator",
     "Interleave",

@@ -11,6 +11,7 @@ theory_dtype: np.dtype[np.void]
 layer_dtype: np.dtype[np.void]
 hmc_dtype: np.dtype[np.void]
 cluster_dtype: np.dtype[np.void]
+heat_bath_dtype: np.dtype[np.void]
 N_OBSERVABLES: int
 MAX_HIDDEN: int
 MAX_CHANNELS: int
@@ -142,6 +143,17 @@ def cluster_hmc(
     phi: Real,
     dh: Doubles,
     accepted: NDArray[np.uint8],
+    flipped: NDArray[np.int64],
+    smear: Doubles,
+    observables: Doubles,
+    n_threads: int = 0,
+) -> None: ...
+def heat_bath(
+    theory: Records,
+    heat_bath: Records,
+    cluster: Records | None,
+    phi: Real,
+    changed: NDArray[np.int64],
     flipped: NDArray[np.int64],
     smear: Doubles,
     observables: Doubles,

@@ -15,7 +15,7 @@ from .observables import OBSERVABLES, heat_kernel
 if TYPE_CHECKING:
     from .flows import Flow
 
-__all__ = ["Phi4", "PulledBack"]
+__all__ = ["Phi4", "PulledBack", "check_theory"]
 
 
 def _finite(value, name: str) -> float:
@@ -193,6 +193,9 @@ class Phi4:
     def _smear(self) -> np.ndarray:
         return np.concatenate([heat_kernel(extent) for extent in self.shape])
 
+    def _evaluate(self, phi, n_threads):
+        return self.action(phi, n_threads), self.force(phi, n_threads)
+
     # What HMC asks of a theory: its own action, and the flow between latent and field, if any.
     @property
     def _physical(self) -> Phi4:
@@ -200,6 +203,13 @@ class Phi4:
 
     def _program(self):
         return None, np.empty(0)
+
+
+def check_theory(theory, name: str = "theory") -> Phi4:
+    """The theory, or a TypeError where it is none, or a pullback."""
+    if not isinstance(theory, Phi4):
+        raise TypeError(f"{name}: must be a Phi4, got {type(theory).__name__}")
+    return theory
 
 
 @dataclass(frozen=True)

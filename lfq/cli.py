@@ -64,7 +64,7 @@ def _print_table(lines: list[list[str]], notes: list[str], left: str) -> None:
         table.add_row(*map(Text, line))
     console.print(table)
     for note in notes:
-        console.print(Text(note, style="bold red" if "DISAGREEMENT" in note else "dim"))
+        console.print(Text(note, style="bold red" if note.startswith("!") else "dim"))
     console.print(Text(f"\n{left}"))
 
 
@@ -117,23 +117,30 @@ def _application():
     def compare(
         config: Annotated[Path | None, config_argument] = None,
         out: Annotated[Path, typer.Option(help="Directory of the results, new or empty.")] = COMPARISON_OUT,
+        resume: Annotated[bool, typer.Option("--resume", help="Continue the comparison in --out.")] = False,
+        overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the comparison in --out.")] = False,
     ) -> int:
         """Compare samplers of one theory, each tuned on its own, at equal budget."""
         import warnings
 
         from . import report
-        from .comparison import DisagreementWarning
+        from .comparison import DisagreementWarning, FailureWarning, completed
         from .config import load_config
         from .experiment import run_comparison
 
-        loaded = load_config(config)
+        loaded = None if resume and config is None else load_config(config)
         # Said in the table's notes and by the exit code.
-        warnings.simplefilter("ignore", DisagreementWarning)
-        with _progress_bars() as progress:
-            results = run_comparison(loaded, out, progress=progress)
+        for category in (DisagreementWarning, FailureWarning):
+            warnings.simplefilter("ignore", category)
+        try:
+            with _progress_bars() as progress:
+                results = run_comparison(loaded, out, resume=resume, overwrite=overwrite, progress=progress)
+        except KeyboardInterrupt:
+            print(f"lfq: interrupted; to continue: lfq compare --resume --out {out}", file=sys.stderr)
+            return 130
         lines = [list(report.COMPARISON_COLUMNS), *report.comparison_rows(results)]
         _print_table(lines, report.comparison_notes(results), f"results.json, flows and report.html are in {out}")
-        return 1 if results["disagreeing"] else 0
+        return 1 if results["disagreeing"] or len(completed(results)) < len(results["samplers"]) else 0
 
     @app.command()
     def info() -> int:
@@ -179,8 +186,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns
     -------
     int
-        0; 1 where a self-test failed or samplers disagree; 2 after an error, told in one line on stderr; 130
-        when interrupted.
+        0; 1 where a self-test or a sampler failed or samplers disagree; 2 after an error, told in one line on
+        stderr; 130 when interrupted.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     try:

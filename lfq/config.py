@@ -139,6 +139,7 @@ SAMPLER_KINDS = (
     "swendsen-wang",
     "wolff",
     "fourier",
+    "heat-bath",
     "flow-hmc",
     "independence",
     "reweighting",
@@ -152,7 +153,7 @@ class SamplerConfig:
     """``[[sampler]]``: one sampler of `lfq compare`. `name` labels it; its kind, and prior, by default.
 
     `tau` is where the search for the trajectory length begins; with `tune = false` it is kept, and only the number
-    of steps is tuned.
+    of steps is tuned. The number of Wolff clusters, `n_updates`, is kept then, too.
     """
 
     kind: str = _key(choices=SAMPLER_KINDS)
@@ -163,6 +164,7 @@ class SamplerConfig:
     length_spread: float = _key(0.0, at_least=0, below=1)
     integrator: str = _key("leapfrog", choices=("leapfrog", "omf2", "omf4"))
     n_updates: int = _key(1, at_least=1)
+    cluster: str | None = _key(None, choices=("swendsen-wang", "wolff"))
     n_temperatures: int = _key(20, at_least=1)
     resample: float = _key(0.0, at_least=0, at_most=1)
 
@@ -348,7 +350,7 @@ def _prior(index: int, table: Any) -> PriorConfig:
 
 def _sampler(index: int, table: Any) -> SamplerConfig:
     sampler = _table(f"sampler {index}", SamplerConfig, table)
-    name = sampler.kind if sampler.prior is None else f"{sampler.kind}, {sampler.prior}"
+    name = ", ".join(filter(None, (sampler.kind, sampler.cluster, sampler.prior)))
     return sampler if sampler.name else dataclasses.replace(sampler, name=name)
 
 
@@ -360,6 +362,8 @@ def _check_samplers(config: Config) -> None:
         if sampler.name in names:
             raise ConfigError(section, "name", f"{sampler.name!r} is taken: give this sampler another name")
         names.add(sampler.name)
+        if sampler.cluster is not None and sampler.kind != "heat-bath":
+            raise ConfigError(section, "cluster", f"means nothing to the kind {sampler.kind}")
         needs = sampler.kind in ("flow-hmc", "independence", "reweighting")
         if sampler.prior is None:
             if needs:
@@ -369,10 +373,6 @@ def _check_samplers(config: Config) -> None:
             raise ConfigError(section, "prior", f"means nothing to the kind {sampler.kind}")
         if sampler.prior not in trained:
             problem = f"no [[prior]] is named {sampler.prior!r}{_nearest(sampler.prior, trained)}"
-            raise ConfigError(section, "prior", problem)
-        kind = next(prior.kind for prior in config.prior if prior.name == sampler.prior)
-        if sampler.kind in ("independence", "annealing") and kind != "gaussian":
-            problem = f"the kind {sampler.kind} draws unit normals, and {sampler.prior!r} is not the gaussian prior"
             raise ConfigError(section, "prior", problem)
 
 

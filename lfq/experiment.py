@@ -15,6 +15,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -25,10 +26,20 @@ import lfq
 
 from ._optional import load
 from .comparison import Contender, chain_record, compare, pay_off
-from .config import ComparisonConfig, Config, ConfigError, PriorConfig, SamplerConfig, SamplingConfig, parse_config
+from .config import (
+    ComparisonConfig,
+    Config,
+    ConfigError,
+    PriorConfig,
+    SamplerConfig,
+    SamplingConfig,
+    load_config,
+    parse_config,
+)
 from .hmc import HMC, Block, Run, State
 from .io import FileFormatError, RunFile, load_tensors, save_tensors, write_atomically
 from .observables import OBSERVABLES
+from .plots import COMPARISON_FIGURES
 
 __all__ = [
     "ExperimentError",
@@ -230,10 +241,14 @@ def _old_directory(config: Config | None, out: Path) -> tuple[Config, RunFile]:
     stored = parse_config(str(file.attributes["config"]))
     if config is None:
         return stored, file
+    _check_same(stored, config, out)
+    return config, file
+
+
+def _check_same(stored: Config, config: Config, out: Path) -> None:
     changed = stored.differences(config)
     if changed:
         raise ExperimentError(f"{out} was started with another configuration: {', '.join(changed)}")
-    return config, file
 
 
 def versions() -> dict[str, str]:
@@ -556,7 +571,7 @@ def run_experiment(
     results = collect(config, trainings, runs)
     with write_atomically(out / "results.json") as stream:
         stream.write(json.dumps(results, indent=1, allow_nan=False).encode())
-    figures = plots.write_figures(out, results, trainings, runs, runs["hmc"].phi[0])
+    figures = plots.write_figures(out, results, trainings, runs["hmc"].phi[0])
     with write_atomically(out / "report.html") as stream:
         stream.write(report.html_report(results, config, figures).encode())
     progress("figures and report", 1, 1, "")
@@ -572,9 +587,12 @@ DEFAULT_SAMPLERS = tuple(
 """Samplers of a comparison whose configuration names none; flow-HMC with every trained flow joins them."""
 
 
-def _contender(config: Config, sampler: SamplerConfig, trainings: dict[str, Training]) -> Contender:
-    """The sampler of one ``[[sampler]]``."""
-    theory, training = target_theory(config), trainings.get(sampler.prior)
+def _contender(config: Config, sampler: SamplerConfig, out: Path, progress: Progress) -> Contender:
+    """The sampler of one ``[[sampler]]``, its flow trained, or read from `out`."""
+    theory, training, prior = target_theory(config), None, None
+    if sampler.prior is not None:
+        chosen = next(p for p in config.prior if p.name == sampler.prior)
+        training, prior = train(config, chosen, out, progress), make_prior(config, chosen)
     common = {"dtype": config.run.dtype, "n_threads": config.run.threads or None}
     moves = {"tau": sampler.tau, "integrator": sampler.integrator, "length_spread": sampler.length_spread}
     makers = {
@@ -582,21 +600,20 @@ def _contender(config: Config, sampler: SamplerConfig, trainings: dict[str, Trai
         "swendsen-wang": lambda: lfq.ClusterHMC(theory, n_updates=sampler.n_updates, **moves, **common),
         "wolff": lambda: lfq.ClusterHMC(theory, cluster="wolff", n_updates=sampler.n_updates, **moves, **common),
         "fourier": lambda: lfq.FourierHMC(theory, **moves, **common),
+        "heat-bath": lambda: lfq.HeatBath(theory, cluster=sampler.cluster, n_updates=sampler.n_updates, **common),
         "flow-hmc": lambda: HMC(theory.pullback(training.flow), **moves, **common),
-        "independence": lambda: lfq.IndependenceMetropolis(theory, training.flow, **common),
+        "independence": lambda: lfq.IndependenceMetropolis(theory, training.flow, prior, **common),
         "reweighting": lambda: lfq.Reweighting(theory, training.flow, prior, **common),
         "annealing": lambda: lfq.Annealing(
             theory,
             training and training.flow,
+            prior,
             sampler.n_temperatures,
             tau=sampler.tau,
             resample=sampler.resample,
             **common,
         ),
     }
-    prior = None
-    if training is not None:
-        prior = make_prior(config, next(p for p in config.prior if p.name == sampler.prior))
     with _section(f"sampler {sampler.name}"):
         made = makers[sampler.kind]()
         if isinstance(made, HMC) and not sampler.tune:
@@ -605,16 +622,69 @@ def _contender(config: Config, sampler: SamplerConfig, trainings: dict[str, Trai
         return Contender(made, training.seconds if training else 0.0, sampler.tune, prior)
 
 
-def run_comparison(config: Config, out: str | os.PathLike, *, progress: Progress | None = None) -> dict[str, Any]:
+def _comparison_directory(config: Config | None, out: Path, resume: bool, overwrite: bool) -> tuple[Config, list]:
+    """The configuration, and the records of samplers that an interrupted comparison in `out` has finished."""
+    if resume and overwrite:
+        raise ExperimentError("resume keeps what overwrite would replace: choose one")
+    stored = out / "config.toml"
+    holds_one = stored.is_file() and (out / "training").is_dir() and not (out / "run.h5").exists()
+    if resume:
+        if not holds_one:
+            raise ExperimentError(f"{out} holds no comparison to resume")
+        kept = load_config(stored)
+        if config is not None:
+            _check_same(kept, config, out)
+        if not (out / "results.json").exists():
+            return config or kept, []
+        try:
+            records = json.loads((out / "results.json").read_text(encoding="utf-8"))["samplers"]
+            # What failed is tried again.
+            return config or kept, [record for record in records if "error" not in record]
+        except (KeyError, TypeError, ValueError) as error:
+            raise FileFormatError(f"{out / 'results.json'}: not the results of a comparison ({error})") from None
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if any(out.iterdir()):
+            if not holds_one:
+                raise ExperimentError(f"{out} is not empty: --out takes another place")
+            if not overwrite:
+                choices = "--resume continues it, --overwrite replaces it, --out takes another place"
+                raise ExperimentError(f"{out} is not empty, it holds a comparison: {choices}")
+            for folder in ("flows", "training"):
+                shutil.rmtree(out / folder)
+            for name in ("results.json", "report.html", *(f"{name}.png" for name in COMPARISON_FIGURES)):
+                (out / name).unlink(missing_ok=True)
+        for folder in ("flows", "training"):
+            (out / folder).mkdir()
+        with write_atomically(stored) as stream:
+            stream.write(config.to_toml().encode())
+    except OSError as error:
+        raise ExperimentError(f"cannot write to {out}: {error.strerror or error}") from None
+    return config, []
+
+
+def run_comparison(
+    config: Config | None,
+    out: str | os.PathLike,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
     """Train the flows, compare the samplers, and leave results, figures and a report in a directory.
 
     Parameters
     ----------
-    config : Config
+    config : Config or None
         ``[[sampler]]`` lists the samplers; without any, HMC, Swendsen-Wang and Wolff clusters, and flow-HMC
-        with each flow.
+        with each flow. None with `resume` takes the stored one.
     out : path-like
-        A new or empty directory.
+        A new or empty directory, or with `resume` or `overwrite` that of an earlier comparison.
+    resume : bool
+        Keep the samplers and flows that are finished. What a sampler that was interrupted, or failed, had done is
+        done again.
+    overwrite : bool
+        Replace the comparison in `out`.
     progress : callable, optional
         Called as ``progress(stage, done, total, remark)``.
 
@@ -622,51 +692,51 @@ def run_comparison(config: Config, out: str | os.PathLike, *, progress: Progress
     -------
     dict
         What ``results.json`` holds: `lfq.Comparison.results`, and ``config``, ``levels``, ``versions``, ``machine``.
+        The file is complete after every sampler.
 
     Raises
     ------
-    ConfigError, ExperimentError, ImportError
+    ConfigError, ExperimentError, FileFormatError, ImportError
         As `run_experiment`.
     """
     from . import plots, report
 
     progress, out = progress or (lambda *_: None), Path(out)
-    if config.ladder:
-        raise ConfigError("ladder", "", "is for `lfq run`, not `lfq compare`")
-    if not config.sampler:
-        flows = [SamplerConfig("flow-hmc", f"flow-hmc, {prior.name}", prior.name) for prior in config.prior]
-        config = replace(config, sampler=(*DEFAULT_SAMPLERS, *flows))
-    _check_buildable(replace(config, sampler=(), comparison=None))
+    if config is None and not resume:
+        raise TypeError("run_comparison: a new comparison needs a configuration")
+    if config is not None:
+        if config.ladder:
+            raise ConfigError("ladder", "", "is for `lfq run`, not `lfq compare`")
+        if not config.sampler:
+            flows = [SamplerConfig("flow-hmc", f"flow-hmc, {prior.name}", prior.name) for prior in config.prior]
+            config = replace(config, sampler=(*DEFAULT_SAMPLERS, *flows))
+        _check_buildable(replace(config, sampler=(), comparison=None))
     for package, purpose in PACKAGES.items():
         load(package, purpose)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        if any(out.iterdir()):
-            raise ExperimentError(f"{out} is not empty: --out takes another place")
-        for folder in ("flows", "training"):
-            (out / folder).mkdir()
-        with write_atomically(out / "config.toml") as stream:
-            stream.write(config.to_toml().encode())
-    except OSError as error:
-        raise ExperimentError(f"cannot write to {out}: {error.strerror or error}") from None
-    trainings = {prior.name: train(config, prior, out, progress) for prior in config.prior}
-    contenders = {s.name: _contender(config, s, trainings) for s in config.sampler}
+    config, finished = _comparison_directory(config, out, resume, overwrite)
+
+    def store(found: dict[str, Any]) -> dict[str, Any]:
+        trainings = filter(None, (_recorded(prior.name, out) for prior in config.prior))
+        results = finite(
+            {"version": lfq.__version__, "config": config.to_dict(), "levels": [_level(config, t) for t in trainings]}
+            | found
+            | {"versions": versions(), "machine": machine(config.run.threads)}
+        )
+        with write_atomically(out / "results.json") as stream:
+            stream.write(json.dumps(results, indent=1, allow_nan=False).encode())
+        return results
+
     found = compare(
         target_theory(config),
-        contenders,
+        {s.name: partial(_contender, config, s, out, progress) for s in config.sampler},
         **vars(config.comparison or ComparisonConfig()),
         seed=stage_seed(config.run.seed, "compare"),
         progress=progress,
+        finished=finished,
+        store=store,
     )
-    levels = [_level(config, training) for training in trainings.values()]
-    results = finite(
-        {"version": lfq.__version__, "config": config.to_dict(), "levels": levels}
-        | found.results
-        | {"versions": versions(), "machine": machine(config.run.threads)}
-    )
-    with write_atomically(out / "results.json") as stream:
-        stream.write(json.dumps(results, indent=1, allow_nan=False).encode())
-    figures = plots.write_comparison_figures(out, results, found.runs)
+    results = store(found.results)
+    figures = plots.write_comparison_figures(out, results)
     with write_atomically(out / "report.html") as stream:
         stream.write(report.comparison_report(results, config, figures).encode())
     return results

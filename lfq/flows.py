@@ -189,8 +189,8 @@ class AffineFlow(Flow):
         Biases break the symmetry phi -> -phi.
     scale : {"exp(-|s|)", "exp(s)", "even", "site"}
         How a site changes. The first two: y = x exp(-\\|s\\|) + t or x exp(s) + t with (s, t) = tanh of the net's
-        outputs. "even": from h_c = tanh of `features` outputs, y = x exp(sum_c b_c h_c^2) + sum_c a_c h_c with trained a
-        and b. "site" is not affine: y = a v + b tanh(c v), v = x + the one output (no tanh), with trained a, b and c;
+        outputs. "even": from h_c = tanh of `features` outputs, y = x exp(sum_c b_c h_c^2) + sum_c a_c h_c with trained
+        a and b. "site" is not affine: y = a v + b tanh(c v), v = x + the one output (no tanh), with trained a, b and c;
         the conditional density of a site given its neighbours, exp(-V(phi) + beta h phi), is close to a Gaussian
         shifted by a multiple of h and seen through such a function. All but "exp(s)", with odd activations and no bias,
         have f(-z) = -f(z). The force through "exp(-|s|)" jumps where s changes sign, the others are smooth.

@@ -13,10 +13,22 @@ import numpy as np
 
 from . import _core
 from ._kernels import check_count, check_seed, check_threads, fields, real_dtype
-from .actions import Phi4, PulledBack
+from .actions import Phi4, PulledBack, check_theory
 from .observables import OBSERVABLES
 
-__all__ = ["HMC", "INTEGRATORS", "Block", "ClusterHMC", "FourierHMC", "Integrator", "Run", "Sampler", "State"]
+__all__ = [
+    "HMC",
+    "INTEGRATORS",
+    "Block",
+    "ClusterHMC",
+    "EmbeddedClusters",
+    "FourierHMC",
+    "Integrator",
+    "KernelSampler",
+    "Run",
+    "Sampler",
+    "State",
+]
 
 
 @dataclass(frozen=True)
@@ -97,6 +109,7 @@ class Block:
     dh : ndarray, shape (n_samples * thin, n_chains)
         Energy change of every trajectory.
     accepted : ndarray of bool, shape of dh
+        Of a heat bath, whose dh is zero: of float, the fraction of sites that got new values.
     seconds : float
         Wall time of the block.
     state : State
@@ -169,6 +182,52 @@ class Sampler(ABC):
                 times.append(used / (n * state.n_chains))
         return float(np.median(times))
 
+    def tune_cost(self, acceptance: float = 0.8, n_chains: int = 64, seed: int = 0) -> Sampler:
+        """The same sampler with the settings of least cost per independent sample: itself, where there are none.
+
+        Parameters
+        ----------
+        acceptance : float
+            Aim of samplers that have a step size.
+        n_chains, seed : int
+            Of pilot runs.
+        """
+        return self
+
+    def _pilot_cost(self, state: State, price, hopeless: float, max_trajectories: int) -> tuple[float, State]:
+        """The price of an independent sample, and the state after the pilot; stops early once `hopeless`.
+
+        Infinite where the pilot diverges, or is too short to see tau_int: such short trajectories would only
+        look cheap.
+        """
+        from .analysis import SLOW_OBSERVABLES, integrated_time
+
+        begin, parts, done = state, [], 0
+        while True:
+            try:
+                block = self.advance(state, min(max(50, done), max_trajectories - done))
+            except _core.NotFiniteError:
+                return math.inf, begin
+            state, done = block.state, done + len(block.dh)
+            parts.append(block)
+            run = Run.from_blocks(self.theory, self, parts)
+            tau_int = max(integrated_time(run.observables[name]) for name in SLOW_OBSERVABLES)
+            cost = 2 * tau_int * price(run.force_evaluations_per_trajectory)
+            if done >= max_trajectories or done >= 40 * tau_int or (done >= 100 and cost > 2 * hopeless):
+                return cost if done >= 15 * tau_int else math.inf, state
+
+    def _cheapest(self, others: Iterable[Sampler], state: State, clock: str, max_trajectories: int) -> Sampler:
+        """The cheapest in pilot runs of this sampler and then of the others, until one costs more than the best."""
+        best, least = self, math.inf
+        for sampler in (self, *others):
+            seconds = sampler.time_trajectory(state, 0.05) if clock == "seconds" else None
+            price = float if seconds is None else lambda _, s=seconds: s
+            cost, state = sampler._pilot_cost(state, price, least, max_trajectories)
+            if cost >= least:
+                break
+            best, least = sampler, cost
+        return best
+
     def sample(
         self,
         n_chains: int,
@@ -214,8 +273,96 @@ class Sampler(ABC):
         return Run.from_blocks(self.theory, self, blocks)
 
 
+class KernelSampler(Sampler):
+    """Chains that one call of a kernel takes through many trajectories: what is left to say is `_run`."""
+
+    dtype: str
+    n_threads: int | None
+    _accepted = np.uint8
+    _flips = False
+
+    @abstractmethod
+    def _settings(self, n_samples=0, thin=1, seed=0, first_chain=0, trajectory=0) -> np.ndarray:
+        """The kernel's record."""
+
+    @abstractmethod
+    def _run(self, settings, latent, phi, dh, accepted, flipped, values):
+        """The trajectories of `settings`, from and to `latent`; phi receives the fields they end in."""
+
+    def start(self, n_chains: int, seed: int, phi=None, first_chain: int = 0) -> State:
+        """Chains at their beginning.
+
+        Parameters
+        ----------
+        n_chains : int
+        seed : int
+        phi : array_like, shape (n_chains, *shape), optional
+            Fields to start from. By default normals of standard deviation 1/2: in the tail of wider ones
+            a coarse step is unstable, and such a chain would never move. For a pulled-back theory, the
+            same after 20 fine trajectories of plain HMC, since a flow may be steep far from the fields
+            it was trained on.
+        first_chain : int
+            Global number of the first chain.
+        """
+        n_chains = check_count(n_chains, "n_chains", 1, 2**31)
+        seed = check_seed(seed)
+        first_chain = check_count(first_chain, "first_chain", 0, 2**32 - n_chains)
+        pulled_back = isinstance(self.theory, PulledBack)
+        if phi is None and pulled_back:
+            plain = HMC(self.theory.theory, tau=1.3, n_steps=26, dtype=self.dtype, n_threads=self.n_threads)
+            rough = plain.advance(plain.start(n_chains, seed, first_chain=first_chain), 1, 20)
+            return State(self.theory.latent(rough.phi, self.n_threads), rough.state.trajectory, seed, first_chain)
+        if phi is None:
+            latent = np.empty((n_chains, *self.theory.shape), dtype=self.dtype)
+            _core.normal(seed, _core.PURPOSES["start"], 0, first_chain, n_chains, latent, check_threads(self.n_threads))
+            latent *= 0.5
+        else:
+            phi, leading = fields(phi, self.theory.shape, "phi")
+            if leading != (n_chains,):
+                raise ValueError(f"phi: shape {phi.shape} is not {n_chains} fields of shape {self.theory.shape}")
+            if not np.isfinite(phi).all():
+                raise _core.NotFiniteError(f"phi: chain {int(np.argwhere(~np.isfinite(phi))[0][0])} holds NaN or Inf")
+            phi = phi.astype(self.dtype)
+            latent = self.theory.latent(phi, self.n_threads) if pulled_back else phi
+        return State(latent, 0, seed, first_chain)
+
+    def advance(self, state: State, n_samples: int, thin: int = 1, measure: bool = True) -> Block:
+        """`n_samples` samples, `thin` trajectories apart, of every chain in one call.
+
+        Without `measure` the block's observables are empty.
+
+        Raises
+        ------
+        NotFiniteError
+            dH became NaN or Inf: names chain and trajectory. `state` is as it was.
+        """
+        n_samples = check_count(n_samples, "n_samples")
+        thin = check_count(thin, "thin", 1, 2**31 - 1)
+        latent, leading = fields(state.latent, self.theory.shape, "latent")
+        latent = latent.astype(self.dtype, copy=True).reshape(-1, *self.theory.shape)
+        n = len(latent)
+        phi = np.empty_like(latent)
+        dh = np.empty((n_samples * thin, n))
+        accepted = np.empty((n_samples * thin, n), dtype=self._accepted)
+        flipped = np.empty((n_samples * thin, n), dtype=np.int64) if self._flips else None
+        values = np.empty((n_samples if measure else 0, n, len(OBSERVABLES)))
+        settings = self._settings(n_samples, thin, state.seed, state.first_chain, state.trajectory)
+        begin = time.perf_counter()
+        self._run(settings, latent, phi, dh, accepted, flipped, values)
+        seconds = time.perf_counter() - begin
+        return Block(
+            observables={name: np.ascontiguousarray(values[..., i]) for i, name in enumerate(OBSERVABLES)},
+            dh=dh,
+            accepted=accepted.view(bool) if accepted.dtype == np.uint8 else accepted,
+            seconds=seconds,
+            state=replace(state, latent=latent, trajectory=state.trajectory + n_samples * thin),
+            phi=phi,
+            flipped=flipped,
+        )
+
+
 @dataclass(frozen=True)
-class HMC(Sampler):
+class HMC(KernelSampler):
     """Hybrid Monte Carlo with many chains side by side.
 
     Parameters
@@ -244,8 +391,6 @@ class HMC(Sampler):
     dtype: str = "float64"
     n_threads: int | None = None
     length_spread: float = 0.0
-
-    _flips = False
 
     def __post_init__(self):
         if not isinstance(self.theory, (Phi4, PulledBack)):
@@ -332,84 +477,12 @@ class HMC(Sampler):
         )
 
     def _run(self, settings, latent, phi, dh, accepted, flipped, values):
-        """The trajectories of `settings`, from and to `latent`; phi receives the fields they end in."""
         layers, weights = self.theory._program()
         physical = self.theory._physical
         _core.hmc(
             layers, weights, physical._record(), settings, latent, phi, dh, accepted, physical._smear(), values,
             check_threads(self.n_threads),
         )  # fmt: skip
-
-    def start(self, n_chains: int, seed: int, phi=None, first_chain: int = 0) -> State:
-        """Chains at their beginning.
-
-        Parameters
-        ----------
-        n_chains : int
-        seed : int
-        phi : array_like, shape (n_chains, *shape), optional
-            Fields to start from. By default normals of standard deviation 1/2: in the tail of wider ones
-            a coarse step is unstable, and such a chain would never move. For a pulled-back theory, the
-            same after 20 fine trajectories of plain HMC, since a flow may be steep far from the fields
-            it was trained on.
-        first_chain : int
-            Global number of the first chain.
-        """
-        n_chains = check_count(n_chains, "n_chains", 1, 2**31)
-        seed = check_seed(seed)
-        first_chain = check_count(first_chain, "first_chain", 0, 2**32 - n_chains)
-        pulled_back = isinstance(self.theory, PulledBack)
-        if phi is None and pulled_back:
-            plain = HMC(self.theory.theory, tau=1.3, n_steps=26, dtype=self.dtype, n_threads=self.n_threads)
-            rough = plain.advance(plain.start(n_chains, seed, first_chain=first_chain), 1, 20)
-            return State(self.theory.latent(rough.phi, self.n_threads), rough.state.trajectory, seed, first_chain)
-        if phi is None:
-            latent = np.empty((n_chains, *self.theory.shape), dtype=self.dtype)
-            _core.normal(seed, _core.PURPOSES["start"], 0, first_chain, n_chains, latent, check_threads(self.n_threads))
-            latent *= 0.5
-        else:
-            phi, leading = fields(phi, self.theory.shape, "phi")
-            if leading != (n_chains,):
-                raise ValueError(f"phi: shape {phi.shape} is not {n_chains} fields of shape {self.theory.shape}")
-            if not np.isfinite(phi).all():
-                raise _core.NotFiniteError(f"phi: chain {int(np.argwhere(~np.isfinite(phi))[0][0])} holds NaN or Inf")
-            phi = phi.astype(self.dtype)
-            latent = self.theory.latent(phi, self.n_threads) if pulled_back else phi
-        return State(latent, 0, seed, first_chain)
-
-    def advance(self, state: State, n_samples: int, thin: int = 1, measure: bool = True) -> Block:
-        """`n_samples` samples, `thin` trajectories apart, of every chain in one call.
-
-        Without `measure` the block's observables are empty.
-
-        Raises
-        ------
-        NotFiniteError
-            dH became NaN or Inf: names chain and trajectory. `state` is as it was.
-        """
-        n_samples = check_count(n_samples, "n_samples")
-        thin = check_count(thin, "thin", 1, 2**31 - 1)
-        latent, leading = fields(state.latent, self.theory.shape, "latent")
-        latent = latent.astype(self.dtype, copy=True).reshape(-1, *self.theory.shape)
-        n = len(latent)
-        phi = np.empty_like(latent)
-        dh = np.empty((n_samples * thin, n))
-        accepted = np.empty((n_samples * thin, n), dtype=np.uint8)
-        flipped = np.empty((n_samples * thin, n), dtype=np.int64) if self._flips else None
-        values = np.empty((n_samples if measure else 0, n, len(OBSERVABLES)))
-        settings = self._settings(n_samples, thin, state.seed, state.first_chain, state.trajectory)
-        begin = time.perf_counter()
-        self._run(settings, latent, phi, dh, accepted, flipped, values)
-        seconds = time.perf_counter() - begin
-        return Block(
-            observables={name: np.ascontiguousarray(values[..., i]) for i, name in enumerate(OBSERVABLES)},
-            dh=dh,
-            accepted=accepted.view(bool),
-            seconds=seconds,
-            state=replace(state, latent=latent, trajectory=state.trajectory + n_samples * thin),
-            phi=phi,
-            flipped=flipped,
-        )
 
     # ---- runs ------------------------------------------------------------------------------
     def tune(
@@ -560,37 +633,46 @@ class HMC(Sampler):
         slope = max(times[1] - times[0], 0.1 * times[0]) / (forces[1] - forces[0])
         return lambda n: max(times[0] + slope * (n - forces[0]), 0.0)
 
-    def _pilot_cost(self, state: State, price, hopeless: float, max_trajectories: int) -> tuple[float, State]:
-        """The price of an independent sample, and the state after the pilot; stops early once `hopeless`.
 
-        Infinite where the pilot diverges, or is too short to see tau_int: such short trajectories would only
-        look cheap.
-        """
-        from .analysis import SLOW_OBSERVABLES, integrated_time
+class EmbeddedClusters:
+    """The cluster updates after each trajectory of a sampler: `cluster` and `n_updates`."""
 
-        begin, parts, done = state, [], 0
-        while True:
-            try:
-                block = self.advance(state, min(max(50, done), max_trajectories - done))
-            except _core.NotFiniteError:
-                return math.inf, begin
-            state, done = block.state, done + len(block.dh)
-            parts.append(block)
-            run = Run.from_blocks(self.theory, self, parts)
-            tau_int = max(integrated_time(run.observables[name]) for name in SLOW_OBSERVABLES)
-            cost = 2 * tau_int * price(run.force_evaluations_per_trajectory)
-            if done >= max_trajectories or done >= 40 * tau_int or (done >= 100 and cost > 2 * hopeless):
-                return cost if done >= 15 * tau_int else math.inf, state
+    theory: Phi4
+    cluster: str | None
+    n_updates: int
+    n_threads: int | None
 
+    def _check_clusters(self) -> None:
+        check_theory(self.theory)
+        if self.cluster not in _core.CLUSTERS:
+            raise ValueError(f"cluster: must be one of {', '.join(_core.CLUSTERS)}, got {self.cluster!r}")
+        check_count(self.n_updates, "n_updates", 0, 2**32 // self.theory.volume)
 
-def _plain_theory(theory, what: str) -> Phi4:
-    if not isinstance(theory, Phi4):
-        raise TypeError(f"theory: {what} need a Phi4, got {type(theory).__name__}")
-    return theory
+    def _record(self) -> np.ndarray:
+        record = np.zeros(1, dtype=_core.cluster_dtype)
+        record["kind"], record["n_updates"] = _core.CLUSTERS[self.cluster], self.n_updates
+        return record
+
+    def _forces(self, flipped) -> float:
+        wolff = flipped.mean() / self.theory.volume if self.cluster == "wolff" else 0.0
+        return self.force_evaluations_per_trajectory + float(wolff)
+
+    def _covering(self, state: State):
+        """The same with as many Wolff clusters as flip, on average, as many sites as there are."""
+        block = replace(self, n_updates=1).advance(state, 1, 50, measure=False)
+        most = min(10**4, 2**32 // self.theory.volume)
+        return replace(self, n_updates=min(most, max(1, round(self.theory.volume / block.flipped.mean()))))
+
+    def _fewer(self):
+        """The same with half the clusters, a quarter, ..."""
+        n = self.n_updates
+        while n > 1:
+            n //= 2
+            yield replace(self, n_updates=n)
 
 
 @dataclass(frozen=True)
-class ClusterHMC(HMC):
+class ClusterHMC(EmbeddedClusters, HMC):
     """HMC and embedded cluster updates in turn (Brower and Tamayo, Phys. Rev. Lett. 62 (1989) 1087).
 
     A trajectory of HMC moves magnitudes and signs; the cluster updates after it move the signs at fixed
@@ -617,16 +699,8 @@ class ClusterHMC(HMC):
     _flips = True
 
     def __post_init__(self):
-        _plain_theory(self.theory, "cluster updates")
+        self._check_clusters()
         super().__post_init__()
-        if self.cluster not in _core.CLUSTERS:
-            raise ValueError(f"cluster: must be one of {', '.join(_core.CLUSTERS)}, got {self.cluster!r}")
-        check_count(self.n_updates, "n_updates", 0, 2**32 // self.theory.volume)
-
-    def _record(self) -> np.ndarray:
-        record = np.zeros(1, dtype=_core.cluster_dtype)
-        record["kind"], record["n_updates"] = _core.CLUSTERS[self.cluster], self.n_updates
-        return record
 
     def _run(self, settings, latent, phi, dh, accepted, flipped, values):
         _core.cluster_hmc(
@@ -640,9 +714,20 @@ class ClusterHMC(HMC):
         """Those of HMC, and one for each Swendsen-Wang sweep; of Wolff clusters only a run knows the size."""
         return super().force_evaluations_per_trajectory + (self.cluster == "swendsen-wang") * self.n_updates
 
-    def _forces(self, flipped) -> float:
-        wolff = flipped.mean() / self.theory.volume if self.cluster == "wolff" else 0.0
-        return self.force_evaluations_per_trajectory + float(wolff)
+    def tune_cost(self, **keywords) -> ClusterHMC:
+        """As `HMC.tune_cost`; Wolff clusters are chosen too.
+
+        As many as flip V sites a trajectory while the length is tuned; then half of them, a quarter, ..., until the
+        cost rises.
+        """
+        if self.cluster != "wolff":
+            return super().tune_cost(**keywords)
+        n_chains, seed = keywords.get("n_chains", 64), keywords.get("seed", 0)
+        hmc = self.tune(keywords.get("acceptance", 0.8), n_chains, seed)
+        state = hmc.advance(hmc.start(n_chains, seed), 1, keywords.get("n_warmup", 100), measure=False).state
+        best = super(ClusterHMC, hmc._covering(state)).tune_cost(**keywords)
+        clock, longest = keywords.get("clock", "seconds"), keywords.get("max_trajectories", 1000)
+        return best._cheapest(best._fewer(), state, clock, longest)
 
     def update(self, phi, seed: int, trajectory: int = 0, first_chain: int = 0) -> tuple[np.ndarray, np.ndarray]:
         """The cluster updates of one trajectory alone.
@@ -694,7 +779,7 @@ class FourierHMC(HMC):
     mass: float = 2.0
 
     def __post_init__(self):
-        _plain_theory(self.theory, "accelerated modes")
+        check_theory(self.theory)
         super().__post_init__()
         if not (isinstance(self.mass, (int, float)) and math.isfinite(self.mass) and self.mass > 0):
             raise ValueError(f"mass: must be positive, got {self.mass!r}")

@@ -20,6 +20,7 @@ PURPOSE_LENGTH = 5
 PURPOSE_BOND = 6
 PURPOSE_CLUSTER = 7
 PURPOSE_PROPOSAL = 8
+PURPOSE_HEAT_BATH = 10
 
 
 def _axes(ndim):
@@ -91,7 +92,12 @@ def normals(seed, purpose, trajectory, chains, n_per_chain, dtype=np.float64):
     (n_chains, n_per_chain) array of `dtype`
     """
     words = _blocks(seed, purpose, trajectory, chains, -(-n_per_chain // 4))
-    a, b = words[..., 0::2], words[..., 1::2]
+    pairs = _box_muller(words[..., 0::2], words[..., 1::2], dtype)
+    return pairs.reshape(len(words), -1)[:, :n_per_chain].astype(dtype)
+
+
+def _box_muller(a, b, dtype):
+    """Two normals of each pair of words, on a new last axis."""
     if np.dtype(dtype) == np.float64:
         u = ((a << np.uint64(8) | b >> np.uint64(24)) + 0.5) * 2.0**-40
     else:
@@ -99,8 +105,7 @@ def normals(seed, purpose, trajectory, chains, n_per_chain, dtype=np.float64):
         u = ((a + 0.5) * 2.0**-32).astype(np.float32).astype(np.float64)
     radius = np.sqrt(-2.0 * np.log(u))
     angle = 2.0 * np.pi * (b & np.uint64(0xFFFFFF)) * 2.0**-24
-    pairs = np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=-1)
-    return pairs.reshape(len(words), -1)[:, :n_per_chain].astype(dtype)
+    return np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=-1)
 
 
 def accept_uniform(seed, trajectory, chains):
@@ -944,3 +949,87 @@ def cluster_update(phi, beta, kind, n_updates, seed, trajectory, first_chain=0):
             phi[i] = np.where(flip.reshape(phi.shape[1:]), -phi[i], phi[i])
             flipped[i] += flip.sum()
     return phi, flipped
+
+
+# ---- local heat bath -----------------------------------------------------------------------
+
+
+def heat_bath_proposal(a, lam, b):
+    """The Gaussian that proposes for the density exp(-a x^2 - lam x^4 + b x).
+
+    exp(-lam (x^2 - c)^2) of its samples, accepted with that probability, have the density, for any c with
+    alpha = a + 2 lam c > 0. The best c is the Gaussian's own <x^2> = 1 / (2 alpha) + b^2 / (4 alpha^2): alpha is the
+    positive root of alpha^3 - a alpha^2 - lam alpha - lam b^2 / 2, here nearly, by Newton's method.
+
+    Parameters
+    ----------
+    a, lam : float
+    b : array
+
+    Returns
+    -------
+    alpha, c : arrays of the shape of b
+        The Gaussian has mean b / (2 alpha) and variance 1 / (2 alpha).
+    """
+    root = math.sqrt(a * a + 4 * lam)
+    least = (root + a) / 2 if a > 0 else 2 * lam / (root - a)  # alpha at b = 0, without cancellation
+    s3 = lam * b**2 / 2
+    alpha = np.sqrt(least**2 + np.cbrt(s3) ** 2)
+    steps = 1 + sum(8.0 ** (k + 1) < lam for k in range(200))  # the first guess is up to lam^(1/3) too large
+    for _ in range(steps):
+        alpha = (alpha**2 * (2 * alpha - a) + s3) / (alpha * (3 * alpha - 2 * a) - lam)
+    if lam < 0.25:
+        c = 1 / (2 * alpha) + b**2 / (4 * alpha**2)
+        return a + 2 * lam * c, c
+    return alpha, (alpha - a) / (2 * lam)
+
+
+def heat_bath(phi, beta, lam, n_sweeps, seed, trajectory, first_chain=0, dtype=np.float64):
+    """Sweeps of the local heat bath: even sites in order, then odd ones.
+
+    Site x of sweep k draws from block k V + x of its stream. Words 0 and 1 make two normals n_i as in `normals`,
+    words 2 and 3 two uniforms u_i = (word + 1/2) 2^-32. The new value is the first mean + n_i sigma of the proposal
+    with u_i < exp(-lam (x^2 - c)^2), or the old one where both fail: whether they do depends on the neighbours
+    alone, so the density given these is left as it is.
+
+    Parameters
+    ----------
+    phi : (n_chains, *shape) array
+    beta, lam : float
+    n_sweeps, seed, trajectory, first_chain : int
+    dtype : float64 or float32
+        Of the normals.
+
+    Returns
+    -------
+    phi : (n_chains, *shape) array
+    changed : (n_chains,) array of int
+        Sites with a new value, each time counted.
+    """
+    phi = np.array(phi, dtype=np.float64)
+    shape, volume = phi.shape[1:], math.prod(phi.shape[1:])
+    words = _blocks(seed, PURPOSE_HEAT_BATH, trajectory, first_chain + np.arange(len(phi)), n_sweeps * volume)
+    normal = _box_muller(words[..., 0], words[..., 1], dtype)
+    uniform = (words[..., 2:] + 0.5) * 2.0**-32
+    # Along an axis of one site that site is its own neighbour: a quadratic term.
+    axes = [mu for mu in range(len(shape)) if shape[mu] > 1]
+    a = 1 - 2 * lam - beta * (len(shape) - len(axes))
+    changed = np.zeros(len(phi), dtype=int)
+    sites = list(np.ndindex(shape))
+    for k, parity, (x, site) in itertools.product(range(n_sweeps), range(2), enumerate(sites)):
+        if sum(site) % 2 != parity:
+            continue
+        neighbours = np.zeros(len(phi))
+        for mu, step in itertools.product(axes, (1, -1)):
+            there = list(site)
+            there[mu] = (there[mu] + step) % shape[mu]
+            neighbours += phi[(slice(None), *there)]
+        b = beta * neighbours
+        alpha, c = heat_bath_proposal(a, lam, b)
+        new = b[:, None] / (2 * alpha[:, None]) + normal[:, k * volume + x] * np.sqrt(0.5 / alpha[:, None])
+        accept = uniform[:, k * volume + x] < np.exp(-lam * (new**2 - c[:, None]) ** 2)
+        value = np.where(accept[:, 0], new[:, 0], new[:, 1])
+        changed += accept.any(axis=1)
+        here = (slice(None), *site)
+        phi[here] = np.where(accept.any(axis=1), value, phi[here])
+    return phi, changed

@@ -128,6 +128,7 @@ def test_header_compiles_alone(standard):
         ("lfq_hmc", _core.hmc_dtype),
         ("lfq_integrator", _core.hmc_dtype["integrator"]),
         ("lfq_cluster", _core.cluster_dtype),
+        ("lfq_heat_bath", _core.heat_bath_dtype),
         ("lfq_flow", _FLOW_RECORD),
     ],
 )

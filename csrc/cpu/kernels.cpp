@@ -1,6 +1,7 @@
 // The kernel table of one instruction set. Compiled once for each, with LFQ_ISA set by CMake.
 #include "cpu/cluster_kernels.hpp"
 #include "cpu/fourier_kernels.hpp"
+#include "cpu/heat_bath_kernels.hpp"
 #include "cpu/hmc_kernels.hpp"
 #include "cpu/table.hpp"
 
@@ -432,15 +433,39 @@ struct cpu_kernels {
         const auto w = thread_work<cluster_work>(ws, 0, thread, [&](cluster_work& f, arena& mem) { f.plan(mem, theory); });
         const cluster_chain<T, decltype(d)::value> kernel(theory, w, seed, trajectory, first_chain + uint64_t(chain));
         T* field = phi + chain * kernel.lat.volume;
-        int64_t site = -1;
-        if (!kernel.load(field, &site)) {
-          failed.report(chain, site, double(field[site]));
-          return;
-        }
-        const int64_t n = kernel.run(c, field);
+        int64_t n = 0;
+        const int64_t bad = kernel.run(c, field, &n);
+        if (bad >= 0) failed.report(chain, bad, double(field[bad]));
         if (flipped) flipped[chain] = n;
       };
       for_tasks(n_chains, n_threads, task);
+    });
+    return status(failed, failure);
+  }
+
+  // ---- local heat bath ----------------------------------------------------------------------
+  static size_t heat_bath_workspace(const lfq_phi4& theory, int64_t n_chains, int n_threads) {
+    arena mem;
+    heat_bath_work<T> w;
+    w.plan(mem, theory);
+    return mem.used * size_t(used_threads(group<T>::count(n_chains, splits_checkerboard<T>(theory)), n_threads)) + 64;
+  }
+  static int heat_bath(const lfq_phi4& theory, const lfq_heat_bath& h, int64_t n_chains, T* phi, int64_t* changed,
+                       const double* smear, double* obs, lfq_failure* failure, void* ws, int n_threads) {
+    failures failed;
+    const bool split = splits_checkerboard<T>(theory);
+    const heat_bath_output out = {changed, smear, obs, n_chains};
+    with_dimension(theory.ndim, [&](auto d) {
+      auto task = [&](int64_t index, int thread) {
+        const auto w = thread_work<heat_bath_work<T>>(ws, 0, thread,
+                                                      [&](heat_bath_work<T>& f, arena& mem) { f.plan(mem, theory); });
+        const heat_bath_group<T, decltype(d)::value> kernel(theory, split, w.edge);
+        const group<T> g(index, n_chains, split);
+        if (!load(g, phi, kernel.theory.whole.volume, w.phi, failed)) return;
+        run_heat_bath(kernel, w, h, g, out);
+        store_group(g, w.phi, kernel.theory.whole.volume, phi);
+      };
+      for_tasks(group<T>::count(n_chains, split), n_threads, task);
     });
     return status(failed, failure);
   }
@@ -452,7 +477,7 @@ template <class T>
 const lfq_internal::kernels<T> cpu_kernels<T>::table = {
     normal,  phi4_workspace, action, force,    observables,   flow_workspace, forward,
     inverse, vjp,            loss,   pullback, hmc_workspace, evolve,         hmc,
-    fourier_workspace, fourier_evolve, fourier_hmc, cluster_workspace, cluster};
+    fourier_workspace, fourier_evolve, fourier_hmc, cluster_workspace, cluster, heat_bath_workspace, heat_bath};
 
 LFQ_NAMESPACE_END
 

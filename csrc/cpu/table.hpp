@@ -47,6 +47,9 @@ struct kernels {
   size_t (*cluster_workspace)(const lfq_phi4&, int64_t n_chains, int n_threads);
   int (*cluster)(const lfq_phi4&, const lfq_cluster&, uint64_t seed, uint64_t first_chain, uint64_t trajectory,
                  int64_t n_chains, T* phi, int64_t* flipped, lfq_failure*, void* ws, int n_threads);
+  size_t (*heat_bath_workspace)(const lfq_phi4&, int64_t n_chains, int n_threads);
+  int (*heat_bath)(const lfq_phi4&, const lfq_heat_bath&, int64_t n_chains, T* phi, int64_t* changed,
+                   const double* smear, double* observables, lfq_failure*, void* ws, int n_threads);
 };
 
 struct isa {

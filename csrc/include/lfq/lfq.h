@@ -56,6 +56,7 @@ enum lfq_purpose {
   LFQ_PURPOSE_CLUSTER = 7, /* which clusters flip, where one starts */
   LFQ_PURPOSE_PROPOSAL = 8, /* latents of samplers: apart from those that a flow was trained on */
   LFQ_PURPOSE_RESAMPLE = 9, /* which of a population's fields survive */
+  LFQ_PURPOSE_HEAT_BATH = 10, /* proposals of a site, and the uniforms that accept them */
   LFQ_PURPOSE_USER = 128 /* 128..255 are free for callers */
 };
 
@@ -138,6 +139,16 @@ typedef struct lfq_cluster {
   int32_t kind;                 /* of lfq_cluster_kind */
   int32_t n_updates;            /* sweeps, or single clusters, after each trajectory; n_updates * volume <= 2^32 */
 } lfq_cluster;
+
+/* Checkerboard sweeps of the local heat bath. */
+typedef struct lfq_heat_bath {
+  int32_t n_sweeps;             /* of a trajectory, >= 0; n_sweeps * volume <= 2^32 */
+  int32_t thin;                 /* trajectories per sample, >= 1 */
+  int64_t n_samples;            /* >= 0 */
+  uint64_t seed;
+  uint64_t first_chain;         /* as in lfq_hmc */
+  uint64_t first_trajectory;
+} lfq_heat_bath;
 
 /* Where a NaN or Inf was found; -1 where it does not apply. */
 typedef struct lfq_failure {
@@ -302,6 +313,24 @@ LFQ_API int lfq_cluster_hmc_f64(const lfq_phi4* theory, const lfq_hmc* hmc, cons
                                 int64_t n_chains, double* phi, double* dh, uint8_t* accepted, int64_t* flipped,
                                 const double* smear, double* observables, lfq_failure* failure,
                                 void* workspace, size_t workspace_bytes, int32_t n_threads);
+
+/* ---- local heat bath --------------------------------------------------------------------- */
+/* n_samples x thin trajectories of every chain, in place: sweeps over the even sites, then the odd ones, each drawn from
+ * its density given its neighbours, exp(-(1 - 2 lam) x^2 - lam x^4 + beta x sum of neighbours), by two tries of a
+ * rejection method (a site where both fail stays, which leaves the density as it is); then the updates of
+ * `cluster`, null for none.
+ * changed: (n_samples * thin, n_chains) sites with a new value, each time counted; flipped: as in lfq_cluster_hmc;
+ * observables: as in lfq_hmc; each null when not wanted. */
+LFQ_API size_t lfq_heat_bath_workspace_f32(const lfq_phi4* theory, int64_t n_chains, int32_t n_threads);
+LFQ_API size_t lfq_heat_bath_workspace_f64(const lfq_phi4* theory, int64_t n_chains, int32_t n_threads);
+LFQ_API int lfq_heat_bath_f32(const lfq_phi4* theory, const lfq_heat_bath* heat_bath, const lfq_cluster* cluster,
+                              int64_t n_chains, float* phi, int64_t* changed, int64_t* flipped, const double* smear,
+                              double* observables, lfq_failure* failure, void* workspace, size_t workspace_bytes,
+                              int32_t n_threads);
+LFQ_API int lfq_heat_bath_f64(const lfq_phi4* theory, const lfq_heat_bath* heat_bath, const lfq_cluster* cluster,
+                              int64_t n_chains, double* phi, int64_t* changed, int64_t* flipped, const double* smear,
+                              double* observables, lfq_failure* failure, void* workspace, size_t workspace_bytes,
+                              int32_t n_threads);
 
 #ifdef __cplusplus
 }
