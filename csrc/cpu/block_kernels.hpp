@@ -314,6 +314,7 @@ void target_gradient(const phi4_group<T, D>& theory, const flow_group<T>& flow, 
                      lane_mask<T> keep, site_sum<T>& action, site_sum<T>& log_det, simd<T>* field) {
   using V = simd<T>;
   const flow_plan<T>& plan = flow.plan;
+  constexpr memory kept = WEIGHTS ? memory::weights : memory::latents;
   const int64_t volume = theory.lat.volume;
   const auto drop_lanes = [&] {
     for (int64_t i = 0; i < volume; ++i) flow.work.g[i] = masked<T>(keep, flow.work.g[i]);
@@ -323,8 +324,8 @@ void target_gradient(const phi4_group<T, D>& theory, const flow_group<T>& flow, 
       const int before = plan.fused_at;
       const V* x = z;
       V* inner = nullptr;
-      if (before > 0) x = inner = flow.template forward<true, ENERGY>(z, log_det, before);
-      with_scale(plan.layers[before].spec, [&](auto kind, auto n) {
+      if (before > 0) x = inner = flow.template forward<kept, ENERGY>(z, log_det, before);
+      with_fused_scale(plan.layers[before].spec, [&](auto kind, auto n) {
         constexpr block_output out = WEIGHTS ? block_output::weights : block_output::gradient;
         fused_block<T, out, scale_kind(decltype(kind)::value), decltype(n)::value> block(plan, flow.work, theory.site, x,
                                                                                         dlog_det, field);
@@ -341,7 +342,7 @@ void target_gradient(const phi4_group<T, D>& theory, const flow_group<T>& flow, 
       return;
     }
   }
-  V* x = flow.template forward<true, ENERGY>(z, log_det, plan.n_layers);
+  V* x = flow.template forward<kept, ENERGY>(z, log_det, plan.n_layers);
   if constexpr (ENERGY)
     theory.gradient(x, flow.work.g, action);
   else
@@ -356,7 +357,7 @@ void target_gradient(const phi4_group<T, D>& theory, const flow_group<T>& flow, 
 template <class T, int D>
 void step_through_block(const phi4_group<T, D>& theory, const flow_group<T>& flow, simd<T>* z, simd<T>* p, T kick,
                         T drift) {
-  with_scale(flow.plan.layers[0].spec, [&](auto kind, auto n) {
+  with_fused_scale(flow.plan.layers[0].spec, [&](auto kind, auto n) {
     fused_block<T, block_output::step, scale_kind(decltype(kind)::value), decltype(n)::value> block(
         flow.plan, flow.work, theory.site, z, simd<T>(T(-1)), nullptr);
     block.moved = z, block.momenta = p;

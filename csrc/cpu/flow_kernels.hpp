@@ -30,7 +30,8 @@ struct layer_plan {
 
   int outputs() const { return channels[n_convolutions]; }
   int64_t cache_size() const {
-    if (spec.kind == LFQ_LAYER_COUPLING) return ((outputs() > 2 ? outputs() : 2) + 2) * (lat.volume / 2);
+    if (spec.kind == LFQ_LAYER_COUPLING)
+      return ((outputs() > 2 ? outputs() : 2) + 2) * (lat.volume / 2) + (n_convolutions > 1 ? lat.volume : 0);
     return spec.kind == LFQ_LAYER_UPSAMPLE || spec.kind == LFQ_LAYER_INTERLEAVE ? coarse.volume : 0;
   }
 };
@@ -85,10 +86,8 @@ struct flow_plan {
     const auto plain = [](const lfq_layer& l) {
       return l.kind == LFQ_LAYER_COUPLING && l.ndim == 2 && l.kernel_size == 3 && l.n_hidden == 0;
     };
-    return plain(a) && plain(b) && a.parity != b.parity && a.scale == b.scale && a.n_features == b.n_features &&
-                   a.bias == b.bias
-               ? at
-               : -1;
+    const bool pair = a.parity != b.parity && a.scale == b.scale && a.bias == b.bias;
+    return plain(a) && plain(b) && pair && a.scale != LFQ_SCALE_EVEN ? at : -1;
   }
 
   void plan_coupling(arena& mem, layer_plan<T>& l, const double* w, bool fill) {
@@ -255,11 +254,15 @@ LFQ_HD void with_taps(int n, F&& f) {
 
 // Calls f with what a coupling makes of its net's outputs, and their number.
 template <class F>
-LFQ_HD void with_scale(const lfq_layer& l, F&& f) {
-  constexpr constant<int(scale_kind::even)> even;
+LFQ_HD void with_fused_scale(const lfq_layer& l, F&& f) {
   if (l.scale == LFQ_SCALE_NEG_ABS) return f(constant<int(scale_kind::neg_abs)>(), constant<2>());
   if (l.scale == LFQ_SCALE_EXP) return f(constant<int(scale_kind::exp)>(), constant<2>());
-  if (l.scale == LFQ_SCALE_SITE) return f(constant<int(scale_kind::site)>(), constant<1>());
+  f(constant<int(scale_kind::site)>(), constant<1>());
+}
+template <class F>
+LFQ_HD void with_scale(const lfq_layer& l, F&& f) {
+  constexpr constant<int(scale_kind::even)> even;
+  if (l.scale != LFQ_SCALE_EVEN) return with_fused_scale(l, f);
   if (l.n_features == 1) return f(even, constant<1>());
   if (l.n_features == 2) return f(even, constant<2>());
   if (l.n_features == 4) return f(even, constant<4>());
@@ -283,6 +286,10 @@ struct parameter_gradient {
     for (int i = 0; i < n; ++i) dweights[l.parameters_at + i] += masked<T>(keep, sum[i]);
   }
 };
+
+// What a forward pass keeps for the backward pass to come: nothing, enough for the gradient by the latents, or for that
+// by the weights too, which needs the inputs of all layers.
+enum class memory { none, latents, weights };
 
 template <class T>
 struct flow_group {
@@ -359,9 +366,11 @@ struct flow_group {
   }
 
   // ---- couplings -------------------------------------------------------------------------
-  template <bool CACHE, bool LOG_DET>
+  template <memory M, bool LOG_DET>
   void couple(const layer_plan<T>& l, V* x, site_sum<T>& log_det) const {
-    V* cache = work.cache + (CACHE ? l.cache_at : 0);
+    V* cache = work.cache + (M != memory::none ? l.cache_at : 0);
+    if (M != memory::none && l.n_convolutions > 1)
+      for (int64_t i = 0; i < l.lat.volume; ++i) net_input(l)[i] = x[i];
     with_scale(l.spec, [&](auto kind, auto n) {
       constexpr scale_kind S = scale_kind(decltype(kind)::value);
       constexpr int N = decltype(n)::value;
@@ -369,7 +378,9 @@ struct flow_group {
         using R = std::decay_t<decltype(u[0])>;
         const R before = span<R>::at(x + site, 2);
         const coupled_site<R, N> a = couple_site<S>(before, u, l.parameters);
-        if constexpr (CACHE) {
+        if constexpr (M == memory::latents && S == scale_kind::site) {
+          span<R>::put(cache + (site >> 1), 1, a.h[0]);
+        } else if constexpr (M != memory::none) {
           V* c = cache + (N + 2) * (site >> 1);
           for (int k = 0; k < N; ++k) span<R>::put(c + k, N + 2, a.h[k]);
           span<R>::put(c + N, N + 2, a.slope), span<R>::put(c + N + 1, N + 2, before);
@@ -394,7 +405,9 @@ struct flow_group {
       });
     });
   }
-  // Restores x to the layer's input and turns g from dL/dy into dL/dx.
+  // The copy of the input of a layer with hidden ones, behind what its sites keep.
+  V* net_input(const layer_plan<T>& l) const { return work.cache + l.cache_at + l.cache_size() - l.lat.volume; }
+  // Turns g from dL/dy into dL/dx; WEIGHTS restores x to the layer's input, too.
   template <bool WEIGHTS>
   void couple_backward(const layer_plan<T>& l, V* x, V* g, V dlog_det) const {
     with_scale(l.spec, [&](auto kind, auto n) {
@@ -411,13 +424,19 @@ struct flow_group {
   LFQ_HD void site_backward(const layer_plan<T>& l, V* x, V* g, int64_t site, V dlog_det, R (&du)[N],
                             parameter_gradient<T, S, N>& grad) const {
     using P = span<R>;
+    const R dy = P::at(g + site, 2);
+    if constexpr (!WEIGHTS && S == scale_kind::site) {
+      const R h[1] = {P::at(work.cache + l.cache_at + (site >> 1), 1)};
+      P::put(g + site, 2, couple_site_backward<S>(h, l.parameters, site_slope(h[0], l.parameters), dy, dy, R(dlog_det), du));
+      return;
+    }
     const V* c = work.cache + l.cache_at + (N + 2) * (site >> 1);
     R h[N];
     for (int i = 0; i < N; ++i) h[i] = P::at(c + i, N + 2);
-    const R slope = P::at(c + N, N + 2), before = P::at(c + N + 1, N + 2), dy = P::at(g + site, 2);
-    const R dx = couple_site_backward<S>(h, l.parameters, slope, before, dy, R(dlog_det), du);
-    if constexpr (WEIGHTS) grad.add(l, h, slope, before, P::at(x + site, 2), dy, R(dlog_det));
-    P::put(g + site, 2, dx);
+    const R slope = P::at(c + N, N + 2), before = P::at(c + N + 1, N + 2);
+    P::put(g + site, 2, couple_site_backward<S>(h, l.parameters, slope, before, dy, R(dlog_det), du));
+    if constexpr (!WEIGHTS) return;
+    grad.add(l, h, slope, before, P::at(x + site, 2), dy, R(dlog_det));
     P::put(x + site, 2, before);
   }
 
@@ -492,12 +511,13 @@ struct flow_group {
         for (int k = 0; k < N; ++k) span<R>::put(dout + N * site + k, 2 * N, u[k]);
       });
     if constexpr (WEIGHTS) parameters.store(l, ~lane_mask<T>{}, work.dweights);
-    run_hidden(l, x);
+    const V* input = net_input(l);
+    run_hidden(l, input);
     const V* h = work.hidden;
     for (int c = 1; c <= last; ++c) h += l.lat.volume * l.channels[c];
     for (int c = last; c >= 0; --c) {
       const int ni = l.channels[c], no = l.channels[c + 1];
-      const V* in = x;
+      const V* in = input;
       if (c > 0) in = h -= l.lat.volume * ni;
       for (int parity = 0; parity < 2; ++parity) {
         // Outputs of the last layer exist on active sites only; inputs of the first on frozen sites only.
@@ -631,8 +651,8 @@ struct flow_group {
   }
 
   // ---- the flow --------------------------------------------------------------------------
-  // The first n_layers of f(z); returned pointer is work.x or work.spare_x. CACHE keeps what backward needs.
-  template <bool CACHE, bool LOG_DET = true>
+  // The first n_layers of f(z); returned pointer is work.x or work.spare_x.
+  template <memory M, bool LOG_DET = true>
   V* forward(const V* z, site_sum<T>& log_det, int n_layers) const {
     V *x = work.x, *spare = work.spare_x;
     for (int64_t i = 0; i < plan.first_volume; ++i) x[i] = z[i];
@@ -640,13 +660,13 @@ struct flow_group {
       const layer_plan<T>& l = plan.layers[n];
       switch (l.spec.kind) {
         case LFQ_LAYER_COUPLING:
-          couple<CACHE, LOG_DET>(l, x, log_det);
+          couple<M, LOG_DET>(l, x, log_det);
           break;
         case LFQ_LAYER_RESCALE:
           for (int64_t i = 0; i < l.lat.volume; ++i) x[i] = x[i] * V(l.factor);
           break;
         default:
-          if (CACHE)
+          if (M == memory::weights)
             for (int64_t i = 0; i < l.coarse.volume; ++i) work.cache[l.cache_at + i] = x[i];
           upsample(l, x, z, spare);
           V* t = x;
@@ -679,7 +699,7 @@ struct flow_group {
     for (int64_t i = 0; i < plan.first_volume; ++i) z[i] = x[i];
   }
 
-  // After forward<true>(z, , n_layers) returned x, and with dL/dx in work.g: dL/dz in work.gz. x is overwritten.
+  // After forward(z, , n_layers) returned x, and with dL/dx in work.g: dL/dz in work.gz. WEIGHTS overwrites x.
   template <bool WEIGHTS>
   void backward(const V* z, V* x, V dlog_det, int n_layers) const {
     V *g = work.g, *spare = work.spare_g;
@@ -695,13 +715,14 @@ struct flow_group {
           for (int64_t i = 0; i < l.lat.volume; ++i) {
             if (WEIGHTS) sum = fma(g[i], x[i], sum);
             g[i] = g[i] * f;
-            x[i] = x[i] * inverse;
+            if (WEIGHTS) x[i] = x[i] * inverse;
           }
           if (WEIGHTS) work.dweights[l.spec.weight_offset] += fma(dlog_det, V(T(l.lat.volume)), sum);
           break;
         }
         default:
-          for (int64_t i = 0; i < l.coarse.volume; ++i) x[i] = work.cache[l.cache_at + i];
+          if (WEIGHTS)
+            for (int64_t i = 0; i < l.coarse.volume; ++i) x[i] = work.cache[l.cache_at + i];
           upsample_backward<WEIGHTS>(l, x, z, g, spare, work.gz, dlog_det);
           V* t = g;
           g = spare;

@@ -164,7 +164,7 @@ struct cpu_kernels {
       const group<T> g(index, n_chains);
       if (!load(g, z, f.volume, w.z, failed)) return;
       site_sum<T> sum;
-      const V* y = flow_group<T>{shared.flow, w.flow}.template forward<false>(w.z, sum, shared.flow.n_layers);
+      const V* y = flow_group<T>{shared.flow, w.flow}.template forward<memory::none>(w.z, sum, shared.flow.n_layers);
       store_group(g, y, f.volume, x);
       store_lanes(g, sum.sum(), shared.flow.log_det_constant, log_det);
     };
@@ -222,16 +222,18 @@ struct cpu_kernels {
                [&](const group<T>& g, const call_work& w, const flow_group<T>& flow) {
                  if (!load(g, z, f.volume, w.z, failed)) return false;
                  site_sum<T> sum;
-                 V* x = flow.template forward<true>(w.z, sum, shared.flow.n_layers);
+                 const int n = shared.flow.n_layers;
+                 V* x = dweights ? flow.template forward<memory::weights>(w.z, sum, n)
+                                 : flow.template forward<memory::latents>(w.z, sum, n);
                  if (!load(g, dx, f.volume, w.flow.g, failed)) return false;
                  V gl(T(0));
                  for (int l = 0; l < g.n_valid; ++l) gl.set(l, T(dlog_det[g.first + l]));
                  if (dweights) {
                    const lane_mask<T> keep = chains_of(g);
                    for (int64_t i = 0; i < f.volume; ++i) w.flow.g[i] = masked<T>(keep, w.flow.g[i]);
-                   flow.template backward<true>(w.z, x, gl, shared.flow.n_layers);
+                   flow.template backward<true>(w.z, x, gl, n);
                  } else {
-                   flow.template backward<false>(w.z, x, gl, shared.flow.n_layers);
+                   flow.template backward<false>(w.z, x, gl, n);
                  }
                  store_group(g, w.flow.gz, f.volume, dz);
                  return true;

@@ -33,15 +33,20 @@ LFQ_HD void affine_from(const R (&h)[N], const typename real_traits<R>::scalar* 
   }
 }
 
+// The slope of a v + b tanh(c v), with p = a, b, c, from tanh(c v).
+template <class R>
+LFQ_HD R site_slope(R th, const typename real_traits<R>::scalar* p) {
+  return fma(R(p[1] * p[2]), fma(-th, th, R(typename real_traits<R>::scalar(1))), R(p[0]));
+}
+
 // `parameters` of `site`: a, b, c, 1 / a.
 template <scale_kind S, class R, int N>
 LFQ_HD coupled_site<R, N> couple_site(R x, const R (&u)[N], const typename real_traits<R>::scalar* parameters) {
-  using T = typename real_traits<R>::scalar;
   coupled_site<R, N> r;
   if constexpr (S == scale_kind::site) {
     const R v = x + u[0];
     r.h[0] = tanh(R(parameters[2]) * v);
-    r.slope = fma(R(parameters[1] * parameters[2]), fma(-r.h[0], r.h[0], R(T(1))), R(parameters[0]));
+    r.slope = site_slope(r.h[0], parameters);
     r.y = fma(R(parameters[0]), v, R(parameters[1]) * r.h[0]);
   } else {
     R t, log_e;
@@ -72,7 +77,7 @@ LFQ_HD R uncouple_site(R y, const R (&u)[N], const typename real_traits<R>::scal
     R v = y * R(T(1) / fma(b, c, a)), slope;
     for (int i = 0; i < 40; ++i) {
       const R th = tanh(R(c) * v);
-      slope = fma(R(b * c), fma(-th, th, R(T(1))), R(a));
+      slope = site_slope(th, parameters);
       v = v + (y - fma(R(a), v, R(b) * th)) / slope;
     }
     log_dy = log(slope);
