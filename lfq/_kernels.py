@@ -15,7 +15,17 @@ import numpy as np
 
 from . import _core
 
-__all__ = ["check_count", "check_finite", "check_seed", "check_shape", "check_threads", "fields", "info", "is_finite", "real_dtype"]
+__all__ = [
+    "check_count",
+    "check_finite",
+    "check_seed",
+    "check_shape",
+    "check_threads",
+    "fields",
+    "info",
+    "is_finite",
+    "real_dtype",
+]
 
 
 def _from_gpu(array) -> bool:
