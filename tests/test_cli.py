@@ -474,7 +474,7 @@ def test_importing_lfq_loads_nothing_optional():
 def test_selftest_passes(tmp_path, capsys):
     assert lfq_main("selftest", write_config(tmp_path)) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[-1] == "all passed" and len(lines) == 18
+    assert lines[-1] == "all passed" and len(lines) == 22
     assert all(line.startswith("pass") for line in lines[:-1])
 
 
@@ -544,9 +544,35 @@ def wrong_hopping(monkeypatch):
     monkeypatch.setattr(lfq.HMC, "advance", advance)
 
 
+def forgetful_checkpoint(monkeypatch):
+    right = lfq.HMC.load
+    monkeypatch.setattr(lfq.HMC, "load", lambda self, path: dataclasses.replace(right(self, path), trajectory=0))
+
+
+def forgetful_training(monkeypatch):
+    right = io.save_checkpoint
+
+    def save(path, tensors, record):
+        right(path, tensors | {"moments": 0 * tensors["moments"]} if "moments" in tensors else tensors, record)
+
+    monkeypatch.setattr(sys.modules["lfq.train"], "save_checkpoint", save)
+
+
+def one_stream_for_all(monkeypatch):
+    right = lfq._core.normal
+
+    def normal(seed, purpose, trajectory, first_chain, n_chains, out, n_threads):
+        right(seed, 0, trajectory, first_chain, n_chains, out, n_threads)
+
+    monkeypatch.setattr(lfq._core, "normal", normal)
+
+
 @pytest.mark.parametrize(
     ("breakage", "named"),
     [
+        (forgetful_checkpoint, "restarts give the bits"),
+        (forgetful_training, "training: a restart"),
+        (one_stream_for_all, "no block occurs twice"),
         (wrong_force, "force = -dS/dphi"),
         (wrong_flow_force, "flow-HMC force"),
         (wrong_log_determinant, "log-determinant"),
