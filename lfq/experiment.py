@@ -276,6 +276,9 @@ def _new_directory(config: Config, out: Path, overwrite: bool) -> tuple[int, Run
         out.mkdir(parents=True, exist_ok=True)
         if overwrite and (out / "checkpoints").is_dir():
             os.close(_lock(out))
+            foreign = sorted({file for file in out.rglob("*") if file.is_file()} - {*_own(out), *_own(out, ".")})
+            if foreign:
+                raise ExperimentError(f"{foreign[0]} is not of a run of lfq: --overwrite deletes runs only")
             _remove_run(out)
         if any(out.iterdir()):
             if (out / "run.h5").exists():
@@ -289,11 +292,16 @@ def _new_directory(config: Config, out: Path, overwrite: bool) -> tuple[int, Run
             raise ExperimentError(f"{out}: run.h5 needs {needed / 1e9:.3g} GB, {free / 1e9:.3g} GB are free")
         attributes = {"config": config.to_toml(), "versions": json.dumps(versions()), "seed": config.run.seed}
         lock = _lock(out)
-        for folder in OWN_FOLDERS:
-            (out / folder).mkdir()
-        file = _run_file(config, out, attributes, create=True)
-        for _ in range(2):  # The second keeps the first, so that damage to one is no loss.
-            save_checkpoint(out / "checkpoints" / "run.safetensors", {}, attributes)
+        try:
+            for folder in OWN_FOLDERS:
+                (out / folder).mkdir()
+            file = _run_file(config, out, attributes, create=True)
+            for _ in range(2):  # The second keeps the first, so that damage to one is no loss.
+                save_checkpoint(out / "checkpoints" / "run.safetensors", {}, attributes)
+        except OSError:
+            os.close(lock)
+            _remove_run(out)
+            raise
         return lock, file
     except OSError as error:
         raise ExperimentError(f"cannot write to {out}: {error.strerror or error}") from None

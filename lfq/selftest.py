@@ -213,7 +213,8 @@ def _check_streams(config: Config) -> Check:
             for trajectory in range(16):
                 _core.normal(seed, purpose, trajectory, 0, N_CHAINS, out[i, j, trajectory], 1)
     blocks = out.reshape(-1, 4)
-    return Check("random numbers: no block occurs twice", float(len(blocks) - len(np.unique(blocks, axis=0))), 0, "repeats")
+    repeats = len(blocks) - len(np.unique(blocks, axis=0))
+    return Check("random numbers: no block occurs twice", float(repeats), 0, "repeats")
 
 
 def _small(theory: lfq.Phi4, max_volume: float) -> lfq.Phi4:

@@ -235,6 +235,47 @@ def test_a_run_is_not_overwritten(finished, tmp_path, capsys):
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
 
 
+def test_overwrite_deletes_a_run_and_nothing_else(tmp_path, capsys):
+    path, out = write_config(tmp_path, TARGET + SAMPLING), tmp_path / "out"
+    stop = KeyboardInterrupt
+
+    def interrupt(stage, done, total, remark):
+        if done == 80:
+            raise stop
+
+    with pytest.raises(stop):
+        experiment.run_experiment(config.load_config(path), out, progress=interrupt)
+    before = (out / "run.h5").stat().st_ino
+    (out / "flows" / "notes.txt").write_text("mine")
+    assert lfq_main("run", path, "--out", out, "--overwrite") == 2
+    assert "notes.txt is not of a run of lfq" in the_error(capsys)
+    assert (out / "run.h5").stat().st_ino == before
+    (out / "flows" / "notes.txt").unlink()
+    assert lfq_main("run", path, "--out", out, "--overwrite", "--resume") == 2
+    assert "exclude each other" in the_error(capsys)
+    with pytest.raises(stop):
+        experiment.run_experiment(config.load_config(path), out, overwrite=True, progress=interrupt)
+    assert (out / "run.h5").stat().st_ino != before
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").write_text("mine")
+    assert lfq_main("run", path, "--out", tmp_path / "other", "--overwrite") == 2
+    assert "is not empty" in the_error(capsys) and (tmp_path / "other" / "thesis.tex").exists()
+
+
+def test_two_processes_cannot_run_in_one_directory(tmp_path, capsys):
+    path, out = write_config(tmp_path, TARGET + SAMPLING), tmp_path / "out"
+    codes = []
+
+    def meanwhile(stage, done, total, remark):
+        if not codes:
+            codes.append(lfq_main("run", path, "--resume", "--out", out))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        experiment.run_experiment(config.load_config(path), out, progress=meanwhile)
+    assert codes == [2] and "in use by another process" in the_error(capsys)
+
+
 def test_other_peoples_files_are_left_alone(tmp_path, capsys):
     path = write_config(tmp_path)
     assert lfq_main("run", path, "--out", tmp_path) == 2

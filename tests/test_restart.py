@@ -352,7 +352,7 @@ def test_a_file_that_may_not_grow_leaves_nothing(tmp_path):
     code = "import sys; from lfq import cli; sys.exit(cli.main(['run', 'config.toml', '--out', 'out']))"
     result = limited(code, FSIZE=1 << 20)
     assert result.returncode == 2 and "lfq: error: cannot write to out" in result.stderr
-    assert [p for p in (tmp_path / "out").rglob("*") if p.is_file()] == []
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_a_disk_that_fills_up_keeps_the_last_checkpoint(tmp_path):
@@ -378,6 +378,21 @@ def test_a_disk_that_fills_up_keeps_the_last_checkpoint(tmp_path):
         (disk / "filler").unlink()
         hmc.save(hmc.advance(state, 2).state, path)
         assert hmc.load(path).trajectory == 2
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_read_only_directory_is_said_before_any_work(tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(disk)], check=False, capture_output=True)
+    if made.returncode:
+        pytest.skip("needs the right to mount")
+    try:
+        (tmp_path / "config.toml").write_text(LONG.format(n_steps=50))
+        command = [sys.executable, "-m", "lfq", "run", "config.toml", "--out", "disk/out"]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, cwd=tmp_path)
+        assert result.returncode == 2 and "cannot write to disk/out: Read-only file system" in result.stderr
     finally:
         subprocess.run(["umount", str(disk)], check=True)
 
