@@ -15,7 +15,17 @@ import numpy as np
 
 from . import _core
 
-__all__ = ["check_count", "check_finite", "check_seed", "check_shape", "check_threads", "fields", "info", "real_dtype"]
+__all__ = [
+    "check_count",
+    "check_finite",
+    "check_seed",
+    "check_shape",
+    "check_threads",
+    "fields",
+    "info",
+    "is_finite",
+    "real_dtype",
+]
 
 
 def _from_gpu(array) -> bool:
@@ -111,6 +121,14 @@ def check_count(value, name: str, least: int = 0, most: int = 2**62) -> int:
             else f"{name}: must be at most {most}, got {count}"
         )
     return count
+
+
+def is_finite(value) -> bool:
+    """Whether this is a finite number; an integer beyond the range of doubles is not."""
+    try:
+        return isinstance(value, (int, float)) and math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def check_seed(seed) -> int:

@@ -23,6 +23,8 @@ def _finite(value, name: str) -> float:
         number = float(value)
     except (TypeError, ValueError):
         raise TypeError(f"{name}: must be a number, got {value!r}") from None
+    except OverflowError:
+        number = math.inf
     if not math.isfinite(number):
         raise ValueError(f"{name}: must be finite, got {number}")
     return number

@@ -37,6 +37,13 @@ __all__ = [
 ]
 
 
+MAX_CHARACTERS = 1 << 18
+"""Longest configuration that is read."""
+
+MAX_NAME = 64
+"""Longest name of a prior or a sampler: some become names of files."""
+
+
 class ConfigError(ValueError):
     """A configuration that cannot be run; the message reads ``config: [section] key: what is wrong``."""
 
@@ -217,7 +224,8 @@ class Config:
     def differences(self, other: Config) -> list[str]:
         """Keys, as ``[section] key``, whose values differ and can change a result."""
         mine, theirs = self._flat(), other._flat()
-        return [key for key in mine | theirs if mine.get(key) != theirs.get(key) and key != "[run] threads"]
+        harmless = ("[run] threads", "[sampling] block_size")
+        return [key for key in mine | theirs if mine.get(key) != theirs.get(key) and key not in harmless]
 
     def _flat(self) -> dict[str, Any]:
         flat = {}
@@ -240,14 +248,25 @@ def _toml(value: Any) -> str:
     return repr(value)
 
 
+def _shown(value: Any) -> str:
+    """A value from a file for an error message, however large it is."""
+    try:
+        text = repr(value)
+    except ValueError:  # An integer of thousands of digits.
+        text = "a huge integer"
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
 def _nearest(word: str, words: list[str]) -> str:
+    if len(word) > 100:
+        return ""
     match = difflib.get_close_matches(word, words, n=1, cutoff=0.0)
     return f"; the nearest is {match[0]}" if match else ""
 
 
 def _convert(section: str, key: str, value: Any, kind: str) -> Any:
     def fail(expected: str) -> ConfigError:
-        return ConfigError(section, key, f"expected {expected}, got {value!r}")
+        return ConfigError(section, key, f"expected {expected}, got {_shown(value)}")
 
     kind = kind.removesuffix(" | None")
     if kind.startswith("tuple["):
@@ -264,9 +283,13 @@ def _convert(section: str, key: str, value: Any, kind: str) -> Any:
     elif kind == "float":
         if not isinstance(value, (int, float)) or isinstance(value, bool):
             raise fail("a number")
-        if not math.isfinite(value):
+        try:
+            number = float(value)
+        except OverflowError:
+            number = math.inf
+        if not math.isfinite(number):
             raise fail("a finite number")
-        return float(value)
+        return number
     elif not isinstance(value, str):
         raise fail("a string")
     return value
@@ -283,24 +306,26 @@ def _check(section: str, key: str, value: Any, checks: dict[str, Any]) -> None:
     if "choices" in checks and value not in checks["choices"]:
         choices = ", ".join(checks["choices"])
         nearest = _nearest(value, checks["choices"])
-        raise ConfigError(section, key, f"must be one of {choices}, got {value!r}{nearest}")
+        raise ConfigError(section, key, f"must be one of {choices}, got {_shown(value)}{nearest}")
     if "pattern" in checks and not re.fullmatch(checks["pattern"], value):
-        raise ConfigError(section, key, f"may hold letters, digits, - and _ only, got {value!r}")
+        raise ConfigError(section, key, f"may hold letters, digits, - and _ only, got {_shown(value)}")
+    if "pattern" in checks and len(value) > MAX_NAME:
+        raise ConfigError(section, key, f"may have {MAX_NAME} characters, got {len(value)}")
     if "at_least" in checks and value < checks["at_least"]:
-        raise ConfigError(section, key, f"must be at least {checks['at_least']}, got {value}")
+        raise ConfigError(section, key, f"must be at least {checks['at_least']}, got {_shown(value)}")
     if "at_most" in checks and value > checks["at_most"]:
-        raise ConfigError(section, key, f"must be at most {checks['at_most']}, got {value}")
+        raise ConfigError(section, key, f"must be at most {checks['at_most']}, got {_shown(value)}")
     if "above" in checks and value <= checks["above"]:
-        raise ConfigError(section, key, f"must be above {checks['above']}, got {value}")
+        raise ConfigError(section, key, f"must be above {checks['above']}, got {_shown(value)}")
     if "below" in checks and value >= checks["below"]:
-        raise ConfigError(section, key, f"must be below {checks['below']}, got {value}")
+        raise ConfigError(section, key, f"must be below {checks['below']}, got {_shown(value)}")
     if checks.get("odd") and value % 2 == 0:
         raise ConfigError(section, key, f"must be odd, got {value}")
 
 
 def _table(section: str, kind: type, table: Any) -> Any:
     if not isinstance(table, dict):
-        raise ConfigError(section, "", f"expected a table, got {table!r}")
+        raise ConfigError(section, "", f"expected a table, got {_shown(table)}")
     fields = {f.name: f for f in dataclasses.fields(kind)}
     values = {}
     for key, value in table.items():
@@ -403,8 +428,9 @@ def _check_together(config: Config) -> None:
     if config.ladder is None:
         return
     shapes, betas = config.ladder.shapes, config.ladder.betas
-    if "ladder" in names:
-        raise ConfigError("ladder", "", "a prior is named ladder, too")
+    taken = next((name for name in names if name == "ladder" or name.startswith("ladder-")), None)
+    if taken:
+        raise ConfigError("ladder", "", f"a prior is named {taken}, too")
     if len(shapes) < 2 or len(shapes) != len(betas):
         problem = f"needs as many as shapes and at least 2, got {len(betas)} and {len(shapes)}"
         raise ConfigError("ladder", "betas", problem)
@@ -427,9 +453,12 @@ def parse_config(text: str) -> Config:
         a value out of range, or values that do not fit together.
     """
     toml = load("tomllib" if sys.version_info >= (3, 11) else "tomli", "a configuration file")
+    if len(text) > MAX_CHARACTERS:
+        raise ConfigError("", "", f"{len(text)} characters are above the limit of {MAX_CHARACTERS}")
     try:
         content = toml.loads(text)
-    except toml.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:
+        # Not only TOMLDecodeError: an integer of thousands of digits, a date that does not exist.
         raise ConfigError("", "", f"not valid TOML: {error}") from None
     sections: dict[str, Any] = {}
     for section, table in content.items():
@@ -464,7 +493,7 @@ def load_config(path: str | os.PathLike | None = None) -> Config:
         return parse_config(default_toml())
     try:
         with open(path, encoding="utf-8") as file:
-            text = file.read()
+            text = file.read(MAX_CHARACTERS + 1)
     except OSError as error:
         raise ConfigError("", "", f"cannot read {os.fspath(path)}: {error.strerror}") from None
     except UnicodeDecodeError:

@@ -11,11 +11,16 @@ import numpy as np
 
 from . import _core
 from ._kernels import check_count, check_finite, check_seed, check_shape, check_threads, fields
-from .io import FileFormatError, load_tensors, save_tensors
+from .io import FileFormatError, checksum, load_tensors, save_tensors
 
 __all__ = ["AffineFlow", "Compose", "Flow", "InterleaveMap", "MultiscaleFlow", "UpsampleMap", "load_flow"]
 
+MAX_WEIGHTS = 1 << 26
+"""Most weights of a flow: half a GiB of them."""
+
 _ACTIVATIONS = {"tanh": 0, "leaky_relu": 1}
+_SITE_MAP = np.log([0.5, 0.5, 1.0])
+"""log a, log b, log c of a site map to begin with: the identity up to third order, half of it bent."""
 _SCALES = {"exp(-|s|)": 0, "exp(s)": 1, "even": 2, "site": 3}
 
 
@@ -81,7 +86,10 @@ class Flow(ABC):
         return shape
 
     def _check_weights(self, weights) -> np.ndarray:
-        weights = np.array(weights, dtype=np.float64)
+        try:
+            weights = np.array(weights, dtype=np.float64)
+        except OverflowError:
+            raise ValueError("weights: an integer beyond the range of doubles") from None
         if weights.shape != (self.n_weights,):
             raise ValueError(f"weights: shape {weights.shape}, must be ({self.n_weights},)")
         return check_finite(weights, "weights")
@@ -161,6 +169,10 @@ class Flow(ABC):
         twin.weights = self.weights
         return twin
 
+    def describe(self) -> dict:
+        """The structure and a checksum of the weights: what tells this flow from another."""
+        return self.to_dict() | {"weights": checksum({"weights": self.weights}, {})}
+
     def save(self, path) -> None:
         """Write the flow to a safetensors file.
 
@@ -234,7 +246,13 @@ class AffineFlow(Flow):
             raise ValueError(f"features: must be 1, 2, 4 or 8, got {features}")
         self.rescale = bool(rescale)
         self.ndim = check_count(ndim, "ndim", 1, 4)
-        self._weights = self._initial_weights(check_seed(seed))
+        net = sum(c_out * (self.kernel_size**self.ndim * c_in + self.bias) for c_in, c_out in self._net_shapes())
+        parameters = len(_SITE_MAP) if scale == "site" else 2 * (features or 0)
+        self._n_weights = self.n_blocks * (2 * (net + parameters) + self.rescale)
+        if self._n_weights > MAX_WEIGHTS:
+            raise ValueError(f"AffineFlow: {self._n_weights} weights, at most {MAX_WEIGHTS}")
+        # Drawn when first asked for: a structure from a file must not allocate before its weights were counted.
+        self._seed, self._weights = check_seed(seed), None
 
     def _net_shapes(self) -> list[tuple[int, int]]:
         channels = (1, *self.hidden, 1 if self.scale == "site" else self.features or 2)
@@ -255,9 +273,8 @@ class AffineFlow(Flow):
         net += [np.full(n, 0.1), np.zeros(n)]
         means = np.zeros(sum(part.size for part in net))
         if self.scale == "site":
-            # The identity up to third order, shared evenly by the linear part and the bend.
             net.append(np.zeros(3))
-            means = np.concatenate([means, np.log([0.5, 0.5, 1.0])])
+            means = np.concatenate([means, _SITE_MAP])
         rescale = np.zeros(int(self.rescale))
         widths = np.tile(np.concatenate([*net, *net, rescale]), self.n_blocks)
         means = np.tile(np.concatenate([means, means, rescale]), self.n_blocks)
@@ -267,6 +284,8 @@ class AffineFlow(Flow):
 
     @property
     def weights(self) -> np.ndarray:
+        if self._weights is None:
+            self._weights = self._initial_weights(self._seed)
         return self._weights.copy()
 
     @weights.setter
@@ -275,7 +294,7 @@ class AffineFlow(Flow):
 
     @property
     def n_weights(self) -> int:
-        return self._weights.size
+        return self._n_weights
 
     def program(self, shape) -> np.ndarray:
         shape = self._even_shape(shape, "the checkerboard needs even ones")
@@ -400,7 +419,7 @@ class UpsampleMap(_Enlarging):
     def _per_class(value, name: str, n: int) -> np.ndarray:
         try:
             values = np.array(np.broadcast_to(np.asarray(value, dtype=np.float64), (n,)))
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise ValueError(f"{name}: must be a number{f' or {n} of them' if n > 1 else ''}, got {value!r}") from None
         if not np.isfinite(values).all():
             raise ValueError(f"{name}: must be finite, got {value!r}")

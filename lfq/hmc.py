@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, is_dataclass, replace
+from dataclasses import fields as dataclass_fields
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
 from . import _core
-from ._kernels import check_count, check_seed, check_threads, fields, real_dtype
+from ._kernels import check_count, check_seed, check_threads, fields, is_finite, real_dtype
 from .actions import Phi4, PulledBack, check_theory
+from .flows import Flow
+from .io import FileFormatError, check_parameters, load_checkpoint, save_checkpoint
 from .observables import OBSERVABLES
 
 __all__ = [
@@ -129,6 +134,22 @@ class Block:
     flipped: np.ndarray | None = None
 
 
+def restored_state(path, tensors: dict[str, np.ndarray], record: dict[str, Any], shape: tuple[int, ...]) -> State:
+    """The state in a checkpoint, checked."""
+    try:
+        latent = tensors["latent"]
+        numbers = {
+            "trajectory": check_count(record["trajectory"], "trajectory", 0, 2**56 - 1),
+            "seed": check_seed(record["seed"]),
+            "first_chain": check_count(record["first_chain"], "first_chain", 0, 2**32 - max(len(latent), 1)),
+        }
+        if latent.dtype.kind != "f" or latent.ndim != len(shape) + 1 or latent.shape[1:] != shape:
+            raise ValueError(f"latents of shape {latent.shape}")
+    except (KeyError, TypeError, ValueError) as error:
+        raise FileFormatError(f"{path}: not the state of chains on {shape}: {error}") from None
+    return State(latent, **numbers)
+
+
 class Sampler(ABC):
     """What all samplers of chains share: `start` and `advance` make a sampler, the rest follows.
 
@@ -154,15 +175,63 @@ class Sampler(ABC):
         """The same for a run, with what only that knows."""
         return self.force_evaluations_per_trajectory
 
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """All that decides what a state becomes, as plain data; the number of threads does not."""
+        physical = self.theory._physical
+        found = {"sampler": type(self).__name__, **asdict(physical)}
+        if isinstance(self.theory, PulledBack):
+            found["flow"] = self.theory.flow.describe()
+        for field in dataclass_fields(self):
+            value = getattr(self, field.name)
+            if field.name == "dtype":
+                found["dtype"] = str(real_dtype(value))
+            elif field.name not in ("theory", "n_threads"):
+                described = value.describe() if isinstance(value, Flow) else value
+                found[field.name] = asdict(value) if is_dataclass(value) else described
+        return found
+
+    def save(self, state: State, path) -> None:
+        """Write a state to a checkpoint, from which `load` continues to the last bit; keeps the one before.
+
+        Parameters
+        ----------
+        state : State
+        path : path-like
+        """
+        numbers = {"trajectory": state.trajectory, "seed": state.seed, "first_chain": state.first_chain}
+        save_checkpoint(path, {"latent": state.latent}, numbers | {"parameters": self.parameters})
+
+    def load(self, path) -> State:
+        """Read a state that `save` wrote; of a damaged checkpoint the one before.
+
+        Raises
+        ------
+        ParameterError
+            It was written with other parameters: names them.
+        FileFormatError
+            Both are damaged, or not of a sampler.
+        FileNotFoundError
+        """
+        for tensors, record in load_checkpoint(path):
+            check_parameters(path, record.get("parameters"), self.parameters)
+            return restored_state(path, tensors, record, self.theory.shape)
+        raise FileNotFoundError(f"{path}: no checkpoint")
+
     def blocks(self, state: State, n_samples: int, thin: int = 1, block_size: int | None = None) -> Iterator[Block]:
         """Advance in blocks of `block_size` samples; by default of about a fifth of a second.
 
-        The chain does not depend on the block size, and each block's state restarts it exactly.
+        The chain does not depend on the block size, and each block's state restarts it exactly. A NotFiniteError
+        has the last good one as its attribute ``state``.
         """
         done, size = 0, block_size or 1
         n_samples = check_count(n_samples, "n_samples")
         while done < n_samples:
-            block = self.advance(state, min(size, n_samples - done), thin)
+            try:
+                block = self.advance(state, min(size, n_samples - done), thin)
+            except _core.NotFiniteError as error:
+                error.state = state
+                raise
             state, done = block.state, done + min(size, n_samples - done)
             if block_size is None:
                 size = max(1, min(4 * size, int(size * 0.2 / max(block.seconds, 1e-6))))
@@ -257,6 +326,11 @@ class Sampler(ABC):
         Returns
         -------
         Run
+
+        Warns
+        -----
+        RunWarning
+            What `lfq.health.concerns` finds.
         """
         n_warmup = check_count(n_warmup, "n_warmup")
         check_count(n_samples, "n_samples", 1)
@@ -270,7 +344,12 @@ class Sampler(ABC):
             done += len(block.observables["M"])
             if report:
                 report(done, n_samples)
-        return Run.from_blocks(self.theory, self, blocks)
+        from .health import RunWarning, concerns
+
+        run = Run.from_blocks(self.theory, self, blocks)
+        for concern in concerns(run):
+            warnings.warn(concern, RunWarning, stacklevel=2)
+        return run
 
 
 class KernelSampler(Sampler):
@@ -395,7 +474,7 @@ class HMC(KernelSampler):
     def __post_init__(self):
         if not isinstance(self.theory, (Phi4, PulledBack)):
             raise TypeError(f"theory: must be a Phi4 or its pullback, got {type(self.theory).__name__}")
-        if not (isinstance(self.tau, (int, float)) and math.isfinite(self.tau) and self.tau > 0):
+        if not (is_finite(self.tau) and self.tau > 0):
             raise ValueError(f"tau: must be positive, got {self.tau!r}")
         check_count(self.n_steps, "n_steps", 1, 10**6)
         check_threads(self.n_threads)
@@ -781,7 +860,7 @@ class FourierHMC(HMC):
     def __post_init__(self):
         check_theory(self.theory)
         super().__post_init__()
-        if not (isinstance(self.mass, (int, float)) and math.isfinite(self.mass) and self.mass > 0):
+        if not (is_finite(self.mass) and self.mass > 0):
             raise ValueError(f"mass: must be positive, got {self.mass!r}")
 
     def _evolve(self, settings, latent, momenta):
@@ -838,6 +917,8 @@ class Run:
         The last fields.
     flipped : ndarray of int64, shape of dh, or None
         See `Block`.
+    kept : int
+        Of a run too long for memory, every `kept`-th sample is here, with its trajectory's dh and accept decision.
     """
 
     theory: Phi4 | PulledBack
@@ -849,6 +930,7 @@ class Run:
     state: State
     phi: np.ndarray
     flipped: np.ndarray | None = None
+    kept: int = 1
 
     @classmethod
     def from_blocks(cls, theory: Phi4 | PulledBack, sampler: Sampler, blocks: Iterable[Block]) -> Run:
@@ -891,7 +973,8 @@ class Run:
 
     @property
     def thin(self) -> int:
-        return len(self.dh) // self.n_samples
+        """Trajectories from one sample to the next."""
+        return len(self.dh) // self.n_samples * self.kept
 
     @property
     def acceptance(self) -> float:

@@ -66,7 +66,9 @@ class Base:
             return None
         hmc = self.hmc(dtype, n_threads)
         state = hmc.start(n * self.n_copies, seed, first_chain=first * self.n_copies)
-        return hmc.advance(state, 1, self.n_warmup).state if self.n_warmup else state
+        for block in hmc.blocks(state, self.n_warmup):
+            state = block.state
+        return state
 
     def noise(self, n: int, seed: int, step: int, dtype, n_threads=None, purpose="latent", first=0) -> np.ndarray:
         out = np.empty((n, self.n_noise), dtype=dtype)

@@ -118,6 +118,9 @@ def footnotes(results: dict[str, Any]) -> list[str]:
     ]
     if not all(sampler["long_enough"] for sampler in results["samplers"]):
         notes.append(f"{MARK} shorter than 1000 tau_int over all chains: its errors are not reliable.")
+    for sampler in results["samplers"]:
+        label = sampler["name"] if sampler["prior"] is None else f"{sampler['name']}, {sampler['prior']}"
+        notes += [f"{label}: {concern}." for concern in sampler["concerns"]]
     return notes
 
 

@@ -9,19 +9,22 @@ from __future__ import annotations
 import ctypes
 import itertools
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 from numba import njit
 
 from . import _core, _native
-from ._kernels import check_count, check_seed, check_threads, real_dtype
+from ._kernels import check_count, check_seed, check_threads, is_finite, real_dtype
 from .actions import Phi4
 from .flows import Compose, Flow, MultiscaleFlow
 from .hmc import HMC
+from .io import FileFormatError, check_parameters, load_checkpoint, save_checkpoint
 from .priors import Gaussian, Interleave, Lattice, Prior, Upsample
 
 __all__ = ["Fit", "effective_sample_size", "independence_acceptance", "train", "train_ladder"]
@@ -170,6 +173,8 @@ def train(
     n_threads: int | None = None,
     n_evaluation: int | None = None,
     progress: bool | Callable[[int, int, float, float], None] = False,
+    checkpoint: str | os.PathLike | None = None,
+    checkpoint_seconds: float = 60.0,
 ) -> Fit:
     """Train a flow to map samples of a prior to those of a theory.
 
@@ -193,7 +198,13 @@ def train(
     n_evaluation : int, optional
         Fresh samples behind ess, acceptance and std_log_w; by default ten batches.
     progress : bool or callable
-        True for a line on stderr, or called as progress(step, n_steps, loss, ess).
+        True for a line on stderr, or called as progress(step, n_steps, loss, ess). A KeyboardInterrupt that it
+        raises stops the training after it was stored in `checkpoint`.
+    checkpoint : path-like, optional
+        File in which weights, moments and the prior's chains are kept while training, and the one before beside
+        it. Where it exists, training goes on from there, and ends in the same bits; threads may differ.
+    checkpoint_seconds : float
+        Time between two of them.
 
     Returns
     -------
@@ -203,8 +214,12 @@ def train(
     ------
     ValueError, TypeError
         Bad arguments, before any work.
+    ParameterError
+        The checkpoint is of a training with other parameters, which are named.
     NotFiniteError
-        The loss became NaN or Inf; names the step.
+        The loss became NaN or Inf; names the step, and the last good one that `checkpoint` has.
+    FileFormatError
+        The checkpoint and the one before are damaged.
     """
     if not isinstance(flow, Flow):
         raise TypeError(f"flow: must be a Flow, got {type(flow).__name__}")
@@ -216,7 +231,7 @@ def train(
         raise ValueError(f"prior: its lattice is {prior.shape}, the target's is {target.shape}")
     n_steps = check_count(n_steps, "n_steps", 1, 10**8)
     n = check_count(batch_size, "batch_size", 2, 10**8)
-    if not (isinstance(learning_rate, (int, float)) and math.isfinite(learning_rate) and learning_rate > 0):
+    if not (is_finite(learning_rate) and learning_rate > 0):
         raise ValueError(f"learning_rate: must be positive, got {learning_rate!r}")
     seed, dtype, threads = check_seed(seed), real_dtype(dtype), check_threads(n_threads)
     n_evaluation = 10 * n if n_evaluation is None else check_count(n_evaluation, "n_evaluation", 2)
@@ -264,25 +279,57 @@ def train(
 
     moments = np.zeros((2, weights.size))
     run(0, 0)  # compiles the loop outside the clock
-    begin = time.perf_counter()
-    state = base.start(n, seed, dtype, n_threads)
-    if state is not None:
+    step, chunk, begin = 0, 1, time.perf_counter()
+    parameters = _parameters(flow, prior, target, n_steps, n, float(learning_rate), seed, dtype)
+    tensors = {
+        "weights": weights,
+        "moments": moments,
+        "chains": buffers["chains"],
+        "history": history,
+        "seconds": seconds,
+    }
+    stored = None if checkpoint is None else _stored(checkpoint, parameters, tensors)
+    if stored:
+        step, settings["first_trajectory"], begin = stored["step"], stored["trajectory"], begin - stored["elapsed"]
+    elif base.theory is not None:
+        state = base.start(n, seed, dtype, n_threads)
         buffers["chains"][:] = state.latent.reshape(chain_count, -1)
         settings["first_trajectory"] = state.trajectory
-    step, chunk = 0, 1
+
+    def store() -> None:
+        if checkpoint is not None:
+            record = {
+                "step": step,
+                "trajectory": int(settings["first_trajectory"][0]),
+                "elapsed": time.perf_counter() - begin,
+                "parameters": parameters,
+            }
+            save_checkpoint(checkpoint, tensors, record)
+
+    if not stored:
+        store()
+    last_stored = step, time.perf_counter()
     while step < n_steps:
         before = time.perf_counter()
         count = min(chunk, n_steps - step)
         reached, status = run(count, step)
         if status != _DONE:
             reason = _native.last_error() if status == _FAILED_KERNEL else "the loss is NaN or Inf"
-            raise _core.NotFiniteError(f"training step {reached}: {reason}; try a smaller learning rate")
+            kept = f"; step {last_stored[0]} is kept in {checkpoint}" if checkpoint is not None else ""
+            raise _core.NotFiniteError(f"training step {reached}: {reason}; try a smaller learning rate{kept}")
         now = time.perf_counter()
         seconds[step:reached] = (before - begin) + (now - before) * np.arange(1, count + 1) / count
         step = reached
         chunk = max(1, min(4 * chunk, int(count * 0.25 / max(now - before, 1e-6))))
+        if now - last_stored[1] > checkpoint_seconds or step == n_steps:
+            store()
+            last_stored = step, time.perf_counter()
         if report:
-            report(step, n_steps, float(history[0, step - 1]), float(history[1, step - 1]))
+            try:
+                report(step, n_steps, float(history[0, step - 1]), float(history[1, step - 1]))
+            except KeyboardInterrupt:
+                store()
+                raise
     elapsed = time.perf_counter() - begin
 
     whole.weights = weights
@@ -303,6 +350,45 @@ def train(
         history=found | {"seconds": seconds},
         seconds=elapsed,
     )
+
+
+def _parameters(flow, prior, target, n_steps, batch_size, learning_rate, seed, dtype) -> dict[str, Any]:
+    """All that decides what a training becomes, as plain data."""
+    base = prior.base
+    found = {f"target {key}": value for key, value in asdict(target).items()}
+    found |= {"flow": flow.describe(), "prior": type(prior).__name__}
+    if base.theory is not None:
+        found |= {f"prior {key}": value for key, value in asdict(base.theory).items()}
+        found |= {f"prior chains {key}": getattr(base, key) for key in ("n_between", "tau", "n_steps", "n_warmup")}
+    if prior.map is not None:
+        found["prior map"] = prior.map.describe()
+    return found | {
+        "n_steps": n_steps,
+        "batch_size": batch_size,
+        "learning_rate": learning_rate,
+        "seed": seed,
+        "dtype": str(dtype),
+    }
+
+
+def _stored(path, parameters: dict[str, Any], tensors: dict[str, np.ndarray]) -> dict[str, Any] | None:
+    """Fill `tensors` from the newest good checkpoint and return its record; None where there is none."""
+    for found, record in load_checkpoint(path):
+        check_parameters(path, record.get("parameters"), parameters)
+        shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+        try:
+            if {name: (tensor.shape, tensor.dtype) for name, tensor in found.items()} != shapes:
+                raise ValueError("its arrays have other shapes")
+            check_count(record["step"], "step", 0, parameters["n_steps"])
+            check_count(record["trajectory"], "trajectory", 0, 2**56 - 1)
+            if not (isinstance(record["elapsed"], float) and math.isfinite(record["elapsed"])):
+                raise ValueError("its time is not a number")
+        except (KeyError, TypeError, ValueError) as error:
+            raise FileFormatError(f"{path}: not the checkpoint of a training: {error}") from None
+        for name, tensor in found.items():
+            tensors[name][...] = tensor
+        return record
+    return None
 
 
 def _evaluate(whole, prior, target, n, n_samples, seed, dtype, n_threads, buffers, settings, first_step):
@@ -333,6 +419,7 @@ def train_ladder(
     prior: str = "interleave",
     chain: dict | None = None,
     progress: bool | Callable[[int, int, float, float], None] = False,
+    checkpoint: str | os.PathLike | None = None,
     **training,
 ) -> list[Fit]:
     """Train level by level up a ladder of ever finer lattices.
@@ -351,6 +438,8 @@ def train_ladder(
         Not of a `MultiscaleFlow`.
     chain : dict, optional
         Keywords of the priors' chains, likewise.
+    checkpoint : path-like, optional
+        As of `train`, level i in a file whose name ends in ``-i``: complete levels are not trained again.
     progress, **training
         Passed to `train`. The seed of level i is seed + i.
 
@@ -366,7 +455,7 @@ def train_ladder(
     if len(theories) < 2 or not all(isinstance(theory, Phi4) for theory in theories):
         raise ValueError("theories: a ladder needs at least two theories")
     if isinstance(flow, MultiscaleFlow):
-        return _train_levels(flow, theories, progress, **training)
+        return _train_levels(flow, theories, progress, checkpoint, **training)
     priors = [kinds[prior](theory, **(chain or {})) for theory in theories[:-1]]
     for below, target in zip(priors, theories[1:], strict=True):
         if below.shape != target.shape:
@@ -375,12 +464,17 @@ def train_ladder(
             )
     seed, fits = check_seed(training.pop("seed", 0)), []
     for level, (below, target) in enumerate(zip(priors, theories[1:], strict=True)):
+        training["checkpoint"] = _of_level(checkpoint, level)
         fits.append(train(flow, below, target, seed=seed + level, progress=progress, **training))
         flow = fits[-1].flow
     return fits
 
 
-def _train_levels(flow: MultiscaleFlow, theories: list[Phi4], progress, seed=0, **training) -> list[Fit]:
+def _of_level(checkpoint, level: int) -> str | None:
+    return None if checkpoint is None else f"{os.fspath(checkpoint)}-{level}"
+
+
+def _train_levels(flow: MultiscaleFlow, theories, progress, checkpoint, seed=0, **training) -> list[Fit]:
     for coarse, fine in itertools.pairwise(theories):
         if tuple(2 * extent for extent in coarse.shape) != fine.shape:
             raise ValueError(f"theories: {fine.shape} is not twice the extents of the level below, {coarse.shape}")
@@ -388,5 +482,6 @@ def _train_levels(flow: MultiscaleFlow, theories: list[Phi4], progress, seed=0, 
     for level, theory in enumerate(theories):
         if fits:
             flow = fits[-1].flow.refined()
+        training["checkpoint"] = _of_level(checkpoint, level)
         fits.append(train(flow, Gaussian(theory.shape), theory, seed=seed + level, progress=progress, **training))
     return fits

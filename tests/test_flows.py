@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -444,6 +445,24 @@ def test_files_of_flows_that_do_not_exist(structure, n_weights, tmp_path):
     save_tensors(path, {"weights": np.zeros(n_weights)}, {"lfq_flow": json.dumps(structure)})
     with pytest.raises(FileFormatError, match="odd"):
         lfq.load_flow(path)
+
+
+@pytest.mark.parametrize("more", [{"n_blocks": 100, "hidden": [64] * 4, "kernel_size": 9}, {"n_blocks": 10000}])
+def test_a_hostile_structure_allocates_nothing(more, tmp_path):
+    path = tmp_path / "odd"
+    structures = [PAPER | more, {"kind": "compose", "flows": [PAPER | more] * 500}]
+    for structure in structures:
+        save_tensors(path, {"weights": np.zeros(37)}, {"lfq_flow": json.dumps(structure)})
+        tracemalloc.start()
+        with pytest.raises(FileFormatError, match="odd"):
+            lfq.load_flow(path)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 24
+        tracemalloc.stop()
+
+
+def test_too_many_weights():
+    with pytest.raises(ValueError, match="weights, at most"):
+        lfq.AffineFlow(9, 100, [64] * 4)
 
 
 @pytest.mark.parametrize(
