@@ -5,8 +5,10 @@ from ._kernels import info
 from ._version import __version__
 from .actions import Phi4, PulledBack
 from .comparison import Comparison, Contender, DisagreementWarning, compare
+from .custom import CustomAction, evaluate_signature
 from .flows import AffineFlow, Compose, Flow, InterleaveMap, UpsampleMap, load_flow
 from .hmc import HMC, INTEGRATORS, ClusterHMC, FourierHMC, Integrator, Run, State
+from .interchange import load_fields, save_fields
 from .priors import Gaussian, Interleave, Lattice, Upsample
 from .samplers import Annealing, IndependenceMetropolis, Reweighting, Weighted, reverse_ess
 from .train import Fit, train, train_ladder
@@ -20,6 +22,7 @@ __all__ = [
     "Comparison",
     "Compose",
     "Contender",
+    "CustomAction",
     "DisagreementWarning",
     "Fit",
     "Flow",
@@ -41,9 +44,12 @@ __all__ = [
     "Weighted",
     "__version__",
     "compare",
+    "evaluate_signature",
     "info",
+    "load_fields",
     "load_flow",
     "reverse_ess",
+    "save_fields",
     "train",
     "train_ladder",
 ]
