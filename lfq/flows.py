@@ -10,7 +10,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from . import _core
-from ._kernels import check_count, check_finite, check_seed, check_shape, check_threads, fields
+from ._kernels import check_count, check_finite, check_seed, check_shape, check_threads, fields, real_array
 from .io import FileFormatError, load_tensors, save_tensors
 
 __all__ = ["AffineFlow", "Compose", "Flow", "InterleaveMap", "UpsampleMap", "load_flow"]
@@ -87,7 +87,7 @@ class Flow(ABC):
         return check_finite(weights, "weights")
 
     def _arguments(self, array, name: str):
-        array = array if hasattr(array, "__cuda_array_interface__") else np.asarray(array)
+        array = real_array(array, name)
         if array.ndim < self.ndim:
             raise ValueError(f"{name}: shape {array.shape} has fewer than the {self.ndim} axes of the lattice")
         shape = tuple(array.shape[array.ndim - self.ndim :])

@@ -31,6 +31,8 @@ def test_every_function_of_the_header_is_there_with_its_arguments():
     pointers = {"double": "d", "uint8_t": "b", "int64_t": "k"}
     wanted = {}
     for result, name, arguments in re.findall(r"LFQ_API\s+([^;(]*?)\b(lfq_\w+)\s*\(([^)]*)\)", text):
+        if name == "lfq_philox4x32":
+            continue
         real = {"f32": "float", "f64": "double"}.get(name[-3:])
         spec = ""
         for argument in filter(None, (a.strip() for a in arguments.replace("\n", " ").split(","))):
@@ -46,7 +48,7 @@ def test_every_function_of_the_header_is_there_with_its_arguments():
                 spec += pointers.get(kind, "v")
         wanted[name] = f"{letters.get(result.strip(), '?')}:{spec}"
     strings = {"lfq_version", "lfq_last_error", "lfq_status_message", "lfq_isa", "lfq_isas", "lfq_set_isa"}
-    assert set(wanted) - set(native.SIGNATURES) == strings | {"lfq_philox4x32"}
+    assert set(wanted) - set(native.SIGNATURES) == strings
     for name, (spec, _) in native.SIGNATURES.items():
         assert spec == wanted[name], name
 
