@@ -67,6 +67,17 @@ def flow_vjp(
     dweights: Doubles | None,
     n_threads: int = 0,
 ) -> None: ...
+def flow_inverse_vjp(
+    volume: int,
+    layers: Records,
+    weights: Doubles,
+    z: Real,
+    dx: Real,
+    dlog_det: Doubles,
+    dz: Real,
+    dweights: Doubles | None,
+    n_threads: int = 0,
+) -> None: ...
 def flow_loss(
     volume: int,
     layers: Records,
@@ -157,5 +168,46 @@ def heat_bath(
     flipped: NDArray[np.int64],
     smear: Doubles,
     observables: Doubles,
+    n_threads: int = 0,
+) -> None: ...
+def custom_force(
+    layers: Records | None,
+    weights: Doubles,
+    record: NDArray[np.uint8],
+    z: Real,
+    action: Doubles,
+    force: Real,
+    n_threads: int = 0,
+) -> None: ...
+def custom_evolve(
+    layers: Records | None,
+    weights: Doubles,
+    record: NDArray[np.uint8],
+    hmc: Records,
+    z: Real,
+    momenta: Real,
+    n_threads: int = 0,
+) -> None: ...
+def custom_hmc(
+    layers: Records | None,
+    weights: Doubles,
+    record: NDArray[np.uint8],
+    hmc: Records,
+    z: Real,
+    phi: Real,
+    dh: Doubles,
+    accepted: NDArray[np.uint8],
+    smear: Doubles,
+    observables: Doubles,
+    n_threads: int = 0,
+) -> None: ...
+def custom_loss(
+    layers: Records,
+    weights: Doubles,
+    record: NDArray[np.uint8],
+    z: Real,
+    action: Doubles,
+    log_det: Doubles,
+    dweights: Doubles,
     n_threads: int = 0,
 ) -> None: ...

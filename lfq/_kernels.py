@@ -1,7 +1,9 @@
 """The one place that knows which arrays the kernels take and where they run.
 
-Arrays are NumPy, float32 or float64, lattice axes last. Other real dtypes are converted to float64 and
-arrays that are not C-contiguous are copied; inputs are never written to.
+Arrays are C-ordered, float32 or float64, lattice axes last, in the machine's memory. Whatever else holds real numbers
+(other dtypes and byte orders, views that are not contiguous, nested lists, objects with ``__array__`` or
+``__dlpack__``) is copied, once, at the border: as float64 unless it is float32. Complex numbers, bools and objects are
+a TypeError, and so is memory of a GPU. Inputs are never written to; results are new arrays of NumPy.
 """
 
 from __future__ import annotations
@@ -16,16 +18,12 @@ import numpy as np
 from . import _core
 
 __all__ = [
-    "check_count",
-    "check_finite",
-    "check_seed",
-    "check_shape",
-    "check_threads",
-    "fields",
-    "info",
-    "is_finite",
-    "real_dtype",
-]
+    "check_count", "check_finite", "check_seed", "check_shape", "check_threads", "fields", "info", "is_finite",
+    "real_array", "real_dtype",
+]  # fmt: skip
+
+
+_CPU_DEVICES = (1, 3)  # of DLPack: kDLCPU, kDLCUDAHost
 
 
 def _from_gpu(array) -> bool:
@@ -36,6 +34,27 @@ def _missing_for_gpu() -> str:
     if importlib.util.find_spec("cupy") is None:
         return "CuPy is not installed, and this build of lfq has no CUDA kernels"
     return "this build of lfq has no CUDA kernels"
+
+
+def real_array(array, name: str) -> np.ndarray:
+    """The array as NumPy's, float32 or float64, C-contiguous: itself, or a copy where it is not that already.
+
+    Raises
+    ------
+    TypeError
+        The entries are not real numbers, or the array lives on a GPU that lfq cannot use.
+    """
+    if _from_gpu(array):
+        raise TypeError(f"{name}: a GPU array was given, but {_missing_for_gpu()}")
+    if hasattr(array, "__dlpack__") and not hasattr(array, "__array__"):
+        kind, number = array.__dlpack_device__()
+        if kind not in _CPU_DEVICES:
+            raise TypeError(f"{name}: must be in the machine's memory, got DLPack device ({int(kind)}, {number})")
+        array = np.from_dlpack(array)
+    array = np.asarray(array)
+    if array.dtype.kind not in "fiu":
+        raise TypeError(f"{name}: entries must be real numbers, got dtype {array.dtype}")
+    return np.asarray(array, dtype=array.dtype if array.dtype in (np.float32, np.float64) else np.float64, order="C")
 
 
 def fields(array, shape: tuple[int, ...], name: str) -> tuple[np.ndarray, tuple[int, ...]]:
@@ -60,18 +79,12 @@ def fields(array, shape: tuple[int, ...], name: str) -> tuple[np.ndarray, tuple[
     ValueError
         The last axes are not the lattice.
     TypeError
-        The entries are not real numbers, or the array lives on a GPU that lfq cannot use.
+        See `real_array`.
     """
-    if _from_gpu(array):
-        raise TypeError(f"{name}: a GPU array was given, but {_missing_for_gpu()}")
-    array = np.asarray(array)
-    if array.dtype.kind not in "fiu":
-        raise TypeError(f"{name}: entries must be real numbers, got dtype {array.dtype}")
-    if array.dtype not in (np.float32, np.float64):
-        array = array.astype(np.float64)
+    array = real_array(array, name)
     if array.shape[max(array.ndim - len(shape), 0) :] != tuple(shape):
         raise ValueError(f"{name}: shape {array.shape} does not end in the lattice {tuple(shape)}")
-    return np.asarray(array, order="C"), array.shape[: array.ndim - len(shape)]
+    return array, array.shape[: array.ndim - len(shape)]
 
 
 def check_finite(array: np.ndarray, name: str) -> np.ndarray:

@@ -13,6 +13,7 @@ from ._kernels import check_shape, check_threads, fields
 from .observables import OBSERVABLES, heat_kernel
 
 if TYPE_CHECKING:
+    from .custom import CustomAction
     from .flows import Flow
 
 __all__ = ["Phi4", "PulledBack", "check_theory"]
@@ -206,6 +207,23 @@ class Phi4:
     def _program(self):
         return None, np.empty(0)
 
+    def _density(self, observables):
+        """S / V without a constant term."""
+        kinetic = -self.beta * self.ndim * observables["nn"]
+        return kinetic + (1 - 2 * self.lam) * observables["phi2"] + self.lam * observables["phi4"]
+
+    # A theory seen through the flow (layers, weights), or itself where layers is None.
+    def _pullback(self, layers, weights, z, action, force, n_threads):
+        _core.pullback_force(self.volume, layers, weights, self._record(), z, action, force, n_threads)
+
+    def _evolve(self, layers, weights, settings, z, momenta, n_threads):
+        _core.evolve(layers, weights, self._record(), settings, z, momenta, n_threads)
+
+    def _hmc(self, layers, weights, settings, z, phi, dh, accepted, values, n_threads):
+        _core.hmc(
+            layers, weights, self._record(), settings, z, phi, dh, accepted, self._smear(), values, n_threads
+        )  # fmt: skip
+
 
 def check_theory(theory, name: str = "theory") -> Phi4:
     """The theory, or a TypeError where it is none, or a pullback."""
@@ -224,11 +242,11 @@ class PulledBack:
 
     Parameters
     ----------
-    theory : Phi4
+    theory : Phi4 or CustomAction
     flow : Flow
     """
 
-    theory: Phi4
+    theory: Phi4 | CustomAction
     flow: Flow
 
     def __post_init__(self):
@@ -270,14 +288,11 @@ class PulledBack:
     def _evaluate(self, z, n_threads):
         z, leading = fields(z, self.shape, "z")
         action, force = np.empty(leading), np.empty_like(z)
-        layers, weights = self._program()
-        _core.pullback_force(
-            self.volume, layers, weights, self.theory._record(), z, action, force, check_threads(n_threads)
-        )
+        self.theory._pullback(*self._program(), z, action, force, check_threads(n_threads))
         return action, force
 
     @property
-    def _physical(self) -> Phi4:
+    def _physical(self) -> Phi4 | CustomAction:
         return self.theory
 
     def _program(self):

@@ -1,4 +1,4 @@
-"""The command line: `lfq run`, `lfq compare`, `lfq info`, `lfq selftest`, `lfq default`."""
+"""The command line: `lfq run`, `compare`, `info`, `selftest`, `default`, and `--cmakedir` and its like."""
 
 import contextlib
 import os
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated
 
 from ._optional import load
+from .embedding import OPTIONS
 
 DEFAULT_OUT = Path("lfq-run")
 COMPARISON_OUT = Path("lfq-comparison")
@@ -143,6 +144,7 @@ def _application():
     load("rich", "the command line")
     app = typer.Typer(
         help="Lattice phi^4: HMC, trivializing flows learned from coarser lattices, flow-HMC.",
+        epilog="For build systems: --cmakedir, --includes, --libs, --pkgconfigdir.",
         add_completion=False,
         pretty_exceptions_enable=False,
     )
@@ -247,6 +249,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         stderr; 130 or 143 when SIGINT or SIGTERM stopped it.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    # For build systems, with or without the packages of the command line.
+    if all(argument in OPTIONS for argument in arguments):
+        try:
+            print(*(OPTIONS[argument]() for argument in arguments))
+        except FileNotFoundError as error:
+            return _fail(error)
+        return 0
     try:
         application = _application()
     except ImportError as error:

@@ -83,8 +83,9 @@ class FlowConfig:
     hidden: tuple[int, ...] = _key((), at_least=1, at_most=64, lengths=(0, 4))
     activation: str = _key("tanh", choices=("tanh", "leaky_relu"))
     bias: bool = _key(False)
-    scale: str = _key("exp(-|s|)", choices=("exp(-|s|)", "exp(s)"))
+    scale: str = _key("exp(-|s|)", choices=("exp(-|s|)", "exp(s)", "even", "site"))
     rescale: bool = _key(True)
+    features: int | None = _key(None, at_least=1, at_most=8)
 
 
 @dataclass(frozen=True)
@@ -178,11 +179,14 @@ class SamplerConfig:
 
 @dataclass(frozen=True)
 class LadderConfig:
-    """``[ladder]``: theories from the coarsest to the target; a flow is trained for all but the first."""
+    """``[ladder]``: theories from the coarsest to the target; a flow is trained for all but the first.
+
+    With the prior "multiscale" it is a `lfq.MultiscaleFlow` with the blocks of ``[flow]``, trained for all of them.
+    """
 
     shapes: tuple[tuple[int, ...], ...] = _key(at_least=2)
     betas: tuple[float, ...] = _key()
-    prior: str = _key("interleave", choices=("interleave", "upsample"))
+    prior: str = _key("interleave", choices=("interleave", "upsample", "multiscale"))
 
 
 @dataclass(frozen=True)
@@ -411,6 +415,9 @@ def _check_stable(section: str, beta: float, lam: float, ndim: int) -> None:
 
 def _check_together(config: Config) -> None:
     _check_samplers(config)
+    allowed = {"even": (1, 2, 4, 8)}.get(config.flow.scale, (None,))
+    if config.flow.features not in allowed:
+        raise ConfigError("flow", "features", f"must be one of {allowed} with scale {config.flow.scale!r}")
     target, ndim = config.target, len(config.target.shape)
     _check_stable("target", target.beta, target.lam, ndim)
     names: set[str] = set()
@@ -441,6 +448,14 @@ def _check_together(config: Config) -> None:
         raise ConfigError("ladder", "shapes", "the last level must be the target, with its beta")
     for beta in betas:
         _check_stable("ladder", beta, target.lam, ndim)
+    if config.ladder.prior != "multiscale":
+        return
+    odd = [extent for extent in shapes[0] if extent % 2]
+    if odd:
+        raise ConfigError("ladder", "shapes", f"the flow's checkerboard needs even extents, got {odd[0]}")
+    for key in ("activation", "bias", "rescale"):
+        if getattr(config.flow, key) != getattr(FlowConfig(), key):
+            raise ConfigError("flow", key, "cannot be chosen for the prior multiscale of [ladder]")
 
 
 def parse_config(text: str) -> Config:

@@ -169,6 +169,19 @@ def target_theory(config: Config) -> lfq.Phi4:
         return lfq.Phi4(config.target.shape, beta=config.target.beta, lam=config.target.lam)
 
 
+def multiscale_flow(config: Config) -> lfq.MultiscaleFlow:
+    """The untrained flow for the first theory of ``[ladder]``, from the smallest lattice that its extents allow."""
+    shape, settings, n_levels = config.ladder.shapes[0], config.flow, 1
+    while all(extent % 2 ** (n_levels + 1) == 0 for extent in shape):
+        n_levels += 1
+    with _section("flow"):
+        seed = stage_seed(config.run.seed, "weights")
+        return lfq.MultiscaleFlow(
+            n_levels, settings.n_blocks, settings.scale, settings.kernel_size, settings.hidden, settings.features,
+            seed=seed, ndim=len(shape),
+        )  # fmt: skip
+
+
 def initial_flow(config: Config) -> lfq.AffineFlow:
     """The untrained flow of ``[flow]``."""
     keys = vars(config.flow)
@@ -470,23 +483,25 @@ def train_ladder(config: Config, out: Path, progress: Progress) -> list[Training
         lfq.Phi4(shape, beta=beta, lam=config.target.lam)
         for shape, beta in zip(config.ladder.shapes, config.ladder.betas, strict=True)
     ]
-    names = [f"ladder-{'x'.join(map(str, theory.shape))}" for theory in theories[1:]]
+    multiscale = config.ladder.prior == "multiscale"
+    targets = theories if multiscale else theories[1:]
+    names = [f"ladder-{'x'.join(map(str, theory.shape))}" for theory in targets]
     done = [_recorded(name, out) for name in names]
     checkpoint = _training_checkpoint(out, "ladder")
     if None in done:
         for level in range(len(names)):
             _checkpoints(f"{checkpoint}-{level}", "training again")
+        options = {} if multiscale else {"prior": config.ladder.prior, "chain": vars(config.prior_chains)}
         fits = lfq.train_ladder(
-            initial_flow(config),
+            multiscale_flow(config) if multiscale else initial_flow(config),
             theories,
-            prior=config.ladder.prior,
-            chain=vars(config.prior_chains),
             checkpoint=checkpoint,
+            **options,
             **_training_keywords(config, "train ladder", progress),
         )
         done = [
             _record(fit, name, theory, out, config.run.seed)
-            for fit, name, theory in zip(fits, names, theories[1:], strict=True)
+            for fit, name, theory in zip(fits, names, targets, strict=True)
         ]
         for level in range(len(fits)):
             remove_checkpoint(f"{checkpoint}-{level}")

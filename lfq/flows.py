@@ -10,7 +10,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from . import _core
-from ._kernels import check_count, check_finite, check_seed, check_shape, check_threads, fields
+from ._kernels import check_count, check_finite, check_seed, check_shape, check_threads, fields, real_array
 from .io import FileFormatError, checksum, load_tensors, save_tensors
 
 __all__ = ["AffineFlow", "Compose", "Flow", "InterleaveMap", "MultiscaleFlow", "UpsampleMap", "load_flow"]
@@ -95,7 +95,7 @@ class Flow(ABC):
         return check_finite(weights, "weights")
 
     def _arguments(self, array, name: str):
-        array = array if hasattr(array, "__cuda_array_interface__") else np.asarray(array)
+        array = real_array(array, name)
         if array.ndim < self.ndim:
             raise ValueError(f"{name}: shape {array.shape} has fewer than the {self.ndim} axes of the lattice")
         shape = tuple(array.shape[array.ndim - self.ndim :])
@@ -154,14 +154,39 @@ class Flow(ABC):
         dweights : ndarray of float64, shape (n_weights,)
             Summed over the leading axes. Only with `weights`.
         """
+        return self._vjp(_core.flow_vjp, z, dx, dlog_det, "dx", weights, n_threads)
+
+    def inverse_vjp(self, z, dz, dlog_det, weights: bool = False, n_threads: int | None = None):
+        """Pull cotangents back through the inverse.
+
+        Parameters
+        ----------
+        z : array_like, shape (..., *lattice)
+            f^-1 of the field at which to differentiate.
+        dz : array_like, shape of z
+            dL/dz for a scalar function L of (z, log_det) = `inverse` (x); broadcast.
+        dlog_det : array_like, shape (...)
+            dL/dlog_det; broadcast.
+        weights : bool
+            Whether to return dL/dweights too.
+
+        Returns
+        -------
+        dx : ndarray, shape and dtype of z
+        dweights : ndarray of float64, shape (n_weights,)
+            Summed over the leading axes. Only with `weights`.
+        """
+        return self._vjp(_core.flow_inverse_vjp, z, dz, dlog_det, "dz", weights, n_threads)
+
+    def _vjp(self, kernel, z, cotangent, dlog_det, name: str, weights: bool, n_threads):
         z, leading, layers, volume = self._arguments(z, "z")
-        dx = _broadcast(dx, z.shape, z.dtype, "dx")
+        cotangent = _broadcast(cotangent, z.shape, z.dtype, name)
         dlog_det = _broadcast(dlog_det, leading, np.float64, "dlog_det")
         check_finite(dlog_det, "dlog_det")
-        dz = np.empty_like(z)
+        pulled = np.empty_like(z)
         dweights = np.zeros(self.n_weights) if weights else None
-        _core.flow_vjp(volume, layers, self.weights, z, dx, dlog_det, dz, dweights, check_threads(n_threads))
-        return (dz, dweights) if weights else dz
+        kernel(volume, layers, self.weights, z, cotangent, dlog_det, pulled, dweights, check_threads(n_threads))
+        return (pulled, dweights) if weights else pulled
 
     def copy(self) -> Flow:
         """An independent copy."""

@@ -17,6 +17,7 @@ import numpy as np
 from . import _core
 from ._kernels import check_count, check_seed, check_threads, fields, is_finite, real_dtype
 from .actions import Phi4, PulledBack, check_theory
+from .custom import CustomAction
 from .flows import Flow
 from .io import FileFormatError, check_parameters, load_checkpoint, save_checkpoint
 from .observables import OBSERVABLES
@@ -446,7 +447,7 @@ class HMC(KernelSampler):
 
     Parameters
     ----------
-    theory : Phi4 or PulledBack
+    theory : Phi4, CustomAction or PulledBack
         What to sample; for a pulled-back theory this is flow-HMC.
     tau : float
         Trajectory length; momenta have unit mass.
@@ -472,8 +473,8 @@ class HMC(KernelSampler):
     length_spread: float = 0.0
 
     def __post_init__(self):
-        if not isinstance(self.theory, (Phi4, PulledBack)):
-            raise TypeError(f"theory: must be a Phi4 or its pullback, got {type(self.theory).__name__}")
+        if not isinstance(self.theory, (Phi4, CustomAction, PulledBack)):
+            raise TypeError(f"theory: must be a Phi4, a CustomAction or a pullback, got {type(self.theory).__name__}")
         if not (is_finite(self.tau) and self.tau > 0):
             raise ValueError(f"tau: must be positive, got {self.tau!r}")
         check_count(self.n_steps, "n_steps", 1, 10**6)
@@ -504,8 +505,8 @@ class HMC(KernelSampler):
 
     @property
     def force_evaluations_per_trajectory(self) -> float:
-        """The pulled-back force at a trajectory's start is kept from the last one; the plain one is not."""
-        return self.n_steps * self.integrator.n_stages + (not isinstance(self.theory, PulledBack))
+        """The force at a trajectory's start is kept from the last one, but for that of a plain Phi4."""
+        return self.n_steps * self.integrator.n_stages + isinstance(self.theory, Phi4)
 
     # ---- dynamics --------------------------------------------------------------------------
     def _settings(self, n_samples=0, thin=1, seed=0, first_chain=0, trajectory=0) -> np.ndarray:
@@ -550,17 +551,13 @@ class HMC(KernelSampler):
         return latent, momenta
 
     def _evolve(self, settings, latent, momenta):
-        layers, weights = self.theory._program()
-        _core.evolve(
-            layers, weights, self.theory._physical._record(), settings, latent, momenta, check_threads(self.n_threads)
-        )
+        self.theory._physical._evolve(
+            *self.theory._program(), settings, latent, momenta, check_threads(self.n_threads)
+        )  # fmt: skip
 
     def _run(self, settings, latent, phi, dh, accepted, flipped, values):
-        layers, weights = self.theory._program()
-        physical = self.theory._physical
-        _core.hmc(
-            layers, weights, physical._record(), settings, latent, phi, dh, accepted, physical._smear(), values,
-            check_threads(self.n_threads),
+        self.theory._physical._hmc(
+            *self.theory._program(), settings, latent, phi, dh, accepted, values, check_threads(self.n_threads)
         )  # fmt: skip
 
     # ---- runs ------------------------------------------------------------------------------
@@ -907,7 +904,7 @@ class Run:
     theory : Phi4 or PulledBack
     sampler : Sampler
     observables : dict of str to ndarray, shape (n_samples, n_chains)
-        Those of `lfq.observables.OBSERVABLES`, and abs_M, M2, chi = V M^2 and the action density S/V.
+        Those of `lfq.observables.OBSERVABLES`, and abs_M, M2, chi = V M^2 and, of a Phi4, the action density S/V.
     dh, accepted : ndarray, shape (n_trajectories, n_chains)
     seconds : float
         Wall time of the samples.
@@ -943,11 +940,9 @@ class Run:
         found["abs_M"] = np.abs(found["M"])
         found["M2"] = found["M"] ** 2
         found["chi"] = physical.volume * found["M2"]
-        found["action_density"] = (
-            -physical.beta * physical.ndim * found["nn"]
-            + (1 - 2 * physical.lam) * found["phi2"]
-            + physical.lam * found["phi4"]
-        )
+        density = physical._density(found)
+        if density is not None:
+            found["action_density"] = density
         return cls(
             theory, sampler, found,
             dh=np.concatenate([b.dh for b in blocks]),
@@ -993,6 +988,24 @@ class Run:
         parts = np.concatenate([part.mean(axis=0) for part in np.array_split(weights, min(4, len(weights)))])
         error = parts.std(ddof=1) / math.sqrt(parts.size) if parts.size > 1 else math.nan
         return float(weights.mean()), float(error)
+
+    def to_xarray(self):
+        """An xarray Dataset over chain, draw and trajectory: see `lfq.interchange.to_xarray`."""
+        from .interchange import to_xarray
+
+        return to_xarray(self)
+
+    def to_arviz(self):
+        """The groups posterior and sample_stats for ArviZ: see `lfq.interchange.to_arviz`."""
+        from .interchange import to_arviz
+
+        return to_arviz(self)
+
+    def to_pyerrors(self, ensemble: str = "lfq") -> dict:
+        """A pyerrors Obs for each observable, a replica for each chain: see `lfq.interchange.to_pyerrors`."""
+        from .interchange import to_pyerrors
+
+        return to_pyerrors(self, ensemble)
 
     def summary(self) -> str:
         """A table of means, errors, autocorrelation times and effective samples."""

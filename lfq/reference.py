@@ -682,6 +682,31 @@ def flow_vjp(layers, weights, z, dx, dlog_det):
     return dlatent, np.concatenate(dweights)
 
 
+def flow_inverse_vjp(layers, weights, z, dz, dlog_det):
+    """Cotangents of x = f(z) and of the weights, given those of (z, log|det dz/dx|) = f^-1(x).
+
+    With J = df/dz: J^T dx = dz - dlog_det d(log|det J|)/dz, solved with a dense J^T of each latent.
+
+    Parameters
+    ----------
+    layers, weights, z : see `flow_forward`
+    dz : (n, volume) array
+    dlog_det : (n,) array
+
+    Returns
+    -------
+    dx : (n, volume) array
+    dweights : (n_weights,) array
+        Summed over the n latents.
+    """
+    n, volume = z.shape
+    zero = np.zeros(n)
+    pushed = flow_vjp(layers, weights, z, np.zeros_like(z), -dlog_det)[0]
+    columns = [flow_vjp(layers, weights, z, np.tile(unit, (n, 1)), zero)[0] for unit in np.eye(volume)]
+    dx = np.linalg.solve(np.stack(columns, axis=2), (dz + pushed)[..., None])[..., 0]
+    return dx, flow_vjp(layers, weights, z, -dx, -dlog_det)[1]
+
+
 def pullback(layers, weights, z, beta, lam):
     """The pulled-back theory S~(z) = S(f(z)) - log|det df/dz| and its force -dS~/dz.
 

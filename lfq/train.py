@@ -6,7 +6,6 @@ per step.
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 import math
 import os
@@ -19,9 +18,10 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from . import _core, _native
+from . import _core, native
 from ._kernels import check_count, check_seed, check_threads, is_finite, real_dtype
 from .actions import Phi4
+from .custom import CustomAction
 from .flows import Compose, Flow, MultiscaleFlow
 from .hmc import HMC
 from .io import FileFormatError, check_parameters, load_checkpoint, save_checkpoint
@@ -49,7 +49,7 @@ def effective_sample_size(log_w):
 
 @njit(cache=True, nogil=True)
 def _loop(
-    flow, weights, first_moment, second_moment, target, n_steps, first_step, total_steps, learning_rate,
+    flow, weights, first_moment, second_moment, target, custom, n_steps, first_step, total_steps, learning_rate,
     coarse, chains, hmc_settings, hmc_words, n_between, coarse_action,
     noise, seed, latent, target_action, log_det, gradient,
     hmc_space, action_space, flow_space, n_threads, history,
@@ -61,14 +61,17 @@ def _loop(
         # The next batch of the base: chains move on, noise is new.
         status = 0
         if n_coarse > 0:
-            status |= _native.advance(coarse, hmc_settings, chains, hmc_space, n_threads)
+            status |= native.advance(coarse, hmc_settings, chains, hmc_space, n_threads)
             hmc_words[_FIRST_TRAJECTORY] += n_between
-            status |= _native.action(coarse, chains, coarse_action, action_space, n_threads)
+            status |= native.action(coarse, chains, coarse_action, action_space, n_threads)
             latent[:, :n_coarse] = chains.reshape((n, n_coarse))
         if n_coarse < volume:
-            status |= _native.normal(seed, _LATENT, step, noise, n_threads)
+            status |= native.normal(seed, _LATENT, step, noise, n_threads)
             latent[:, n_coarse:] = noise
-        status |= _native.loss(flow, target, latent, target_action, log_det, gradient, flow_space, n_threads)
+        if custom:
+            status |= native.custom_loss(flow, target, latent, target_action, log_det, gradient, flow_space, n_threads)
+        else:
+            status |= native.loss(flow, target, latent, target_action, log_det, gradient, flow_space, n_threads)
         if status != 0:
             return step, _FAILED_KERNEL
 
@@ -99,18 +102,6 @@ def _loop(
     return first_step + n_steps, _DONE
 
 
-_FLOW_RECORD = np.dtype(
-    [
-        ("volume", "i8"),
-        ("n_weights", "i8"),
-        ("n_layers", "i4"),
-        ("reserved", "i4"),
-        ("layers", "u8"),
-        ("weights", "u8"),
-    ]
-)
-
-
 @dataclass(frozen=True)
 class Fit:
     """A trained flow.
@@ -121,7 +112,7 @@ class Fit:
         From the prior's samples to the target's fields.
     prior : Prior
         With its trained width and scale, where it has them.
-    target : Phi4
+    target : Phi4 or CustomAction
     ess, acceptance, std_log_w : float
         Effective sample size per sample, acceptance of the independence Metropolis chain and standard
         deviation of log w, on fresh samples.
@@ -134,7 +125,7 @@ class Fit:
 
     flow: Flow
     prior: Prior
-    target: Phi4
+    target: Phi4 | CustomAction
     ess: float
     acceptance: float
     std_log_w: float
@@ -164,7 +155,7 @@ def independence_acceptance(log_w, seed: int = 0) -> float:
 def train(
     flow: Flow,
     prior: Prior,
-    target: Phi4,
+    target: Phi4 | CustomAction,
     n_steps: int = 1000,
     batch_size: int = 500,
     learning_rate: float = 0.01,
@@ -186,7 +177,7 @@ def train(
     flow : Flow
         Where to start; not changed.
     prior : Prior
-    target : Phi4
+    target : Phi4 or CustomAction
         Of the prior's shape.
     n_steps, batch_size : int
     learning_rate : float
@@ -225,8 +216,8 @@ def train(
         raise TypeError(f"flow: must be a Flow, got {type(flow).__name__}")
     if not isinstance(prior, Prior):
         raise TypeError(f"prior: must be a Prior, got {type(prior).__name__}")
-    if not isinstance(target, Phi4):
-        raise TypeError(f"target: must be a Phi4, got {type(target).__name__}")
+    if not isinstance(target, (Phi4, CustomAction)):
+        raise TypeError(f"target: must be a Phi4 or a CustomAction, got {type(target).__name__}")
     if prior.shape != target.shape:
         raise ValueError(f"prior: its lattice is {prior.shape}, the target's is {target.shape}")
     n_steps = check_count(n_steps, "n_steps", 1, 10**8)
@@ -241,25 +232,28 @@ def train(
     whole = flow.copy() if prior.map is None else Compose([prior.map.copy(), flow.copy()])
     program, weights = whole.program(target.shape), whole.weights
     volume = target.volume
-    flow_record = np.zeros(1, dtype=_FLOW_RECORD)
+    flow_record = np.zeros(1, dtype=native.FLOW_DTYPE)
     flow_record["volume"], flow_record["n_weights"], flow_record["n_layers"] = (
         volume,
         weights.size,
         program.size,
     )
     flow_record["layers"], flow_record["weights"] = program.ctypes.data, weights.ctypes.data
-    theory = target._record()
+    custom = isinstance(target, CustomAction)
+    theory = target._record(dtype) if custom else target._record()
 
-    coarse = (base.theory or target)._record()
+    no_chains = Phi4(target.shape, 0.0, 0.0)
+    coarse = (base.theory or no_chains)._record()
     chain_count = n * base.n_copies
-    settings = (base.hmc(dtype, n_threads) if base.theory else HMC(target))._settings(1, base.n_between, seed)
+    settings = (base.hmc(dtype, n_threads) if base.theory else HMC(no_chains))._settings(1, base.n_between, seed)
     history = np.zeros((len(_HISTORY), n_steps))
     seconds = np.zeros(n_steps)
-    batch, coarse_batch, all_threads = ctypes.c_int64(n), ctypes.c_int64(chain_count), ctypes.c_int32(threads)
     spaces = [
-        _native.workspace("hmc", dtype, None, coarse, coarse_batch, all_threads),
-        _native.workspace("phi4", dtype, coarse, coarse_batch, all_threads),
-        _native.workspace("flow", dtype, flow_record, batch, all_threads),
+        native.workspace("hmc", dtype, None, coarse, chain_count, threads),
+        native.workspace("phi4", dtype, coarse, chain_count, threads),
+        native.workspace("custom", dtype, flow_record, theory, n, threads)
+        if custom
+        else native.workspace("flow", dtype, flow_record, n, threads),
     ]
     buffers = {
         "chains": np.empty((chain_count, base.theory.volume if base.theory else 0), dtype=dtype),
@@ -270,7 +264,7 @@ def train(
 
     def run(count: int, first: int) -> tuple[int, int]:
         return _loop(
-            flow_record.ctypes.data, weights, moments[0], moments[1], theory.ctypes.data, count, first, n_steps,
+            flow_record.ctypes.data, weights, moments[0], moments[1], theory.ctypes.data, custom, count, first, n_steps,
             float(learning_rate), coarse.ctypes.data, buffers["chains"], settings.ctypes.data,
             settings.view(np.uint64), base.n_between, buffers["coarse_action"],
             buffers["noise"], seed, buffers["latent"], np.empty(n), np.empty(n), np.empty(weights.size),
@@ -314,7 +308,7 @@ def train(
         count = min(chunk, n_steps - step)
         reached, status = run(count, step)
         if status != _DONE:
-            reason = _native.last_error() if status == _FAILED_KERNEL else "the loss is NaN or Inf"
+            reason = native.last_error() if status == _FAILED_KERNEL else "the loss is NaN or Inf"
             kept = f"; step {last_stored[0]} is kept in {checkpoint}" if checkpoint is not None else ""
             raise _core.NotFiniteError(f"training step {reached}: {reason}; try a smaller learning rate{kept}")
         now = time.perf_counter()

@@ -442,6 +442,16 @@ def test_ladder_in_float32(tmp_path):
     assert again["samplers"][1]["observables"] == flow["observables"]
 
 
+def test_multiscale_ladder(tmp_path):
+    text = TARGET + SAMPLING + '[flow]\nscale = "site"\nn_blocks = 2\n[training]\nn_steps = 30\nbatch_size = 32\n'
+    text += '[ladder]\nshapes = [[4, 4], [8, 8]]\nbetas = [0.5, 0.576]\nprior = "multiscale"\n'
+    results = experiment.run_experiment(config.parse_config(text), tmp_path / "out")
+    assert [(level["prior"], level["L"]) for level in results["levels"]] == [("ladder-4x4", 4), ("ladder-8x8", 8)]
+    flow = lfq.load_flow(tmp_path / "out" / "flows" / "ladder-8x8.safetensors")
+    assert isinstance(flow, lfq.MultiscaleFlow) and flow.n_levels == 3
+    assert results["samplers"][1]["prior"] == "ladder"
+
+
 def test_three_dimensions(tmp_path):
     text = TARGET.replace("8, 8", "4, 4, 4").replace("0.576", "0.3") + SAMPLING
     text += '[training]\nn_steps = 5\nbatch_size = 8\n[[prior]]\nkind = "upsample"\nbeta = 0.2\n'

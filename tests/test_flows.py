@@ -238,6 +238,31 @@ def test_vjp_is_the_derivative_of_forward(kind, shape, rng):
     np.testing.assert_array_equal(flow.vjp(z, dx, dlog_det), dz)
 
 
+@KINDS
+@pytest.mark.parametrize("shape", [(8,), (4, 8), (4, 4, 4)], ids=str)
+def test_inverse_vjp_is_the_derivative_of_inverse(kind, shape, rng):
+    """Central differences along random directions of x and weights."""
+    flow = make_kind(kind, len(shape))
+    x, cotangent, dlog_det = rng.normal(size=(2, *shape)), rng.normal(size=(2, *shape)), rng.normal(size=2)
+    weights = flow.weights
+
+    def scalar(x, weights):
+        flow.weights = weights
+        z, log_det = flow.inverse(x)
+        return (cotangent * z).sum() + (dlog_det * log_det).sum()
+
+    dx, dweights = flow.inverse_vjp(flow.inverse(x)[0], cotangent, dlog_det, weights=True)
+    h = 1e-6
+    for _ in range(3):
+        v, w = rng.normal(size=x.shape), rng.normal(size=weights.shape)
+        along_x = (scalar(x + h * v, weights) - scalar(x - h * v, weights)) / (2 * h)
+        assert (dx * v).sum() == pytest.approx(along_x, abs=1e-6 * (1 + abs(along_x)))
+        along_w = (scalar(x, weights + h * w) - scalar(x, weights - h * w)) / (2 * h)
+        assert (dweights * w).sum() == pytest.approx(along_w, abs=1e-6 * (1 + abs(along_w)))
+    flow.weights = weights
+    np.testing.assert_array_equal(flow.inverse_vjp(flow.inverse(x)[0], cotangent, dlog_det, n_threads=1), dx)
+
+
 def test_vjp_broadcasts_its_cotangents(rng):
     flow, z = make_flow(), rng.normal(size=(3, 4, 4))
     wanted = flow.vjp(z, np.full(z.shape, 0.5), np.full(3, -1.0))

@@ -5,6 +5,7 @@
 #include <mutex>
 
 #include "capi/internal.hpp"
+#include "capi/inverse_vjp.hpp"
 #include "lfq/philox.hpp"
 
 using namespace lfq_internal;
@@ -251,6 +252,21 @@ int vjp(const lfq_flow* f, int64_t n, const T* z, const T* dx, const double* dld
   return not_finite("z or dx", table<T>().vjp(*f, n, z, dx, dld, dz, dw, &bad, ws, threads(n_threads)), bad);
 }
 template <class T>
+size_t flow_inverse_vjp_workspace(const lfq_flow* f, int64_t n, int32_t n_threads) {
+  return check_flow(f) || check_chains(n) ? 0 : inverse_vjp<T>(*f, n, threads(n_threads)).bytes();
+}
+template <class T>
+int flow_inverse_vjp(const lfq_flow* f, int64_t n, const T* z, const T* dz, const double* dld, T* dx, double* dw, void* ws,
+                     size_t bytes, int32_t n_threads) {
+  if (int e = check_flow(f)) return e;
+  if (int e = check_chains(n)) return e;
+  if (!z || !dz || !dld || !dx) return fail(LFQ_ERR_ARGUMENT, "a field or an output is null");
+  inverse_vjp<T> layers(*f, n, threads(n_threads));
+  if (int e = check_workspace(ws, bytes, layers.bytes())) return e;
+  lfq_failure bad;
+  return not_finite("z or dz", layers.run(z, dz, dld, dx, dw, &bad, ws), bad);
+}
+template <class T>
 int loss(const lfq_flow* f, const lfq_phi4* t, int64_t n, const T* z, double* s, double* ld, double* dw, void* ws, size_t bytes,
          int32_t n_threads) {
   if (int e = check_flow_on(f, t)) return e;
@@ -495,6 +511,69 @@ int heat_bath(const lfq_phi4* t, const lfq_heat_bath* h, const lfq_cluster* c, i
   return not_finite("phi", code, bad);
 }
 
+template <class T>
+int check_custom(const lfq_flow* f, const custom_action<T>* a) {
+  if (!a) return fail(LFQ_ERR_ARGUMENT, "action is null");
+  if (int e = check_lattice("action", a->ndim, a->extent)) return e;
+  if (!a->evaluate) return fail(LFQ_ERR_ARGUMENT, "action: evaluate is null");
+  if (!f) return LFQ_OK;
+  if (int e = check_flow(f)) return e;
+  if (f->volume != volume_of(a->ndim, a->extent))
+    return fail(LFQ_ERR_ARGUMENT, "flow: makes fields of %lld sites, the action has %lld", (long long)f->volume,
+                (long long)volume_of(a->ndim, a->extent));
+  return LFQ_OK;
+}
+template <class T>
+size_t custom_workspace(const lfq_flow* f, const custom_action<T>* a, int64_t n, int32_t n_threads) {
+  return check_custom<T>(f, a) || check_chains(n) ? 0 : table<T>().custom_workspace(f, *a, n, threads(n_threads));
+}
+template <class T>
+int custom_arguments(const lfq_flow* f, const custom_action<T>* a, int64_t n, const T* z, const void* out, const void* ws,
+                     size_t bytes, int32_t n_threads) {
+  if (int e = check_custom<T>(f, a)) return e;
+  if (int e = check_chains(n)) return e;
+  if (!z || !out) return fail(LFQ_ERR_ARGUMENT, "a field or an output is null");
+  return check_workspace(ws, bytes, table<T>().custom_workspace(f, *a, n, threads(n_threads)));
+}
+int stopped(int code, const lfq_failure& bad) {
+  return code == LFQ_ERR_CALLBACK ? fail(code, "action: evaluate returned %d", int(bad.value)) : not_finite("z", code, bad);
+}
+template <class T>
+int custom_force(const lfq_flow* f, const custom_action<T>* a, int64_t n, const T* z, double* s, T* force, void* ws,
+                 size_t bytes, int32_t n_threads) {
+  if (int e = custom_arguments<T>(f, a, n, z, s ? force : nullptr, ws, bytes, n_threads)) return e;
+  lfq_failure bad;
+  return stopped(table<T>().custom_force(f, *a, n, z, s, force, &bad, ws, threads(n_threads)), bad);
+}
+template <class T>
+int custom_evolve(const lfq_flow* f, const custom_action<T>* a, const lfq_hmc* h, int64_t n, T* z, T* pi, void* ws,
+                  size_t bytes, int32_t n_threads) {
+  if (int e = custom_arguments<T>(f, a, n, z, pi, ws, bytes, n_threads)) return e;
+  if (int e = check_hmc(h, n)) return e;
+  lfq_failure bad;
+  return stopped(table<T>().custom_evolve(f, *a, *h, n, z, pi, &bad, ws, threads(n_threads)), bad);
+}
+template <class T>
+int custom_hmc(const lfq_flow* f, const custom_action<T>* a, const lfq_hmc* h, int64_t n, T* z, T* phi, double* dh,
+               uint8_t* accepted, const double* smear, double* obs, lfq_failure* failure, void* ws, size_t bytes,
+               int32_t n_threads) {
+  if (int e = custom_arguments<T>(f, a, n, z, z, ws, bytes, n_threads)) return e;
+  if (int e = check_hmc(h, n)) return e;
+  if (obs && !smear) return fail(LFQ_ERR_ARGUMENT, "smear is null");
+  lfq_failure bad;
+  const int code = table<T>().custom_hmc(f, *a, *h, n, z, phi, dh, accepted, smear, obs, &bad, ws, threads(n_threads));
+  if (failure) *failure = bad;
+  return code == LFQ_ERR_CALLBACK ? stopped(code, bad) : diverged(code, h, bad, failure);
+}
+template <class T>
+int custom_loss(const lfq_flow* f, const custom_action<T>* a, int64_t n, const T* z, double* s, double* ld, double* dw,
+                void* ws, size_t bytes, int32_t n_threads) {
+  if (!f) return fail(LFQ_ERR_ARGUMENT, "flow is null");
+  if (int e = custom_arguments<T>(f, a, n, z, s && ld ? dw : nullptr, ws, bytes, n_threads)) return e;
+  lfq_failure bad;
+  return stopped(table<T>().custom_loss(*f, *a, n, z, s, ld, dw, &bad, ws, threads(n_threads)), bad);
+}
+
 }  // namespace
 
 extern "C" {
@@ -502,6 +581,16 @@ extern "C" {
 const char* lfq_version(void) { return LFQ_VERSION; }
 int32_t lfq_abi_version(void) { return LFQ_ABI_VERSION; }
 const char* lfq_last_error(void) { return last_error; }
+const char* lfq_status_message(int status) {
+  switch (status) {
+    case LFQ_OK: return "success";
+    case LFQ_ERR_ARGUMENT: return "an argument is out of range";
+    case LFQ_ERR_WORKSPACE: return "the workspace is too small";
+    case LFQ_ERR_NOT_FINITE: return "NaN or Inf in a field, a weight or dH";
+    case LFQ_ERR_CALLBACK: return "the action asked to stop";
+  }
+  return "unknown status";
+}
 int32_t lfq_max_threads(void) { return max_threads(); }
 
 void lfq_philox4x32(const uint32_t counter[4], const uint32_t key[2], uint32_t out[4]) {
@@ -572,6 +661,13 @@ int lfq_uniform(uint64_t seed, int32_t purpose, uint64_t first_trajectory, int64
                        void* ws, size_t b, int32_t nt) {                                                              \
     return vjp<T>(f, n, z, dx, dld, dz, dw, ws, b, nt);                                                               \
   }                                                                                                                   \
+  size_t lfq_flow_inverse_vjp_workspace_##S(const lfq_flow* f, int64_t n, int32_t nt) {                               \
+    return flow_inverse_vjp_workspace<T>(f, n, nt);                                                                   \
+  }                                                                                                                   \
+  int lfq_flow_inverse_vjp_##S(const lfq_flow* f, int64_t n, const T* z, const T* dz, const double* dld, T* dx,       \
+                               double* dw, void* ws, size_t b, int32_t nt) {                                          \
+    return flow_inverse_vjp<T>(f, n, z, dz, dld, dx, dw, ws, b, nt);                                                  \
+  }                                                                                                                   \
   int lfq_flow_loss_##S(const lfq_flow* f, const lfq_phi4* t, int64_t n, const T* z, double* s, double* ld,           \
                         double* dw, void* ws, size_t b, int32_t nt) {                                                 \
     return loss<T>(f, t, n, z, s, ld, dw, ws, b, nt);                                                                 \
@@ -621,6 +717,26 @@ int lfq_uniform(uint64_t seed, int32_t purpose, uint64_t first_trajectory, int64
                         int64_t* changed, int64_t* flipped, const double* smear, double* o, lfq_failure* bad, void* ws, \
                         size_t b, int32_t nt) {                                                                       \
     return heat_bath<T>(t, h, c, n, phi, changed, flipped, smear, o, bad, ws, b, nt);                                 \
+  }                                                                                                                   \
+  size_t lfq_custom_workspace_##S(const lfq_flow* f, const lfq_custom_##S* a, int64_t n, int32_t nt) {                \
+    return custom_workspace<T>(f, a, n, nt);                                                                          \
+  }                                                                                                                   \
+  int lfq_custom_force_##S(const lfq_flow* f, const lfq_custom_##S* a, int64_t n, const T* z, double* s, T* out,      \
+                           void* ws, size_t b, int32_t nt) {                                                          \
+    return custom_force<T>(f, a, n, z, s, out, ws, b, nt);                                                            \
+  }                                                                                                                   \
+  int lfq_custom_evolve_##S(const lfq_flow* f, const lfq_custom_##S* a, const lfq_hmc* h, int64_t n, T* z, T* pi,     \
+                            void* ws, size_t b, int32_t nt) {                                                         \
+    return custom_evolve<T>(f, a, h, n, z, pi, ws, b, nt);                                                            \
+  }                                                                                                                   \
+  int lfq_custom_hmc_##S(const lfq_flow* f, const lfq_custom_##S* a, const lfq_hmc* h, int64_t n, T* z, T* phi,       \
+                         double* dh, uint8_t* acc, const double* smear, double* o, lfq_failure* bad, void* ws,        \
+                         size_t b, int32_t nt) {                                                                      \
+    return custom_hmc<T>(f, a, h, n, z, phi, dh, acc, smear, o, bad, ws, b, nt);                                      \
+  }                                                                                                                   \
+  int lfq_custom_loss_##S(const lfq_flow* f, const lfq_custom_##S* a, int64_t n, const T* z, double* s, double* ld,   \
+                          double* dw, void* ws, size_t b, int32_t nt) {                                               \
+    return custom_loss<T>(f, a, n, z, s, ld, dw, ws, b, nt);                                                          \
   }
 LFQ_DEFINE(float, f32)
 LFQ_DEFINE(double, f64)

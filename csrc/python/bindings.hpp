@@ -79,5 +79,6 @@ void bind_hmc(py::module_& m);
 void bind_fourier(py::module_& m);
 void bind_cluster(py::module_& m);
 void bind_heat_bath(py::module_& m);
+void bind_custom(py::module_& m);
 
 }  // namespace lfq_python

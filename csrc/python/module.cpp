@@ -9,4 +9,5 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   lfq_python::bind_fourier(m);
   lfq_python::bind_cluster(m);
   lfq_python::bind_heat_bath(m);
+  lfq_python::bind_custom(m);
 }
