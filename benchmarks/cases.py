@@ -158,8 +158,8 @@ def _leapfrog(shape, n, dtype, n_threads):
     )
 
 
-def _advance(hmc: lfq.HMC, fields: np.ndarray, n_trajectories: int):
-    """Trajectories by `lfq.HMC.advance` without observables; each call starts where the last one ended."""
+def _advance(hmc, fields: np.ndarray, n_trajectories: int):
+    """Trajectories by a sampler's `advance` without observables; each call starts where the last one ended."""
     state = hmc.start(len(fields), seed=1, phi=fields)
 
     def call():
@@ -229,6 +229,21 @@ def _clusters(cluster: str):
     return build
 
 
+def _heat_bath(shape, n, dtype, n_threads):
+    """Sweeps without observables; each call starts where the last one ended."""
+    n_sweeps = 10 if math.prod(shape) < 10**4 else 2
+    phi = thermal_fields(shape, n, dtype)
+    single = phi.itemsize == 4
+    packing = [(1 / n_sweeps) * phase for phase in (costs.load(single), costs.store(single))]
+    return Work(
+        _advance(lfq.HeatBath(theory(shape), dtype=dtype, n_threads=n_threads), phi, n_sweeps),
+        phi.size * n_sweeps,
+        [*costs.heat_bath(len(shape), single), *packing],
+        group_bytes(1, shape, dtype, True),
+        phi.nbytes,
+    )
+
+
 def _fourier(shape, n, dtype, n_threads):
     n_trajectories = 2
     hmc = lfq.FourierHMC(theory(shape), n_steps=N_STEPS, dtype=dtype, n_threads=n_threads)
@@ -246,7 +261,9 @@ def _fourier(shape, n, dtype, n_threads):
 
 def _annealing(shape, n, dtype, n_threads):
     n_temperatures = 5
-    sampler = lfq.Annealing(theory(shape), None, n_temperatures, n_steps=N_STEPS, dtype=dtype, n_threads=n_threads)
+    sampler = lfq.Annealing(
+        theory(shape), n_temperatures=n_temperatures, n_steps=N_STEPS, dtype=dtype, n_threads=n_threads
+    )
     single, ndim = np.dtype(dtype).itemsize == 4, len(shape)
     ends = [(1 / N_STEPS) * phase for phase in costs.trajectory_ends(ndim, single)]
     return Work(
@@ -403,6 +420,7 @@ KERNELS = {
     "leapfrog": Kernel("leapfrog steps alone", "site-updates/s", _CHAINS, _leapfrog),
     "hmc": Kernel("HMC trajectory, 10 steps", "site-updates/s", _CHAINS, _hmc),
     "hmc_measured": Kernel("the same, observables after each", "site-updates/s", _CHAINS, _hmc_measured),
+    "heat_bath": Kernel("heat-bath sweep", "sites/s", _CHAINS, _heat_bath),
     "swendsen_wang": Kernel("Swendsen-Wang sweep", "sites/s", _CHAINS, _clusters("swendsen-wang")),
     "wolff": Kernel("Wolff cluster, sites flipped", "sites/s", _CHAINS, _clusters("wolff")),
     "fourier_hmc": Kernel("Fourier-accelerated HMC trajectory, 10 steps", "site-updates/s", _CHAINS, _fourier),

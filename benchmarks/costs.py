@@ -104,14 +104,25 @@ def cos_sin(single: bool) -> Cost:
     return Cost(fma=9 if single else 15, add=1, other=12)
 
 
-def normal(single: bool) -> Cost:
-    """One normal: half a Box-Muller pair and a quarter of a Philox block."""
-    word = Cost(fma=1, add=3, other=5) if single else Cost(add=1, other=3)
-    pair = word + log(single) + Cost(fma=2, add=1, other=1, sqrt=1) + cos_sin(single)
+def word(single: bool) -> Cost:
+    """A random word as a real."""
+    return Cost(fma=1, add=3, other=5) if single else Cost(add=1, other=3)
+
+
+def box_muller(single: bool) -> Cost:
+    """Two normals from two words."""
+    return word(single) + log(single) + Cost(fma=2, add=1, other=1, sqrt=1) + cos_sin(single)
+
+
+def philox(single: bool) -> Cost:
     # 10 rounds of two 32 x 32 -> 64 bit products on 64-bit lanes, two of them the same for all blocks; a
     # float32 block is two such, for the even and the odd lanes
-    philox = Cost(fma=36, other=80) if single else Cost(fma=18, other=42)
-    return 0.5 * pair + 0.25 * philox
+    return Cost(fma=36, other=80) if single else Cost(fma=18, other=42)
+
+
+def normal(single: bool) -> Cost:
+    """One normal: half a Box-Muller pair and a quarter of a Philox block."""
+    return 0.5 * box_muller(single) + 0.25 * philox(single)
 
 
 # ---- phi^4 (csrc/cpu/phi4_kernels.hpp) --------------------------------------------------------
@@ -167,6 +178,15 @@ def observables(shape, single: bool) -> list[Cost]:
         Cost(fma=1, group=1) + lane_sum(single),
         *[Cost(add=1, group=1)] * ndim,
     ]
+
+
+def heat_bath(ndim: int, single: bool) -> list[Cost]:
+    """A site of a sweep (csrc/include/lfq/heat_bath.hpp): its block, the Gaussian by a step of Newton's, two tries."""
+    guess = log(single) + exp(single) + Cost(fma=7, add=2 * ndim - 1, sqrt=1)
+    newton = Cost(fma=5, add=2, divide=1)
+    gaussian = Cost(fma=2, add=1, divide=1, sqrt=1)
+    tries = 2 * (Cost(fma=6, other=3) + word(single) + exp(single))
+    return [philox(single) + box_muller(single) + guess + newton + gaussian + tries + Cost(add=1, group=3)]
 
 
 # ---- clusters and modes (csrc/cpu/cluster_kernels.hpp, fourier_kernels.hpp) --------------------

@@ -262,6 +262,7 @@ def derived_table(result: dict) -> str:
         ),
         ("flow-HMC step / HMC step, time", lambda lat, d: ratio("hmc", "flow_hmc", lat, d), ".1f"),
         ("accelerated step / HMC step, time", lambda lat, d: ratio("hmc", "fourier_hmc", lat, d), ".1f"),
+        ("heat-bath sweep / leapfrog step, time", lambda lat, d: ratio("leapfrog", "heat_bath", lat, d), ".1f"),
         ("Swendsen-Wang sweep / leapfrog step, time", lambda lat, d: ratio("leapfrog", "swendsen_wang", lat, d), ".1f"),
     ):
         cells = [_pair([get(lat, d) for d in DTYPES], form) for lat in lattices]

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import lfq
 from lfq.analysis import fit_exponent, with_error
+from lfq.comparison import completed
 from lfq.experiment import finite, machine
 from lfq.plots import draw_scaling
 
@@ -46,7 +47,9 @@ def samplers(extent, proposals, before):
         "HMC, random length": lfq.HMC(target, tau=tau, length_spread=0.3),
         "HMC, OMF2": lfq.HMC(target, tau=tau, integrator="omf2"),
         "Swendsen-Wang": lfq.ClusterHMC(target),
-        "Wolff": lfq.ClusterHMC(target, cluster="wolff", n_updates=3),
+        "Wolff": lfq.ClusterHMC(target, cluster="wolff"),
+        "heat bath": lfq.HeatBath(target),
+        "heat bath, Swendsen-Wang": lfq.HeatBath(target, cluster="swendsen-wang"),
         "Fourier": kept("Fourier", lfq.FourierHMC(target), extent, before),
         "flow-HMC": replace(
             kept("flow-HMC", lfq.HMC(target.pullback(fit.flow)), extent, before),
@@ -126,8 +129,8 @@ def table(results):
             cells = []
             for size in sizes:
                 r = next(s for s in size["samplers"] if s["name"] == name)
-                cells.append(digits(unit * r[clock]) if r["judged"] else "-")
-                cells[-1] += "" if r["long_enough"] or not r["judged"] else "*"
+                mark = "" if r["long_enough"] else "*"
+                cells.append(f"{digits(unit * r[clock])}{mark}" if r["judged"] else "-")
             z = exponents(sizes, name, clock)
             lines.append(f"| {name} | " + " | ".join(cells) + f" | {'' if z is None else with_error(*z)} |")
         lines.append("")
@@ -139,7 +142,7 @@ def details(results):
     lines = ["| L | sampler | settings | acceptance | tau_int M^2 | tau_int phi^2 | tau_int sign | chi^2 / 4 |"]
     lines.append("|--:|---|---|--:|--:|--:|--:|--:|")
     for size in results["sizes"]:
-        for r in size["samplers"]:
+        for r in completed(size):
             taus = [r["observables"][key] for key in ("M2", "phi2")]
             shown = [with_error(t["tau_int"], t["tau_int_error"]) if r["judged"] and t["tau_int"] else "" for t in taus]
             rest = [

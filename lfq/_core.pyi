@@ -11,6 +11,7 @@ theory_dtype: np.dtype[np.void]
 layer_dtype: np.dtype[np.void]
 hmc_dtype: np.dtype[np.void]
 cluster_dtype: np.dtype[np.void]
+heat_bath_dtype: np.dtype[np.void]
 N_OBSERVABLES: int
 MAX_HIDDEN: int
 MAX_CHANNELS: int
@@ -56,6 +57,17 @@ def flow_inverse(
     n_threads: int = 0,
 ) -> None: ...
 def flow_vjp(
+    volume: int,
+    layers: Records,
+    weights: Doubles,
+    z: Real,
+    dx: Real,
+    dlog_det: Doubles,
+    dz: Real,
+    dweights: Doubles | None,
+    n_threads: int = 0,
+) -> None: ...
+def flow_inverse_vjp(
     volume: int,
     layers: Records,
     weights: Doubles,
@@ -145,5 +157,57 @@ def cluster_hmc(
     flipped: NDArray[np.int64],
     smear: Doubles,
     observables: Doubles,
+    n_threads: int = 0,
+) -> None: ...
+def heat_bath(
+    theory: Records,
+    heat_bath: Records,
+    cluster: Records | None,
+    phi: Real,
+    changed: NDArray[np.int64],
+    flipped: NDArray[np.int64],
+    smear: Doubles,
+    observables: Doubles,
+    n_threads: int = 0,
+) -> None: ...
+def custom_force(
+    layers: Records | None,
+    weights: Doubles,
+    record: NDArray[np.uint8],
+    z: Real,
+    action: Doubles,
+    force: Real,
+    n_threads: int = 0,
+) -> None: ...
+def custom_evolve(
+    layers: Records | None,
+    weights: Doubles,
+    record: NDArray[np.uint8],
+    hmc: Records,
+    z: Real,
+    momenta: Real,
+    n_threads: int = 0,
+) -> None: ...
+def custom_hmc(
+    layers: Records | None,
+    weights: Doubles,
+    record: NDArray[np.uint8],
+    hmc: Records,
+    z: Real,
+    phi: Real,
+    dh: Doubles,
+    accepted: NDArray[np.uint8],
+    smear: Doubles,
+    observables: Doubles,
+    n_threads: int = 0,
+) -> None: ...
+def custom_loss(
+    layers: Records,
+    weights: Doubles,
+    record: NDArray[np.uint8],
+    z: Real,
+    action: Doubles,
+    log_det: Doubles,
+    dweights: Doubles,
     n_threads: int = 0,
 ) -> None: ...

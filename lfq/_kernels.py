@@ -1,7 +1,10 @@
 """The one place that knows which arrays the kernels take and where they run.
 
-Arrays are NumPy or CuPy, float32 or float64, lattice axes last. Other real dtypes are converted to float64 and
-arrays that are not C-contiguous are copied; inputs are never written to.
+Arrays are C-ordered, float32 or float64, lattice axes last, in the machine's memory, or on a GPU where a function has
+CUDA kernels. Whatever else holds real numbers (other dtypes and byte orders, views that are not contiguous, nested
+lists, objects with ``__array__`` or ``__dlpack__``) is copied, once, at the border: as float64 unless it is float32.
+Complex numbers, bools and objects are a TypeError. Inputs are never written to; results are new arrays, NumPy's or,
+of inputs on a GPU, CuPy's.
 """
 
 from __future__ import annotations
@@ -17,13 +20,44 @@ from . import _core, _cuda, _gpu
 
 __all__ = [
     "backend", "check_count", "check_finite", "check_seed", "check_shape", "check_threads", "fields", "info",
-    "real_dtype",
+    "is_finite", "real_array", "real_dtype",
 ]  # fmt: skip
+
+
+_CPU_DEVICES = (1, 3)  # of DLPack: kDLCPU, kDLCUDAHost
 
 
 def backend(array):
     """The kernels for an array of `fields`, and what makes another like it: empty(shape, dtype)."""
     return (_gpu, _gpu.empty) if _gpu.is_gpu_array(array) else (_core, np.empty)
+
+
+def real_array(array, name: str, gpu: bool = False) -> np.ndarray:
+    """The array as NumPy's, float32 or float64, C-contiguous: itself, or a copy where it is not that already.
+
+    With `gpu` an array that lives on a GPU stays there, as CuPy's.
+
+    Raises
+    ------
+    TypeError
+        The entries are not real numbers, or the array lives on a GPU that lfq cannot use.
+    """
+    if _gpu.is_gpu_array(array):
+        reason = _gpu.missing() if gpu else "this runs on the CPU only"
+        if reason is not None:
+            raise TypeError(f"{name}: a GPU array was given, but {reason}")
+        array = _gpu.asarray(array, name)
+    else:
+        if hasattr(array, "__dlpack__") and not hasattr(array, "__array__"):
+            kind, number = array.__dlpack_device__()
+            if kind not in _CPU_DEVICES:
+                raise TypeError(f"{name}: must be in the machine's memory, got DLPack device ({int(kind)}, {number})")
+            array = np.from_dlpack(array)
+        array = np.asarray(array)
+    if array.dtype.kind not in "fiu":
+        raise TypeError(f"{name}: entries must be real numbers, got dtype {array.dtype}")
+    dtype = array.dtype if array.dtype in (np.float32, np.float64) else np.float64
+    return array.astype(dtype, order="C", copy=False)
 
 
 def fields(array, shape: tuple[int, ...], name: str, gpu: bool = False) -> tuple[np.ndarray, tuple[int, ...]]:
@@ -51,23 +85,12 @@ def fields(array, shape: tuple[int, ...], name: str, gpu: bool = False) -> tuple
     ValueError
         The last axes are not the lattice.
     TypeError
-        The entries are not real numbers, or the array lives on a GPU that lfq cannot use.
+        See `real_array`.
     """
-    if _gpu.is_gpu_array(array):
-        reason = _gpu.missing() if gpu else "this runs on the CPU only"
-        if reason is not None:
-            raise TypeError(f"{name}: a GPU array was given, but {reason}")
-        array = _gpu.asarray(array, name)
-    else:
-        array = np.asarray(array)
-    if array.dtype.kind not in "fiu":
-        raise TypeError(f"{name}: entries must be real numbers, got dtype {array.dtype}")
-    if array.dtype not in (np.float32, np.float64):
-        array = array.astype(np.float64)
+    array = real_array(array, name, gpu)
     if array.shape[max(array.ndim - len(shape), 0) :] != tuple(shape):
         raise ValueError(f"{name}: shape {array.shape} does not end in the lattice {tuple(shape)}")
-    leading = array.shape[: array.ndim - len(shape)]
-    return array if array.flags.c_contiguous else array.copy(order="C"), leading
+    return array, array.shape[: array.ndim - len(shape)]
 
 
 def check_finite(array: np.ndarray, name: str) -> np.ndarray:
@@ -117,6 +140,14 @@ def check_count(value, name: str, least: int = 0, most: int = 2**62) -> int:
             else f"{name}: must be at most {most}, got {count}"
         )
     return count
+
+
+def is_finite(value) -> bool:
+    """Whether this is a finite number; an integer beyond the range of doubles is not."""
+    try:
+        return isinstance(value, (int, float)) and math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def check_seed(seed) -> int:

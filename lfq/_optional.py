@@ -1,4 +1,4 @@
-"""Packages that only the analysis and the command line need."""
+"""Packages that only the analysis, the command line and exports need."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from types import ModuleType
 import numpy as np
 
 
-def load(name: str, purpose: str) -> ModuleType:
+def load(name: str, purpose: str, extra: str = "app") -> ModuleType:
     """Import an optional package, or say what it is needed for and how to get it.
 
     Raises
@@ -24,5 +24,5 @@ def load(name: str, purpose: str) -> ModuleType:
         if error.name is None or error.name.split(".")[0] != name.split(".")[0]:
             raise
         raise ImportError(
-            f"{purpose} needs {error.name}, which is not installed: pip install 'lfq[app]'", name=error.name
+            f"{purpose} needs {error.name}, which is not installed: pip install 'lfq[{extra}]'", name=error.name
         ) from None

@@ -13,9 +13,10 @@ from ._kernels import backend, check_shape, check_threads, fields
 from .observables import OBSERVABLES, heat_kernel
 
 if TYPE_CHECKING:
+    from .custom import CustomAction
     from .flows import Flow
 
-__all__ = ["Phi4", "PulledBack"]
+__all__ = ["Phi4", "PulledBack", "check_theory"]
 
 
 def _finite(value, name: str) -> float:
@@ -23,6 +24,8 @@ def _finite(value, name: str) -> float:
         number = float(value)
     except (TypeError, ValueError):
         raise TypeError(f"{name}: must be a number, got {value!r}") from None
+    except OverflowError:
+        number = math.inf
     if not math.isfinite(number):
         raise ValueError(f"{name}: must be finite, got {number}")
     return number
@@ -198,6 +201,9 @@ class Phi4:
     def _smear(self) -> np.ndarray:
         return np.concatenate([heat_kernel(extent) for extent in self.shape])
 
+    def _evaluate(self, phi, n_threads):
+        return self.action(phi, n_threads), self.force(phi, n_threads)
+
     # What HMC asks of a theory: its own action, and the flow between latent and field, if any.
     @property
     def _physical(self) -> Phi4:
@@ -205,6 +211,30 @@ class Phi4:
 
     def _program(self):
         return None, np.empty(0)
+
+    def _density(self, observables):
+        """S / V without a constant term."""
+        kinetic = -self.beta * self.ndim * observables["nn"]
+        return kinetic + (1 - 2 * self.lam) * observables["phi2"] + self.lam * observables["phi4"]
+
+    # A theory seen through the flow (layers, weights), or itself where layers is None.
+    def _pullback(self, layers, weights, z, action, force, n_threads):
+        backend(z)[0].pullback_force(self.volume, layers, weights, self._record(), z, action, force, n_threads)
+
+    def _evolve(self, layers, weights, settings, z, momenta, n_threads):
+        backend(z)[0].evolve(layers, weights, self._record(), settings, z, momenta, n_threads)
+
+    def _hmc(self, layers, weights, settings, z, phi, dh, accepted, values, n_threads):
+        backend(z)[0].hmc(
+            layers, weights, self._record(), settings, z, phi, dh, accepted, self._smear(), values, n_threads
+        )  # fmt: skip
+
+
+def check_theory(theory, name: str = "theory") -> Phi4:
+    """The theory, or a TypeError where it is none, or a pullback."""
+    if not isinstance(theory, Phi4):
+        raise TypeError(f"{name}: must be a Phi4, got {type(theory).__name__}")
+    return theory
 
 
 @dataclass(frozen=True)
@@ -217,11 +247,11 @@ class PulledBack:
 
     Parameters
     ----------
-    theory : Phi4
+    theory : Phi4 or CustomAction
     flow : Flow
     """
 
-    theory: Phi4
+    theory: Phi4 | CustomAction
     flow: Flow
 
     def __post_init__(self):
@@ -261,17 +291,15 @@ class PulledBack:
         return self.flow.inverse(phi, n_threads)[0]
 
     def _evaluate(self, z, n_threads):
-        z, leading = fields(z, self.shape, "z", gpu=True)
-        kernels, empty = backend(z)
+        # The actions of callers take arrays of the machine's memory.
+        z, leading = fields(z, self.shape, "z", gpu=isinstance(self.theory, Phi4))
+        _, empty = backend(z)
         action, force = empty(leading), empty(z.shape, z.dtype)
-        layers, weights = self._program()
-        kernels.pullback_force(
-            self.volume, layers, weights, self.theory._record(), z, action, force, check_threads(n_threads)
-        )
+        self.theory._pullback(*self._program(), z, action, force, check_threads(n_threads))
         return action, force
 
     @property
-    def _physical(self) -> Phi4:
+    def _physical(self) -> Phi4 | CustomAction:
         return self.theory
 
     def _program(self):

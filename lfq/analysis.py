@@ -301,7 +301,7 @@ def summarize(run) -> dict[str, Estimate]:
     -------
     dict of str to Estimate
         ``M``, ``abs_M``, ``M2``, ``phi2``, ``phi2_smeared``, ``phi4``, ``nn``, ``action_density``
-        (S / V without a constant term), ``chi`` = V <M^2>, ``chi_connected`` = V (<M^2> - <|M|>^2),
+        (S / V without a constant term, of a Phi4 only), ``chi`` = V <M^2>, ``chi_connected`` = V (<M^2> - <|M|>^2),
         ``binder`` = 1 - <M^4> / (3 <M^2>^2), ``U4`` = <M^4> / <M^2>^2, ``G_pmin``, and, on a lattice of
         equal extents, the second-moment correlation length ``xi``.
     """
@@ -309,7 +309,7 @@ def summarize(run) -> dict[str, Estimate]:
     volume = run.theory.volume
     m, m2, abs_m = series["M"], series["M2"], series["abs_M"]
     names = ("M", "abs_M", "M2", "phi2", "phi2_smeared", "phi4", "nn", "action_density", "chi", "G_pmin")
-    table = {name: estimate(series[name]) for name in names}
+    table = {name: estimate(series[name]) for name in names if name in series}
     table["chi_connected"] = derived(lambda second, first: volume * (second - first**2), m2, abs_m)
     table["binder"] = derived(lambda fourth, second: 1 - fourth / (3 * second**2), m**4, m2)
     table["U4"] = derived(lambda fourth, second: fourth / second**2, m**4, m2)

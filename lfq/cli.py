@@ -1,20 +1,74 @@
-"""The command line: `lfq run`, `lfq compare`, `lfq info`, `lfq selftest`, `lfq default`."""
+"""The command line: `lfq run`, `compare`, `info`, `selftest`, `default`, and `--cmakedir` and its like."""
 
 import contextlib
+import os
+import signal
 import sys
-from collections.abc import Iterator, Sequence
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
 from ._optional import load
+from .embedding import OPTIONS
 
 DEFAULT_OUT = Path("lfq-run")
 COMPARISON_OUT = Path("lfq-comparison")
 
 
 @contextlib.contextmanager
-def _progress_bars() -> Iterator:
-    """A callback as `lfq.experiment` wants it that draws one bar per stage."""
+def _signals() -> Iterator[Callable[[], int]]:
+    """Catch the first SIGINT or SIGTERM, for the run to stop where it is complete; a second ends the process at once.
+
+    Yields
+    ------
+    callable
+        Returns the number of the signal that came, or 0.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: 0
+        return
+    came: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+
+    def watch() -> None:
+        # Signals arrive through the pipe even while the main thread is inside a kernel.
+        while (number := os.read(reader, 1)) and number[0]:
+            if number[0] not in numbers:
+                continue
+            if came:
+                os._exit(128 + number[0])
+            came.append(number[0])
+            print(
+                f"lfq: {signal.Signals(number[0]).name}: finishing the trajectory; once more to stop at once",
+                file=sys.stderr,
+            )
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    before = {number: signal.signal(number, lambda *_: None) for number in numbers}
+    wakeup = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    try:
+        yield lambda: came[0] if came else 0
+    finally:
+        signal.set_wakeup_fd(wakeup)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        os.write(writer, b"\0")
+        watcher.join()
+        os.close(reader)
+        os.close(writer)
+
+
+@contextlib.contextmanager
+def _progress_bars(signalled: Callable[[], int] = lambda: 0) -> Iterator:
+    """A callback as `lfq.experiment` wants it that draws one bar per stage.
+
+    It raises KeyboardInterrupt once `signalled` returns the number of a signal.
+    """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (
@@ -32,6 +86,8 @@ def _progress_bars() -> Iterator:
             bars.start()
             tasks[stage] = bars.add_task(stage, total=total, remark=remark)
         bars.update(tasks[stage], completed=done, remark=remark)
+        if signalled():
+            raise KeyboardInterrupt
 
     try:
         yield report
@@ -64,7 +120,7 @@ def _print_table(lines: list[list[str]], notes: list[str], left: str) -> None:
         table.add_row(*map(Text, line))
     console.print(table)
     for note in notes:
-        console.print(Text(note, style="bold red" if "DISAGREEMENT" in note else "dim"))
+        console.print(Text(note, style="bold red" if note.startswith("!") else "dim"))
     console.print(Text(f"\n{left}"))
 
 
@@ -88,6 +144,7 @@ def _application():
     load("rich", "the command line")
     app = typer.Typer(
         help="Lattice phi^4: HMC, trivializing flows learned from coarser lattices, flow-HMC.",
+        epilog="For build systems: --cmakedir, --includes, --libs, --pkgconfigdir.",
         add_completion=False,
         pretty_exceptions_enable=False,
     )
@@ -98,18 +155,20 @@ def _application():
         config: Annotated[Path | None, config_argument] = None,
         out: Annotated[Path, typer.Option(help="Directory of the results, new or empty.")] = DEFAULT_OUT,
         resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
+        overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete the run in --out first.")] = False,
     ) -> int:
         """Train flows from coarser lattices and compare flow-HMC with HMC."""
         from .config import load_config
         from .experiment import run_experiment
 
         loaded = None if resume and config is None else load_config(config)
-        try:
-            with _progress_bars() as progress:
-                results = run_experiment(loaded, out, resume=resume, progress=progress)
-        except KeyboardInterrupt:
-            print(f"lfq: interrupted; to continue: lfq run --resume --out {out}", file=sys.stderr)
-            return 130
+        with _signals() as signalled:
+            try:
+                with _progress_bars(signalled) as progress:
+                    results = run_experiment(loaded, out, resume=resume, overwrite=overwrite, progress=progress)
+            except KeyboardInterrupt:
+                print(f"lfq: interrupted; to continue: lfq run --resume --out {out}", file=sys.stderr)
+                return 128 + (signalled() or signal.SIGINT)
         _print_results(results, out)
         return 0
 
@@ -117,23 +176,30 @@ def _application():
     def compare(
         config: Annotated[Path | None, config_argument] = None,
         out: Annotated[Path, typer.Option(help="Directory of the results, new or empty.")] = COMPARISON_OUT,
+        resume: Annotated[bool, typer.Option("--resume", help="Continue the comparison in --out.")] = False,
+        overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the comparison in --out.")] = False,
     ) -> int:
         """Compare samplers of one theory, each tuned on its own, at equal budget."""
         import warnings
 
         from . import report
-        from .comparison import DisagreementWarning
+        from .comparison import DisagreementWarning, FailureWarning, completed
         from .config import load_config
         from .experiment import run_comparison
 
-        loaded = load_config(config)
+        loaded = None if resume and config is None else load_config(config)
         # Said in the table's notes and by the exit code.
-        warnings.simplefilter("ignore", DisagreementWarning)
-        with _progress_bars() as progress:
-            results = run_comparison(loaded, out, progress=progress)
+        for category in (DisagreementWarning, FailureWarning):
+            warnings.simplefilter("ignore", category)
+        try:
+            with _progress_bars() as progress:
+                results = run_comparison(loaded, out, resume=resume, overwrite=overwrite, progress=progress)
+        except KeyboardInterrupt:
+            print(f"lfq: interrupted; to continue: lfq compare --resume --out {out}", file=sys.stderr)
+            return 130
         lines = [list(report.COMPARISON_COLUMNS), *report.comparison_rows(results)]
         _print_table(lines, report.comparison_notes(results), f"results.json, flows and report.html are in {out}")
-        return 1 if results["disagreeing"] else 0
+        return 1 if results["disagreeing"] or len(completed(results)) < len(results["samplers"]) else 0
 
     @app.command()
     def info() -> int:
@@ -179,22 +245,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns
     -------
     int
-        0; 1 where a self-test failed or samplers disagree; 2 after an error, told in one line on stderr; 130
-        when interrupted.
+        0; 1 where a self-test or a sampler failed or samplers disagree; 2 after an error, told in one line on
+        stderr; 130 or 143 when SIGINT or SIGTERM stopped it.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    # For build systems, with or without the packages of the command line.
+    if all(argument in OPTIONS for argument in arguments):
+        try:
+            print(*(OPTIONS[argument]() for argument in arguments))
+        except FileNotFoundError as error:
+            return _fail(error)
+        return 0
     try:
         application = _application()
     except ImportError as error:
         return _fail(error)
     from . import NotFiniteError
     from .config import ConfigError
-    from .io import FileFormatError
+    from .io import FileFormatError, ParameterError
+
+    def show(message, category, *_, **__) -> None:
+        print("lfq: warning:", " ".join(str(message).split()), file=sys.stderr)
 
     # With standalone_mode off, what is wrong with the arguments arrives as an exception.
     try:
-        code = application(arguments, prog_name="lfq", standalone_mode=False)
-    except (ConfigError, FileFormatError, ImportError, OSError, RuntimeError, NotFiniteError) as error:
+        with warnings.catch_warnings():
+            warnings.showwarning = show
+            code = application(arguments, prog_name="lfq", standalone_mode=False)
+    except (ConfigError, FileFormatError, ImportError, OSError, ParameterError, RuntimeError, NotFiniteError) as error:
         return _fail(error)
     except Exception as error:
         if not hasattr(error, "format_message"):

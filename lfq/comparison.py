@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -14,22 +15,26 @@ import numpy as np
 from . import analysis
 from ._core import NotFiniteError
 from ._kernels import check_count, check_seed
-from .actions import Phi4, PulledBack
+from .actions import Phi4, PulledBack, check_theory
 from .flows import Flow
+from .heat_bath import HeatBath
 from .hmc import HMC, ClusterHMC, FourierHMC, Run, Sampler, State
 from .priors import Gaussian, Prior
 from .samplers import IndependenceMetropolis, Reweighting, Weighted, WeightedSampler, reverse_ess
 
 __all__ = [
     "AGREEMENT",
+    "COLLAPSED",
     "Comparison",
     "Contender",
     "DisagreementWarning",
+    "FailureWarning",
     "JUDGED_TAU",
     "RELIABLE_TAU",
     "agreement",
     "chain_record",
     "compare",
+    "completed",
     "pay_off",
 ]
 
@@ -51,12 +56,19 @@ JUDGED_TAU = 100
 HEAVY_TAIL = 0.5
 """Weights with a tail index above this have no variance, and no error to be judged by."""
 
+COLLAPSED = 0.1
+"""Of a flow's ESS by its own fields: with a smaller reverse ESS it leaves out part of the theory's fields."""
+
 IMPROBABLE = 1e-5
 """Probability of a chi-square below which a sampler is said to disagree: 4.4 sigma."""
 
 
 class DisagreementWarning(UserWarning):
     """Samplers of one theory found different expectation values: at least one of them is wrong."""
+
+
+class FailureWarning(UserWarning):
+    """A sampler of a comparison ended in an error."""
 
 
 @dataclass(frozen=True)
@@ -69,9 +81,9 @@ class Contender:
     training_seconds : float
         Spent on training its flow.
     tune : bool
-        Whether the comparison tunes it: trajectory length and step size to least cost (see `HMC.tune_cost`).
+        Whether the comparison tunes it: trajectory length and step size, say, to least cost (see its `tune_cost`).
     prior : Prior, optional
-        Of the flow's latents, for the reverse ESS; unit normals by default.
+        Of the flow's latents, for the reverse ESS; the sampler's own by default, or unit normals.
     """
 
     sampler: Sampler | WeightedSampler
@@ -94,6 +106,11 @@ class Contender:
         theory = self.sampler.theory
         return theory.flow if isinstance(theory, PulledBack) else getattr(self.sampler, "flow", None)
 
+    @property
+    def latents(self) -> Prior:
+        """The prior of the flow's latents."""
+        return self.prior or getattr(self.sampler, "prior", None) or Gaussian(self.theory.shape)
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -102,9 +119,11 @@ class Comparison:
     Attributes
     ----------
     results : dict
-        ``samplers``: one record for each (see `chain_record`), in the order given; ``disagreeing``: names of those
-        that do not agree with the others; ``theory``, ``n_chains``, ``seconds``.
+        ``samplers``: one record for each (see `chain_record`), in the order given, of one that failed only what it
+        was and its ``error``; ``disagreeing``: names of those that do not agree with the others; ``unfinished``:
+        names of those still to come, in what `compare` stores on its way; ``theory``, ``n_chains``, ``seconds``.
     runs : dict of str to Run or Weighted
+        Of the samplers that did not fail.
     """
 
     results: dict[str, Any]
@@ -114,6 +133,23 @@ class Comparison:
         from .report import comparison_text
 
         return comparison_text(self.results)
+
+
+def completed(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """The records of the samplers that did not fail."""
+    return [record for record in results["samplers"] if "error" not in record]
+
+
+def _described(name: str, theory: Phi4) -> dict[str, Any]:
+    return {"name": name, "L": theory.shape[0], "shape": theory.shape, "beta": theory.beta, "lam": theory.lam}
+
+
+def _decay(series: np.ndarray, tau_int: float, thin: int) -> dict[str, list[float]]:
+    """The autocorrelation function of a series until it has decayed, at a hundred lags or fewer."""
+    longest = min(len(series) - 1, math.ceil(4 * tau_int))
+    rho, error = analysis.autocorrelation(series, longest)
+    lags = np.unique(np.linspace(0, longest, 100).round().astype(int))
+    return {"lag": (thin * lags).tolist(), "rho": rho[lags].tolist(), "error": error[lags].tolist()}
 
 
 def chain_record(name: str, run: Run, table: dict[str, analysis.Estimate] | None = None) -> dict[str, Any]:
@@ -129,13 +165,7 @@ def chain_record(name: str, run: Run, table: dict[str, analysis.Estimate] | None
     table = analysis.summarize(run) if table is None else table
     cost = analysis.cost_per_independent_sample(run, table)
     slowest = table[cost.observable]
-    theory = run.theory._physical
-    record = {
-        "name": name,
-        "L": theory.shape[0],
-        "shape": theory.shape,
-        "beta": theory.beta,
-        "lam": theory.lam,
+    record = _described(name, run.theory._physical) | {
         "acceptance": float(run.acceptance),
         "n_chains": run.n_chains,
         "n_samples": run.n_samples,
@@ -157,6 +187,7 @@ def chain_record(name: str, run: Run, table: dict[str, analysis.Estimate] | None
             }
             for key, entry in table.items()
         },
+        "autocorrelation": _decay(run.observables["M2"], table["M2"].tau_int, run.thin),
         "seconds_per_trajectory": run.seconds_per_trajectory,
         "force_evaluations_per_trajectory": run.force_evaluations_per_trajectory,
         "slowest_observable": cost.observable,
@@ -170,7 +201,7 @@ def chain_record(name: str, run: Run, table: dict[str, analysis.Estimate] | None
 
 
 def pay_off(records: list[dict[str, Any]], trained: Callable[[dict[str, Any]], bool]) -> None:
-    """Give every trained sampler's record ``samples_to_pay_off``.
+    """Give every trained sampler's record ``samples_to_pay_off``; records must be of samplers that did not fail.
 
     How many independent samples it takes until the cheapest sampler without training would have cost as much
     as training and sampling; None where that never happens.
@@ -240,7 +271,11 @@ def agreement(runs: Mapping[str, Run | Weighted]) -> tuple[dict[str, float], lis
         Against the mean of the others that agree, `AGREEMENT`'s four degrees of freedom.
     disagreeing : list of str
     """
-    found = {name: _means(run) for name, run in runs.items()}
+    return _agreement({name: _means(run) for name, run in runs.items()})
+
+
+def _agreement(found: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> tuple[dict[str, float], list[str]]:
+    """The same from means and covariances."""
 
     def against_others(names) -> dict[str, float]:
         return {n: _chi2(found[n], _average([found[m] for m in names if m != n])) for n in names}
@@ -275,16 +310,11 @@ def _judged(record: dict[str, Any]) -> bool:
 # ---- the comparison -------------------------------------------------------------------------
 
 
-def _checked(theory, samplers) -> dict[str, Contender]:
-    if not isinstance(theory, Phi4):
-        raise TypeError(f"theory: must be a Phi4, got {type(theory).__name__}")
-    if not isinstance(samplers, Mapping) or not samplers:
-        raise TypeError("samplers: must map names to samplers, at least one")
-    contenders = {n: s if isinstance(s, Contender) else Contender(s) for n, s in samplers.items()}
-    for name, contender in contenders.items():
-        if contender.theory != theory:
-            raise ValueError(f"samplers: {name} samples another theory, {contender.theory}")
-    return contenders
+def _checked(theory: Phi4, name: str, sampler) -> Contender:
+    contender = sampler if isinstance(sampler, Contender) else Contender(sampler)
+    if contender.theory != theory:
+        raise ValueError(f"samplers: {name} samples another theory, {contender.theory}")
+    return contender
 
 
 def _chains(sampler: Sampler, start: np.ndarray, seconds: float, n_warmup: int, seed: int) -> Run:
@@ -329,17 +359,11 @@ def _sign(run: Run | Weighted) -> dict[str, Any]:
 
 
 def _weighted_record(name: str, run: Weighted) -> dict[str, Any]:
-    theory, n = run.theory, run.n_effective
-    observables = {}
+    n, observables = run.n_effective, {}
     for key in ("M", "abs_M", "M2", "phi2", "phi2_smeared", "phi4", "nn", "action_density", "chi", "G_pmin"):
         value, error = run.mean(key)
         observables[key] = {"value": value, "error": error, "tau_int": None, "tau_int_error": None}
-    return {
-        "name": name,
-        "L": theory.shape[0],
-        "shape": theory.shape,
-        "beta": theory.beta,
-        "lam": theory.lam,
+    return _described(name, run.theory) | {
         "acceptance": None,
         "n_samples": run.n_samples,
         "observables": observables,
@@ -362,6 +386,9 @@ def _settings(sampler: Sampler | WeightedSampler) -> str:
         if isinstance(sampler, ClusterHMC):
             text += f", {sampler.n_updates} per trajectory"
         return text + (f", mass {sampler.mass:g}" if isinstance(sampler, FourierHMC) else "")
+    if isinstance(sampler, HeatBath):
+        text = f"{sampler.n_sweeps} per trajectory"
+        return text if sampler.cluster is None else f"{text}, then {sampler.n_updates} of clusters"
     if isinstance(sampler, (IndependenceMetropolis, Reweighting)):
         return f"{sampler.flow.n_weights} weights"
     text = f"{sampler.n_temperatures} temperatures, tau = {sampler.tau:.3g}, {sampler.n_steps} steps"
@@ -378,15 +405,72 @@ def _decorrelated(sampler: Sampler, state: State, n: int = 512) -> np.ndarray:
     return np.concatenate(fields)
 
 
+class _Bench:
+    """One theory, one budget: where chains start, and how a contender is run and recorded."""
+
+    def __init__(self, theory: Phi4, seconds, n_chains, n_warmup, acceptance, seed, report):
+        self.theory, self.seconds, self.n_chains, self.n_warmup = theory, seconds, n_chains, n_warmup
+        self.acceptance, self.seed, self.report = acceptance, seed, report
+        self.trusted = ClusterHMC(theory).tune(0.8, n_chains, seed)
+        self.fields = self.trusted.advance(self.trusted.start(n_chains, seed), 1, 200, measure=False).phi
+        # Fields of the theory that flows must cover.
+        self.reference = cache(lambda: _decorrelated(self.trusted, State(self.fields, 200, seed)))
+
+    def run(self, name: str, contender: Contender) -> tuple[Run | Weighted, dict[str, Any]]:
+        """Tune, sample and analyse."""
+        sampler, begin = contender.sampler, time.perf_counter()
+        self.report(name, 0, 3, "tuning")
+        if contender.tune and isinstance(sampler, Sampler):
+            sampler = sampler.tune_cost(acceptance=self.acceptance, n_chains=self.n_chains, seed=self.seed)
+        tuning = time.perf_counter() - begin
+        self.report(name, 1, 3, _settings(sampler))
+        if isinstance(sampler, WeightedSampler):
+            run = _weighted(sampler, self.seconds, self.seed)
+            record = _weighted_record(name, run)
+        else:
+            run = _chains(sampler, self.fields, self.seconds, self.n_warmup, self.seed)
+            record = chain_record(name, run)
+        self.report(name, 2, 3, "analysis")
+        cost = record["cost_per_independent_sample_s"]
+        record |= {
+            "settings": _settings(sampler),
+            "tuning_seconds": tuning,
+            "prior": None,
+            "train_seconds": contender.training_seconds,
+            "n_effective_per_second": 1 / cost,
+            "n_effective_per_second_with_training": run.seconds / cost / (run.seconds + contender.training_seconds),
+            "judged": _judged(record),
+        }
+        if record["judged"]:
+            mean, covariance = _means(run)
+            record["means"] = {"of": AGREEMENT, "value": mean.tolist(), "covariance": covariance.tolist()}
+        record |= _sign(run)
+        if contender.flow is not None:
+            record |= self._coverage(contender.flow, contender.latents)
+        self.report(name, 3, 3, _settings(sampler))
+        return run, record
+
+    def _coverage(self, flow: Flow, prior: Prior) -> dict[str, float | None]:
+        """ESS of the flow's fields by their own weights, and by the weights of the theory's fields."""
+        phi = self.reference()
+        try:
+            own = Reweighting(self.theory, flow, prior).sample(len(phi), self.seed).ess
+        except NotFiniteError:
+            own = None
+        return {"flow_ess": own, "reverse_ess": reverse_ess(flow, prior, self.theory, phi)}
+
+
 def compare(
     theory: Phi4,
-    samplers: Mapping[str, Sampler | WeightedSampler | Contender],
+    samplers: Mapping[str, Sampler | WeightedSampler | Contender | Callable[[], Contender]],
     seconds: float = 20.0,
     n_chains: int = 64,
     n_warmup: int = 200,
     acceptance: float = 0.8,
     seed: int = 1,
     progress: Callable[[str, int, int, str], None] | None = None,
+    finished: Iterable[dict[str, Any]] = (),
+    store: Callable[[dict[str, Any]], None] | None = None,
 ) -> Comparison:
     """Compare samplers of one theory at equal budget, each tuned on its own.
 
@@ -399,8 +483,8 @@ def compare(
     Parameters
     ----------
     theory : Phi4
-    samplers : mapping of str to Sampler, WeightedSampler or Contender
-        By name; with training time as a `Contender`.
+    samplers : mapping of str to Sampler, WeightedSampler, Contender or callable
+        By name; with training time as a `Contender`. What is called, when its turn comes, returns one of these.
     seconds : float
         Of sampling, for each.
     n_chains, n_warmup : int
@@ -410,6 +494,10 @@ def compare(
     seed : int
     progress : callable, optional
         Called as progress(name, done, total, remark), with total = 3 stages: tuning, sampling, analysis.
+    finished : iterable of dict
+        Records of an earlier, interrupted comparison with the same arguments: those samplers are not run again.
+    store : callable, optional
+        Called as store(results) after each sampler, with `Comparison.results` as far as they go.
 
     Returns
     -------
@@ -419,80 +507,75 @@ def compare(
     ------
     TypeError, ValueError
         Bad arguments, before any work.
-    NotFiniteError
-        A sampler diverged; names it.
 
     Warns
     -----
+    FailureWarning
+        A sampler ended in an error, a divergence say; the others are compared without it.
     DisagreementWarning
         Some samplers' expectation values do not agree; names them.
     """
-    contenders = _checked(theory, samplers)
+    check_theory(theory)
+    if not isinstance(samplers, Mapping) or not samplers:
+        raise TypeError("samplers: must map names to samplers, at least one")
+    for name, sampler in samplers.items():
+        if not callable(sampler):
+            _checked(theory, name, sampler)
     if not (isinstance(seconds, (int, float)) and math.isfinite(seconds) and seconds > 0):
         raise ValueError(f"seconds: must be positive, got {seconds!r}")
     n_chains, n_warmup = check_count(n_chains, "n_chains", 2, 2**20), check_count(n_warmup, "n_warmup")
     if not 0 < acceptance < 1:
         raise ValueError(f"acceptance: must lie between 0 and 1, got {acceptance}")
     check_seed(seed)
+    records = {record["name"]: record for record in finished}
+    unknown = [name for name in records if name not in samplers]
+    if unknown:
+        raise ValueError(f"finished: {unknown[0]} is none of the samplers")
     report = progress or (lambda *_: None)
+    bench = cache(lambda: _Bench(theory, seconds, n_chains, n_warmup, acceptance, seed, report))
+    budget = {"n_chains": n_chains, "seconds": seconds}
 
-    trusted = ClusterHMC(theory).tune(0.8, n_chains, seed)
-    fields = trusted.advance(trusted.start(n_chains, seed), 1, 200, measure=False).phi
-    flows = any(contender.flow is not None for contender in contenders.values())
-    reference = _decorrelated(trusted, State(fields, 200, seed)) if flows else None
-    records, runs = [], {}
-    for name, contender in contenders.items():
-        sampler = contender.sampler
-        report(name, 0, 3, "tuning")
-        begin = time.perf_counter()
+    def results() -> dict[str, Any]:
+        done = [records[name] for name in samplers if name in records]
+        disagreeing = _judge([record for record in done if "error" not in record])
+        unfinished = [name for name in samplers if name not in records]
+        found = {"theory": {"shape": theory.shape, "beta": theory.beta, "lam": theory.lam}} | budget
+        return found | {"samplers": done, "disagreeing": disagreeing, "unfinished": unfinished}
+
+    runs = {}
+    for name, sampler in samplers.items():
+        if name in records:
+            report(name, 3, 3, records[name].get("settings", ""))
+            continue
         try:
-            if isinstance(sampler, WeightedSampler):
-                report(name, 1, 3, _settings(sampler))
-                runs[name] = run = _weighted(sampler, seconds, seed)
-                record = _weighted_record(name, run)
-                tuning = 0.0
-            else:
-                if contender.tune and isinstance(sampler, HMC):
-                    sampler = sampler.tune_cost(acceptance=acceptance, n_chains=n_chains, seed=seed)
-                tuning = time.perf_counter() - begin
-                report(name, 1, 3, _settings(sampler))
-                runs[name] = run = _chains(sampler, fields, seconds, n_warmup, seed)
-                record = chain_record(name, run)
-        except NotFiniteError as error:
-            raise NotFiniteError(f"{name}: {error}") from None
-        report(name, 2, 3, "analysis")
-        record["settings"], record["tuning_seconds"] = _settings(sampler), tuning
-        record["prior"] = None
-        record["train_seconds"] = contender.training_seconds
-        n_effective = run.seconds / record["cost_per_independent_sample_s"]
-        record["n_effective_per_second"] = 1 / record["cost_per_independent_sample_s"]
-        record["n_effective_per_second_with_training"] = n_effective / (run.seconds + contender.training_seconds)
-        record |= _sign(run)
-        if contender.flow is not None:
-            prior = contender.prior or Gaussian(theory.shape)
-            record["reverse_ess"] = reverse_ess(contender.flow, prior, theory, reference)
-        records.append(record)
-        report(name, 3, 3, _settings(sampler))
-    pay_off(records, lambda r: r["train_seconds"] > 0)
-    disagreeing: list[str] = []
-    judged = {r["name"]: runs[r["name"]] for r in records if _judged(r)}
-    chi2, disagreeing = agreement(judged) if len(judged) > 1 else ({}, [])
-    for record in records:
-        record["chi2"] = chi2.get(record["name"])
-        record["judged"] = record["name"] in judged
-        record["agrees"] = record["name"] not in disagreeing
-    if disagreeing:
+            contender = _checked(theory, name, sampler() if callable(sampler) else sampler)
+            runs[name], records[name] = bench().run(name, contender)
+        except Exception as error:
+            # Whatever it is, the other samplers can still be compared.
+            told = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            records[name] = _described(name, theory) | {"error": told, "judged": False, "long_enough": False}
+            warnings.warn(f"{name} failed: {told}", FailureWarning, stacklevel=2)
+            report(name, 3, 3, "failed")
+        if store:
+            store(results())
+    found = results()
+    if found["disagreeing"]:
+        bad = found["disagreeing"]
         warnings.warn(
-            f"{' and '.join(disagreeing)} {'disagree' if len(disagreeing) > 1 else 'disagrees'} with the other "
-            f"samplers of {theory}",
+            f"{' and '.join(bad)} {'disagree' if len(bad) > 1 else 'disagrees'} with the other samplers of {theory}",
             DisagreementWarning,
             stacklevel=2,
         )
-    results = {
-        "theory": {"shape": theory.shape, "beta": theory.beta, "lam": theory.lam},
-        "n_chains": n_chains,
-        "seconds": seconds,
-        "samplers": records,
-        "disagreeing": disagreeing,
-    }
-    return Comparison(results, runs)
+    return Comparison(found, runs)
+
+
+def _judge(records: list[dict[str, Any]]) -> list[str]:
+    """Give the records what depends on the other samplers; returns the names of those that disagree."""
+    pay_off(records, lambda record: record["train_seconds"] > 0)
+    judged = {record["name"]: record["means"] for record in records if record["judged"]}
+    means = {name: (np.array(found["value"]), np.array(found["covariance"])) for name, found in judged.items()}
+    chi2, disagreeing = _agreement(means) if len(means) > 1 else ({}, [])
+    for record in records:
+        record["chi2"] = chi2.get(record["name"])
+        record["agrees"] = record["name"] not in disagreeing
+    return disagreeing

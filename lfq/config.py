@@ -37,6 +37,13 @@ __all__ = [
 ]
 
 
+MAX_CHARACTERS = 1 << 18
+"""Longest configuration that is read."""
+
+MAX_NAME = 64
+"""Longest name of a prior or a sampler: some become names of files."""
+
+
 class ConfigError(ValueError):
     """A configuration that cannot be run; the message reads ``config: [section] key: what is wrong``."""
 
@@ -76,8 +83,9 @@ class FlowConfig:
     hidden: tuple[int, ...] = _key((), at_least=1, at_most=64, lengths=(0, 4))
     activation: str = _key("tanh", choices=("tanh", "leaky_relu"))
     bias: bool = _key(False)
-    scale: str = _key("exp(-|s|)", choices=("exp(-|s|)", "exp(s)"))
+    scale: str = _key("exp(-|s|)", choices=("exp(-|s|)", "exp(s)", "even", "site"))
     rescale: bool = _key(True)
+    features: int | None = _key(None, at_least=1, at_most=8)
 
 
 @dataclass(frozen=True)
@@ -139,6 +147,7 @@ SAMPLER_KINDS = (
     "swendsen-wang",
     "wolff",
     "fourier",
+    "heat-bath",
     "flow-hmc",
     "independence",
     "reweighting",
@@ -152,7 +161,7 @@ class SamplerConfig:
     """``[[sampler]]``: one sampler of `lfq compare`. `name` labels it; its kind, and prior, by default.
 
     `tau` is where the search for the trajectory length begins; with `tune = false` it is kept, and only the number
-    of steps is tuned.
+    of steps is tuned. The number of Wolff clusters, `n_updates`, is kept then, too.
     """
 
     kind: str = _key(choices=SAMPLER_KINDS)
@@ -163,17 +172,21 @@ class SamplerConfig:
     length_spread: float = _key(0.0, at_least=0, below=1)
     integrator: str = _key("leapfrog", choices=("leapfrog", "omf2", "omf4"))
     n_updates: int = _key(1, at_least=1)
+    cluster: str | None = _key(None, choices=("swendsen-wang", "wolff"))
     n_temperatures: int = _key(20, at_least=1)
     resample: float = _key(0.0, at_least=0, at_most=1)
 
 
 @dataclass(frozen=True)
 class LadderConfig:
-    """``[ladder]``: theories from the coarsest to the target; a flow is trained for all but the first."""
+    """``[ladder]``: theories from the coarsest to the target; a flow is trained for all but the first.
+
+    With the prior "multiscale" it is a `lfq.MultiscaleFlow` with the blocks of ``[flow]``, trained for all of them.
+    """
 
     shapes: tuple[tuple[int, ...], ...] = _key(at_least=2)
     betas: tuple[float, ...] = _key()
-    prior: str = _key("interleave", choices=("interleave", "upsample"))
+    prior: str = _key("interleave", choices=("interleave", "upsample", "multiscale"))
 
 
 @dataclass(frozen=True)
@@ -215,7 +228,8 @@ class Config:
     def differences(self, other: Config) -> list[str]:
         """Keys, as ``[section] key``, whose values differ and can change a result."""
         mine, theirs = self._flat(), other._flat()
-        return [key for key in mine | theirs if mine.get(key) != theirs.get(key) and key != "[run] threads"]
+        harmless = ("[run] threads", "[sampling] block_size")
+        return [key for key in mine | theirs if mine.get(key) != theirs.get(key) and key not in harmless]
 
     def _flat(self) -> dict[str, Any]:
         flat = {}
@@ -238,14 +252,25 @@ def _toml(value: Any) -> str:
     return repr(value)
 
 
+def _shown(value: Any) -> str:
+    """A value from a file for an error message, however large it is."""
+    try:
+        text = repr(value)
+    except ValueError:  # An integer of thousands of digits.
+        text = "a huge integer"
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
 def _nearest(word: str, words: list[str]) -> str:
+    if len(word) > 100:
+        return ""
     match = difflib.get_close_matches(word, words, n=1, cutoff=0.0)
     return f"; the nearest is {match[0]}" if match else ""
 
 
 def _convert(section: str, key: str, value: Any, kind: str) -> Any:
     def fail(expected: str) -> ConfigError:
-        return ConfigError(section, key, f"expected {expected}, got {value!r}")
+        return ConfigError(section, key, f"expected {expected}, got {_shown(value)}")
 
     kind = kind.removesuffix(" | None")
     if kind.startswith("tuple["):
@@ -262,9 +287,13 @@ def _convert(section: str, key: str, value: Any, kind: str) -> Any:
     elif kind == "float":
         if not isinstance(value, (int, float)) or isinstance(value, bool):
             raise fail("a number")
-        if not math.isfinite(value):
+        try:
+            number = float(value)
+        except OverflowError:
+            number = math.inf
+        if not math.isfinite(number):
             raise fail("a finite number")
-        return float(value)
+        return number
     elif not isinstance(value, str):
         raise fail("a string")
     return value
@@ -281,24 +310,26 @@ def _check(section: str, key: str, value: Any, checks: dict[str, Any]) -> None:
     if "choices" in checks and value not in checks["choices"]:
         choices = ", ".join(checks["choices"])
         nearest = _nearest(value, checks["choices"])
-        raise ConfigError(section, key, f"must be one of {choices}, got {value!r}{nearest}")
+        raise ConfigError(section, key, f"must be one of {choices}, got {_shown(value)}{nearest}")
     if "pattern" in checks and not re.fullmatch(checks["pattern"], value):
-        raise ConfigError(section, key, f"may hold letters, digits, - and _ only, got {value!r}")
+        raise ConfigError(section, key, f"may hold letters, digits, - and _ only, got {_shown(value)}")
+    if "pattern" in checks and len(value) > MAX_NAME:
+        raise ConfigError(section, key, f"may have {MAX_NAME} characters, got {len(value)}")
     if "at_least" in checks and value < checks["at_least"]:
-        raise ConfigError(section, key, f"must be at least {checks['at_least']}, got {value}")
+        raise ConfigError(section, key, f"must be at least {checks['at_least']}, got {_shown(value)}")
     if "at_most" in checks and value > checks["at_most"]:
-        raise ConfigError(section, key, f"must be at most {checks['at_most']}, got {value}")
+        raise ConfigError(section, key, f"must be at most {checks['at_most']}, got {_shown(value)}")
     if "above" in checks and value <= checks["above"]:
-        raise ConfigError(section, key, f"must be above {checks['above']}, got {value}")
+        raise ConfigError(section, key, f"must be above {checks['above']}, got {_shown(value)}")
     if "below" in checks and value >= checks["below"]:
-        raise ConfigError(section, key, f"must be below {checks['below']}, got {value}")
+        raise ConfigError(section, key, f"must be below {checks['below']}, got {_shown(value)}")
     if checks.get("odd") and value % 2 == 0:
         raise ConfigError(section, key, f"must be odd, got {value}")
 
 
 def _table(section: str, kind: type, table: Any) -> Any:
     if not isinstance(table, dict):
-        raise ConfigError(section, "", f"expected a table, got {table!r}")
+        raise ConfigError(section, "", f"expected a table, got {_shown(table)}")
     fields = {f.name: f for f in dataclasses.fields(kind)}
     values = {}
     for key, value in table.items():
@@ -348,7 +379,7 @@ def _prior(index: int, table: Any) -> PriorConfig:
 
 def _sampler(index: int, table: Any) -> SamplerConfig:
     sampler = _table(f"sampler {index}", SamplerConfig, table)
-    name = sampler.kind if sampler.prior is None else f"{sampler.kind}, {sampler.prior}"
+    name = ", ".join(filter(None, (sampler.kind, sampler.cluster, sampler.prior)))
     return sampler if sampler.name else dataclasses.replace(sampler, name=name)
 
 
@@ -360,6 +391,8 @@ def _check_samplers(config: Config) -> None:
         if sampler.name in names:
             raise ConfigError(section, "name", f"{sampler.name!r} is taken: give this sampler another name")
         names.add(sampler.name)
+        if sampler.cluster is not None and sampler.kind != "heat-bath":
+            raise ConfigError(section, "cluster", f"means nothing to the kind {sampler.kind}")
         needs = sampler.kind in ("flow-hmc", "independence", "reweighting")
         if sampler.prior is None:
             if needs:
@@ -369,10 +402,6 @@ def _check_samplers(config: Config) -> None:
             raise ConfigError(section, "prior", f"means nothing to the kind {sampler.kind}")
         if sampler.prior not in trained:
             problem = f"no [[prior]] is named {sampler.prior!r}{_nearest(sampler.prior, trained)}"
-            raise ConfigError(section, "prior", problem)
-        kind = next(prior.kind for prior in config.prior if prior.name == sampler.prior)
-        if sampler.kind in ("independence", "annealing") and kind != "gaussian":
-            problem = f"the kind {sampler.kind} draws unit normals, and {sampler.prior!r} is not the gaussian prior"
             raise ConfigError(section, "prior", problem)
 
 
@@ -386,6 +415,9 @@ def _check_stable(section: str, beta: float, lam: float, ndim: int) -> None:
 
 def _check_together(config: Config) -> None:
     _check_samplers(config)
+    allowed = {"even": (1, 2, 4, 8)}.get(config.flow.scale, (None,))
+    if config.flow.features not in allowed:
+        raise ConfigError("flow", "features", f"must be one of {allowed} with scale {config.flow.scale!r}")
     target, ndim = config.target, len(config.target.shape)
     _check_stable("target", target.beta, target.lam, ndim)
     names: set[str] = set()
@@ -403,8 +435,9 @@ def _check_together(config: Config) -> None:
     if config.ladder is None:
         return
     shapes, betas = config.ladder.shapes, config.ladder.betas
-    if "ladder" in names:
-        raise ConfigError("ladder", "", "a prior is named ladder, too")
+    taken = next((name for name in names if name == "ladder" or name.startswith("ladder-")), None)
+    if taken:
+        raise ConfigError("ladder", "", f"a prior is named {taken}, too")
     if len(shapes) < 2 or len(shapes) != len(betas):
         problem = f"needs as many as shapes and at least 2, got {len(betas)} and {len(shapes)}"
         raise ConfigError("ladder", "betas", problem)
@@ -415,6 +448,14 @@ def _check_together(config: Config) -> None:
         raise ConfigError("ladder", "shapes", "the last level must be the target, with its beta")
     for beta in betas:
         _check_stable("ladder", beta, target.lam, ndim)
+    if config.ladder.prior != "multiscale":
+        return
+    odd = [extent for extent in shapes[0] if extent % 2]
+    if odd:
+        raise ConfigError("ladder", "shapes", f"the flow's checkerboard needs even extents, got {odd[0]}")
+    for key in ("activation", "bias", "rescale"):
+        if getattr(config.flow, key) != getattr(FlowConfig(), key):
+            raise ConfigError("flow", key, "cannot be chosen for the prior multiscale of [ladder]")
 
 
 def parse_config(text: str) -> Config:
@@ -427,9 +468,12 @@ def parse_config(text: str) -> Config:
         a value out of range, or values that do not fit together.
     """
     toml = load("tomllib" if sys.version_info >= (3, 11) else "tomli", "a configuration file")
+    if len(text) > MAX_CHARACTERS:
+        raise ConfigError("", "", f"{len(text)} characters are above the limit of {MAX_CHARACTERS}")
     try:
         content = toml.loads(text)
-    except toml.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:
+        # Not only TOMLDecodeError: an integer of thousands of digits, a date that does not exist.
         raise ConfigError("", "", f"not valid TOML: {error}") from None
     sections: dict[str, Any] = {}
     for section, table in content.items():
@@ -464,7 +508,7 @@ def load_config(path: str | os.PathLike | None = None) -> Config:
         return parse_config(default_toml())
     try:
         with open(path, encoding="utf-8") as file:
-            text = file.read()
+            text = file.read(MAX_CHARACTERS + 1)
     except OSError as error:
         raise ConfigError("", "", f"cannot read {os.fspath(path)}: {error.strerror}") from None
     except UnicodeDecodeError:

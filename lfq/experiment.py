@@ -6,15 +6,19 @@ random numbers: the outcome is that of an uninterrupted one, bit for bit.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import math
 import os
 import platform
 import shutil
+import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -23,12 +27,34 @@ import numpy as np
 
 import lfq
 
+from ._kernels import check_count
 from ._optional import load
-from .comparison import Contender, chain_record, compare, pay_off
-from .config import ComparisonConfig, Config, ConfigError, PriorConfig, SamplerConfig, SamplingConfig, parse_config
-from .hmc import HMC, Block, Run, State
-from .io import FileFormatError, RunFile, load_tensors, save_tensors, write_atomically
+from .comparison import MOST_SAMPLES, Contender, chain_record, compare, pay_off
+from .config import (
+    ComparisonConfig,
+    Config,
+    ConfigError,
+    PriorConfig,
+    SamplerConfig,
+    load_config,
+    parse_config,
+)
+from .health import RunWarning, concerns
+from .hmc import HMC, Block, Run, State, restored_state
+from .io import (
+    FileFormatError,
+    RecoveryWarning,
+    RunFile,
+    check_parameters,
+    load_checkpoint,
+    load_tensors,
+    remove_checkpoint,
+    save_checkpoint,
+    save_tensors,
+    write_atomically,
+)
 from .observables import OBSERVABLES
+from .plots import COMPARISON_FIGURES
 
 __all__ = [
     "ExperimentError",
@@ -113,9 +139,13 @@ class Training:
                 group, entry = key.split("/")
                 groups[group][entry] = tensor
             scalars = json.loads(texts["training"])
+            if not isinstance(scalars, dict):
+                raise ValueError("its numbers are not a table")
             theory = lfq.Phi4(tuple(scalars.pop("shape")), scalars.pop("beta"), scalars.pop("lam"))
+            if not all(isinstance(number, float) and math.isfinite(number) for number in scalars.values()):
+                raise ValueError("its numbers are not numbers")
             return cls(name=name, theory=theory, flow=flow, **groups, **scalars)
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise FileFormatError(f"{path}: not a training record ({error})") from None
 
 
@@ -137,6 +167,19 @@ def target_theory(config: Config) -> lfq.Phi4:
     """The theory of ``[target]``."""
     with _section("target"):
         return lfq.Phi4(config.target.shape, beta=config.target.beta, lam=config.target.lam)
+
+
+def multiscale_flow(config: Config) -> lfq.MultiscaleFlow:
+    """The untrained flow for the first theory of ``[ladder]``, from the smallest lattice that its extents allow."""
+    shape, settings, n_levels = config.ladder.shapes[0], config.flow, 1
+    while all(extent % 2 ** (n_levels + 1) == 0 for extent in shape):
+        n_levels += 1
+    with _section("flow"):
+        seed = stage_seed(config.run.seed, "weights")
+        return lfq.MultiscaleFlow(
+            n_levels, settings.n_blocks, settings.scale, settings.kernel_size, settings.hidden, settings.features,
+            seed=seed, ndim=len(shape),
+        )  # fmt: skip
 
 
 def initial_flow(config: Config) -> lfq.AffineFlow:
@@ -173,8 +216,22 @@ def make_hmc(config: Config, theory, name: str = "hmc") -> HMC:
         )
 
 
+def _check_memory(config: Config) -> None:
+    """Refuse what cannot fit into the memory of the machine."""
+    sampling, training, volume = config.sampling, config.training, math.prod(config.target.shape)
+    samples = min(sampling.block_size, sampling.n_samples) + 10 * min(sampling.n_samples, MOST_SAMPLES)
+    numbers = sampling.n_chains * (6 * volume + 2 * samples * len(OBSERVABLES))
+    if config.prior or config.ladder:
+        numbers += 6 * training.batch_size * volume + 10 * training.n_steps
+    have = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if 8 * numbers > have:
+        need = f"about {8 * numbers / 1e9:.3g} GB of memory, and this machine has {have / 1e9:.3g}"
+        raise ConfigError("", "", f"chains and batches of this size need {need}")
+
+
 def _check_buildable(config: Config) -> None:
     """Construct everything once, so that what only lfq itself can judge fails before any work."""
+    _check_memory(config)
     if config.sampler or config.comparison:
         raise ConfigError("sampler" if config.sampler else "comparison", "", "is for `lfq compare`, not `lfq run`")
     theory = target_theory(config)
@@ -194,46 +251,110 @@ def sampler_names(config: Config) -> dict[str, str | None]:
     return dict.fromkeys(plain) | {f"flow_hmc_{prior}": prior for prior in priors}
 
 
-def _new_directory(config: Config, out: Path) -> RunFile:
+def _run_file(config: Config, out: Path, attributes: dict[str, Any], **keywords) -> RunFile:
+    return RunFile(
+        out / "run.h5",
+        list(sampler_names(config)),
+        n_samples=config.sampling.n_samples,
+        n_chains=config.sampling.n_chains,
+        attributes=attributes,
+        **keywords,
+    )
+
+
+def _lock(out: Path) -> int:
+    """Keep other processes from running in the directory until the handle is closed, or this process ends."""
+    handle = os.open(out, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        raise ExperimentError(f"{out}: in use by another process") from None
+    return handle
+
+
+OWN_FILES = ("run.h5", "config.toml", "results.json", "report.html", "*.png")
+OWN_FOLDERS = ("flows", "training", "checkpoints")
+
+
+def _own(out: Path, prefix: str = "") -> list[Path]:
+    """Files that `lfq run` made in a directory; with the prefix "." those it died in writing."""
+    patterns = [*OWN_FILES, *(f"{folder}/{prefix}*.safetensors*" for folder in OWN_FOLDERS)]
+    if prefix:
+        patterns = [f"{prefix}{name}.*" for name in OWN_FILES] + patterns[len(OWN_FILES) :]
+    return [file for pattern in patterns for file in out.glob(pattern)]
+
+
+def _remove_run(out: Path) -> None:
+    """Delete what `lfq run` left in a directory, and nothing else."""
+    for file in _own(out) + _own(out, "."):
+        file.unlink()
+    for name in OWN_FOLDERS:
+        if (out / name).is_dir():
+            (out / name).rmdir()
+
+
+def _new_directory(config: Config, out: Path, overwrite: bool) -> tuple[int, RunFile]:
     try:
         out.mkdir(parents=True, exist_ok=True)
+        if overwrite and (out / "checkpoints").is_dir():
+            os.close(_lock(out))
+            foreign = sorted({file for file in out.rglob("*") if file.is_file()} - {*_own(out), *_own(out, ".")})
+            if foreign:
+                raise ExperimentError(f"{foreign[0]} is not of a run of lfq: --overwrite deletes runs only")
+            _remove_run(out)
         if any(out.iterdir()):
             if (out / "run.h5").exists():
-                raise ExperimentError(f"{out} already holds a run: --resume continues it, --out takes another place")
+                how = "--resume continues it, --overwrite deletes it, --out takes another place"
+                raise ExperimentError(f"{out} already holds a run: {how}")
             raise ExperimentError(f"{out} is not empty: --out takes another place")
-        names = sampler_names(config)
         n_samples, n_chains = config.sampling.n_samples, config.sampling.n_chains
-        needed = len(names) * n_samples * n_chains * 8 * (len(OBSERVABLES) + 2)
+        needed = len(sampler_names(config)) * n_samples * n_chains * 8 * (len(OBSERVABLES) + 2)
         free = shutil.disk_usage(out).free
         if needed > free:
             raise ExperimentError(f"{out}: run.h5 needs {needed / 1e9:.3g} GB, {free / 1e9:.3g} GB are free")
-        return RunFile.create(
-            out / "run.h5",
-            list(names),
-            n_samples=n_samples,
-            n_chains=n_chains,
-            volume=math.prod(config.target.shape),
-            attributes={
-                "config": config.to_toml(),
-                "versions": json.dumps(versions()),
-                "seed": config.run.seed,
-            },
-        )
+        attributes = {"config": config.to_toml(), "versions": json.dumps(versions()), "seed": config.run.seed}
+        lock = _lock(out)
+        try:
+            for folder in OWN_FOLDERS:
+                (out / folder).mkdir()
+            file = _run_file(config, out, attributes, create=True)
+            for _ in range(2):  # The second keeps the first, so that damage to one is no loss.
+                save_checkpoint(out / "checkpoints" / "run.safetensors", {}, attributes)
+        except OSError:
+            os.close(lock)
+            _remove_run(out)
+            raise
+        return lock, file
     except OSError as error:
         raise ExperimentError(f"cannot write to {out}: {error.strerror or error}") from None
 
 
-def _old_directory(config: Config | None, out: Path) -> tuple[Config, RunFile]:
-    if not (out / "run.h5").is_file():
+def _old_directory(config: Config | None, out: Path) -> tuple[Config, int, RunFile]:
+    found = load_checkpoint(out / "checkpoints" / "run.safetensors") if out.is_dir() else []
+    if not found:
         raise ExperimentError(f"{out} holds no run to resume")
-    file = RunFile(out / "run.h5")
-    stored = parse_config(str(file.attributes["config"]))
-    if config is None:
-        return stored, file
+    attributes = found[0][1]
+    try:
+        stored = parse_config(attributes["config"])
+        made_by = json.loads(attributes["versions"])["hdf5"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise FileFormatError(f"{out}: not the record of a run: {error}") from None
+    if config is not None:
+        _check_same(stored, config, out)
+    lock, missing = _lock(out), not (out / "run.h5").exists()
+    for file in _own(out, "."):
+        file.unlink()
+    if missing:
+        _recover(f"{out / 'run.h5'} is gone: sampling again")
+    file = _run_file(stored, out, attributes, create=missing, mend=made_by == versions()["hdf5"])
+    return config or stored, lock, file
+
+
+def _check_same(stored: Config, config: Config, out: Path) -> None:
     changed = stored.differences(config)
     if changed:
         raise ExperimentError(f"{out} was started with another configuration: {', '.join(changed)}")
-    return config, file
 
 
 def versions() -> dict[str, str]:
@@ -244,6 +365,7 @@ def versions() -> dict[str, str]:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             found[package] = "not installed"
+    found["hdf5"] = load("h5py", "a run file").version.hdf5_version
     return found
 
 
@@ -297,7 +419,29 @@ def _recorded(name: str, out: Path) -> Training | None:
     path = out / "training" / f"{name}.safetensors"
     if not path.exists():
         return None
-    return Training.load(path, name, lfq.load_flow(out / "flows" / f"{name}.safetensors"))
+    try:
+        return Training.load(path, name, lfq.load_flow(out / "flows" / f"{name}.safetensors"))
+    except (FileFormatError, FileNotFoundError) as error:
+        _recover(f"{error}; training again")
+        return None
+
+
+def _recover(what: str) -> None:
+    warnings.warn(what, RecoveryWarning, stacklevel=3)
+
+
+def _checkpoints(path: str | os.PathLike, otherwise: str) -> list[tuple[dict[str, np.ndarray], dict[str, Any]]]:
+    """The good checkpoints; where all are damaged they go, and the work is done again."""
+    try:
+        return load_checkpoint(path)
+    except FileFormatError as error:
+        _recover(f"{error}; {otherwise}")
+        remove_checkpoint(path)
+        return []
+
+
+def _training_checkpoint(out: Path, name: str) -> Path:
+    return out / "checkpoints" / f"train-{name}.safetensors"
 
 
 def _training_keywords(config: Config, stage: str, progress: Progress) -> dict[str, Any]:
@@ -319,13 +463,16 @@ def train(config: Config, prior: PriorConfig, out: Path, progress: Progress) -> 
     done = _recorded(prior.name, out)
     if done is None:
         target = target_theory(config)
+        _checkpoints(_training_checkpoint(out, prior.name), "training again")
         fit = lfq.train(
             initial_flow(config),
             prior=make_prior(config, prior),
             target=target,
+            checkpoint=_training_checkpoint(out, prior.name),
             **_training_keywords(config, stage, progress),
         )
         done = _record(fit, prior.name, target, out, config.run.seed)
+        remove_checkpoint(_training_checkpoint(out, prior.name))
     progress(stage, config.training.n_steps, config.training.n_steps, f"ESS {done.ess:.2f}")
     return done
 
@@ -336,82 +483,161 @@ def train_ladder(config: Config, out: Path, progress: Progress) -> list[Training
         lfq.Phi4(shape, beta=beta, lam=config.target.lam)
         for shape, beta in zip(config.ladder.shapes, config.ladder.betas, strict=True)
     ]
-    names = [f"ladder-{'x'.join(map(str, theory.shape))}" for theory in theories[1:]]
+    multiscale = config.ladder.prior == "multiscale"
+    targets = theories if multiscale else theories[1:]
+    names = [f"ladder-{'x'.join(map(str, theory.shape))}" for theory in targets]
     done = [_recorded(name, out) for name in names]
+    checkpoint = _training_checkpoint(out, "ladder")
     if None in done:
+        for level in range(len(names)):
+            _checkpoints(f"{checkpoint}-{level}", "training again")
+        options = {} if multiscale else {"prior": config.ladder.prior, "chain": vars(config.prior_chains)}
         fits = lfq.train_ladder(
-            initial_flow(config),
+            multiscale_flow(config) if multiscale else initial_flow(config),
             theories,
-            prior=config.ladder.prior,
-            chain=vars(config.prior_chains),
+            checkpoint=checkpoint,
+            **options,
             **_training_keywords(config, "train ladder", progress),
         )
         done = [
             _record(fit, name, theory, out, config.run.seed)
-            for fit, name, theory in zip(fits, names, theories[1:], strict=True)
+            for fit, name, theory in zip(fits, names, targets, strict=True)
         ]
+        for level in range(len(fits)):
+            remove_checkpoint(f"{checkpoint}-{level}")
     progress("train ladder", config.training.n_steps, config.training.n_steps, f"ESS {done[-1].ess:.2f}")
     return done
 
 
-def sample(config: Config, file: RunFile, name: str, theory, progress: Progress) -> Run:
-    """Tune, warm up and sample, streaming into `file`; continues after the last complete block there.
+CHECKPOINT_SECONDS = 60.0
+"""Longest time of sampling that is lost with the process; ``[sampling] block_size`` can make it shorter."""
+
+
+@dataclass
+class _Progress:
+    """How far the sampling of one sampler has come; what its checkpoint says."""
+
+    phase: str = ""  # "tuned", "approach" (fields by plain HMC), "warm up", "sample"
+    done: int = 0
+    n_steps: int = 0
+    seconds: float = 0.0
+    checksums: dict[str, int] = field(default_factory=dict)
+
+
+def sample(config: Config, out: Path, file: RunFile, name: str, theory, progress: Progress) -> Run:
+    """Tune, warm up and sample, streaming into `file`; continues where the checkpoint in `out` stands.
 
     Parameters
     ----------
     config : Config
+    out : Path
     file : RunFile
     name : str
         Of the sampler's group.
     theory : lfq.Phi4 or its pullback by a flow
     progress : callable
+        A KeyboardInterrupt that it raises stops the run, after a checkpoint.
+
+    Raises
+    ------
+    NotFiniteError
+        After the last good state was stored; names it.
     """
     settings, stage = config.sampling, name.replace("_", " ")
+    path = out / "checkpoints" / f"{name}.safetensors"
     hmc = make_hmc(config, theory, name)
-    status = file.progress(name)
-    if status["n_steps"] == 0:
+    at, state = _restore(config, path, file, name, hmc)
+
+    fixed = hmc.parameters
+
+    def store() -> None:
+        numbers = {"trajectory": state.trajectory, "seed": state.seed, "first_chain": 0} if state else {}
+        file.sync()
+        save_checkpoint(path, {"latent": state.latent} if state else {}, vars(at) | numbers | {"parameters": fixed})
+        if at.phase == "sample":
+            file.announce(name, at.done)
+
+    def tell(remark: str) -> None:
+        try:
+            progress(stage, at.done if at.phase == "sample" else 0, settings.n_samples, remark)
+        except KeyboardInterrupt:
+            store()
+            raise
+
+    def advance(sampler: HMC, count: int) -> None:
+        """Continue the phase to its end, with checkpoints on the way."""
+        nonlocal state
+        tell("warming up" if at.phase != "sample" else f"{at.n_steps} steps")
+        while at.done < count:
+            begin = time.monotonic()
+            try:
+                for block in sampler.blocks(state, min(count - at.done, settings.block_size)):
+                    remark = "warming up"
+                    if at.phase == "sample":
+                        at.checksums = file.write(name, at.done, block, at.checksums)
+                        at.seconds += block.seconds
+                        remark = f"{at.n_steps} steps, acceptance {block.accepted.mean():.2f}"
+                    state, at.done = block.state, at.done + len(block.dh)
+                    tell(remark)
+                    if time.monotonic() - begin > CHECKPOINT_SECONDS:
+                        break
+            except lfq.NotFiniteError as error:
+                store()
+                kept = f"the state before it, of trajectory {state.trajectory}, is kept in {path}"
+                raise lfq.NotFiniteError(f"{stage}: {error}; {kept}") from None
+            store()
+
+    if not at.phase:
         progress(stage, 0, settings.n_samples, "tuning")
-        hmc = hmc.tune(
-            acceptance=settings.acceptance,
-            n_chains=settings.n_chains,
-            seed=stage_seed(config.run.seed, f"tune {name}"),
-        )
-        file.record_tuning(name, hmc.n_steps)
-    else:
-        hmc = replace(hmc, n_steps=status["n_steps"])
-
-    if status["n_complete"] < 0:
-        progress(stage, 0, settings.n_samples, "warming up")
+        seed = stage_seed(config.run.seed, f"tune {name}")
+        tuned = hmc.tune(acceptance=settings.acceptance, n_chains=settings.n_chains, seed=seed)
+        at = _Progress("tuned", n_steps=tuned.n_steps)
+        store()
+    hmc = replace(hmc, n_steps=at.n_steps)
+    if at.phase in ("tuned", "approach"):
         # Fields of the target: what a poor flow makes of normal latents can be far from any of them.
-        plain = replace(make_hmc(config, target_theory(config)), n_steps=file.progress("hmc")["n_steps"])
-        start = plain.start(settings.n_chains, stage_seed(config.run.seed, f"warm up {name}"))
-        start = _advanced(plain, start, settings)
-        state = hmc.start(settings.n_chains, stage_seed(config.run.seed, f"sample {name}"), phi=start.latent)
-        state = _advanced(hmc, state, settings)
-        file.record_start(name, state.latent, state.trajectory, state.seed)
-    state, done = _stored_state(config, file, name), file.progress(name)["n_complete"]
-    progress(stage, done, settings.n_samples, f"{hmc.n_steps} steps")
-    for block in hmc.blocks(state, settings.n_samples - done, block_size=settings.block_size):
-        file.append(name, block)
-        done += len(block.dh)
-        remark = f"{hmc.n_steps} steps, acceptance {block.accepted.mean():.2f}"
-        progress(stage, done, settings.n_samples, remark)
-    state = _stored_state(config, file, name)
+        n_steps = load_checkpoint(out / "checkpoints" / "hmc.safetensors")[0][1]["n_steps"]
+        plain = replace(make_hmc(config, target_theory(config)), n_steps=n_steps)
+        if at.phase == "tuned":
+            state = plain.start(settings.n_chains, stage_seed(config.run.seed, f"warm up {name}"))
+            at.phase = "approach"
+        advance(plain, settings.n_warmup)
+        seed = stage_seed(config.run.seed, f"sample {name}")
+        at.phase, at.done, state = "warm up", 0, hmc.start(settings.n_chains, seed, phi=state.latent)
+    if at.phase == "warm up":
+        advance(hmc, settings.n_warmup)
+        at.phase, at.done = "sample", 0
+    advance(hmc, settings.n_samples)
     phi = theory.field(state.latent) if isinstance(theory, lfq.PulledBack) else state.latent
-    return Run.from_blocks(theory, hmc, [Block(**file.samples(name), state=state, phi=phi)])
+    every = -(-at.done // MOST_SAMPLES)
+    samples = file.samples(name, at.done, every)
+    block = Block(**samples, seconds=at.seconds, state=state, phi=phi)
+    return replace(Run.from_blocks(theory, hmc, [block]), kept=every)
 
 
-def _advanced(hmc: HMC, state: State, settings: SamplingConfig) -> State:
-    """The state after the warm-up."""
-    for block in hmc.blocks(state, settings.n_warmup, block_size=settings.block_size):
-        state = block.state
-    return state
-
-
-def _stored_state(config: Config, file: RunFile, name: str) -> State:
-    latent, status = file.latent(name), file.progress(name)
-    latent = latent.reshape(config.sampling.n_chains, *config.target.shape).astype(config.run.dtype)
-    return State(latent=latent, trajectory=status["trajectory"], seed=status["seed"])
+def _restore(config: Config, path: Path, file: RunFile, name: str, hmc: HMC) -> tuple[_Progress, State | None]:
+    """Where the sampler stands: the newest checkpoint whose samples are intact, or its beginning."""
+    found = _checkpoints(path, "sampling again")
+    for index, (tensors, record) in enumerate(found):
+        check_parameters(path, record.get("parameters"), hmc.parameters)
+        try:
+            at = _Progress(**{f.name: record[f.name] for f in fields(_Progress)})
+            state = None if at.phase == "tuned" else restored_state(path, tensors, record, hmc.theory.shape)
+            if at.phase not in ("tuned", "approach", "warm up", "sample") or not isinstance(at.seconds, float):
+                raise ValueError(f"phase {at.phase!r} of {at.seconds!r} seconds")
+            if state and (len(state.latent), state.latent.dtype) != (config.sampling.n_chains, config.run.dtype):
+                raise ValueError(f"{len(state.latent)} chains in {state.latent.dtype}")
+            check_count(at.done, "done", 0, max(config.sampling.n_samples, config.sampling.n_warmup))
+            replace(hmc, n_steps=at.n_steps)
+        except (KeyError, TypeError, ValueError) as error:
+            raise FileFormatError(f"{path}: not the checkpoint of a sampler: {error}") from None
+        if at.phase != "sample" or file.intact(name, at.done, at.checksums):
+            if index:
+                _recover(f"{file.path}: samples of {name} are damaged; continuing from {at.phase} {at.done}")
+            return at, state
+    if found:
+        _recover(f"{file.path}: samples of {name} are damaged; sampling again")
+    return _Progress(), None
 
 
 def finite(value: Any) -> Any:
@@ -447,7 +673,7 @@ def _sampler_label(config: Config, tau: float) -> str:
 
 def _sampler(config: Config, run: Run, prior: str | None) -> dict[str, Any]:
     name = _sampler_label(config, run.sampler.tau) if prior is None else "flow-HMC"
-    return {"name": name, "prior": prior} | chain_record(name, run)
+    return {"name": name, "prior": prior} | chain_record(name, run) | {"concerns": concerns(run)}
 
 
 def collect(config: Config, trainings: list[Training], runs: dict[str, Run]) -> dict[str, Any]:
@@ -490,7 +716,12 @@ def collect(config: Config, trainings: list[Training], runs: dict[str, Run]) -> 
 
 
 def run_experiment(
-    config: Config | None, out: str | os.PathLike, *, resume: bool = False, progress: Progress | None = None
+    config: Config | None,
+    out: str | os.PathLike,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Train, sample, and leave results, figures and a report in a directory.
 
@@ -501,9 +732,12 @@ def run_experiment(
     out : path-like
         A new or empty directory, or with `resume` that of an interrupted run.
     resume : bool
-        Skip what is finished and continue after the last complete block.
+        Skip what is finished and continue where the checkpoints stand.
+    overwrite : bool
+        Delete the run that is in the directory first.
     progress : callable, optional
-        Called as ``progress(stage, done, total, remark)``.
+        Called as ``progress(stage, done, total, remark)``. A KeyboardInterrupt that it raises stops the run,
+        after a checkpoint.
 
     Returns
     -------
@@ -517,46 +751,62 @@ def run_experiment(
     ExperimentError
         The directory is in use, not writable, or was started with another configuration.
     FileFormatError
-        A file of the run to resume is damaged.
+        A file of the run to resume is damaged, and nothing can stand in for it.
     ImportError
         An optional package is missing.
-    """
-    from . import plots, report
 
+    Warns
+    -----
+    RecoveryWarning
+        A file was damaged, and an older one is used or the work done again.
+    """
     progress = progress or (lambda *_: None)
     out = Path(out)
     if config is None and not resume:
         raise TypeError("run_experiment: a new run needs a configuration")
+    if resume and overwrite:
+        raise ExperimentError("--resume and --overwrite exclude each other")
     if config is not None:
         _check_buildable(config)
     for package, purpose in PACKAGES.items():
         load(package, purpose)
     if resume:
-        config, file = _old_directory(config, out)
+        config, lock, file = _old_directory(config, out)
         _check_buildable(config)
     else:
-        file = _new_directory(config, out)
-    with file:
-        for folder in ("flows", "training"):
-            (out / folder).mkdir(exist_ok=True)
-        with write_atomically(out / "config.toml") as stream:
-            stream.write(config.to_toml().encode())
-        trainings = [train(config, prior, out, progress) for prior in config.prior]
-        if config.ladder:
-            trainings += train_ladder(config, out, progress)
-        flows = {training.name: training.flow for training in trainings}
-        if config.ladder:
-            flows["ladder"] = trainings[-1].flow
-        target, runs = target_theory(config), {}
-        for name, prior in sampler_names(config).items():
-            theory = target if prior is None else target.pullback(flows[prior])
-            runs[name] = sample(config, file, name, theory, progress)
+        lock, file = _new_directory(config, out, overwrite)
+    try:
+        with file:
+            return _run(config, out, file, progress)
+    finally:
+        os.close(lock)
+
+
+def _run(config: Config, out: Path, file: RunFile, progress: Progress) -> dict[str, Any]:
+    from . import plots, report
+
+    with write_atomically(out / "config.toml") as stream:
+        stream.write(config.to_toml().encode())
+    trainings = [train(config, prior, out, progress) for prior in config.prior]
+    if config.ladder:
+        trainings += train_ladder(config, out, progress)
+    flows = {training.name: training.flow for training in trainings}
+    if config.ladder:
+        flows["ladder"] = trainings[-1].flow
+    target, runs = target_theory(config), {}
+    for name, prior in sampler_names(config).items():
+        theory = target if prior is None else target.pullback(flows[prior])
+        runs[name] = sample(config, out, file, name, theory, progress)
 
     progress("figures and report", 0, 1, "")
     results = collect(config, trainings, runs)
+    for sampler in results["samplers"]:
+        for concern in sampler["concerns"]:
+            label = sampler["name"] if sampler["prior"] is None else f"{sampler['name']}, {sampler['prior']}"
+            warnings.warn(f"{label}: {concern}", RunWarning, stacklevel=2)
     with write_atomically(out / "results.json") as stream:
         stream.write(json.dumps(results, indent=1, allow_nan=False).encode())
-    figures = plots.write_figures(out, results, trainings, runs, runs["hmc"].phi[0])
+    figures = plots.write_figures(out, results, trainings, runs["hmc"].phi[0])
     with write_atomically(out / "report.html") as stream:
         stream.write(report.html_report(results, config, figures).encode())
     progress("figures and report", 1, 1, "")
@@ -572,9 +822,12 @@ DEFAULT_SAMPLERS = tuple(
 """Samplers of a comparison whose configuration names none; flow-HMC with every trained flow joins them."""
 
 
-def _contender(config: Config, sampler: SamplerConfig, trainings: dict[str, Training]) -> Contender:
-    """The sampler of one ``[[sampler]]``."""
-    theory, training = target_theory(config), trainings.get(sampler.prior)
+def _contender(config: Config, sampler: SamplerConfig, out: Path, progress: Progress) -> Contender:
+    """The sampler of one ``[[sampler]]``, its flow trained, or read from `out`."""
+    theory, training, prior = target_theory(config), None, None
+    if sampler.prior is not None:
+        chosen = next(p for p in config.prior if p.name == sampler.prior)
+        training, prior = train(config, chosen, out, progress), make_prior(config, chosen)
     common = {"dtype": config.run.dtype, "n_threads": config.run.threads or None}
     moves = {"tau": sampler.tau, "integrator": sampler.integrator, "length_spread": sampler.length_spread}
     makers = {
@@ -582,21 +835,20 @@ def _contender(config: Config, sampler: SamplerConfig, trainings: dict[str, Trai
         "swendsen-wang": lambda: lfq.ClusterHMC(theory, n_updates=sampler.n_updates, **moves, **common),
         "wolff": lambda: lfq.ClusterHMC(theory, cluster="wolff", n_updates=sampler.n_updates, **moves, **common),
         "fourier": lambda: lfq.FourierHMC(theory, **moves, **common),
+        "heat-bath": lambda: lfq.HeatBath(theory, cluster=sampler.cluster, n_updates=sampler.n_updates, **common),
         "flow-hmc": lambda: HMC(theory.pullback(training.flow), **moves, **common),
-        "independence": lambda: lfq.IndependenceMetropolis(theory, training.flow, **common),
+        "independence": lambda: lfq.IndependenceMetropolis(theory, training.flow, prior, **common),
         "reweighting": lambda: lfq.Reweighting(theory, training.flow, prior, **common),
         "annealing": lambda: lfq.Annealing(
             theory,
             training and training.flow,
+            prior,
             sampler.n_temperatures,
             tau=sampler.tau,
             resample=sampler.resample,
             **common,
         ),
     }
-    prior = None
-    if training is not None:
-        prior = make_prior(config, next(p for p in config.prior if p.name == sampler.prior))
     with _section(f"sampler {sampler.name}"):
         made = makers[sampler.kind]()
         if isinstance(made, HMC) and not sampler.tune:
@@ -605,16 +857,69 @@ def _contender(config: Config, sampler: SamplerConfig, trainings: dict[str, Trai
         return Contender(made, training.seconds if training else 0.0, sampler.tune, prior)
 
 
-def run_comparison(config: Config, out: str | os.PathLike, *, progress: Progress | None = None) -> dict[str, Any]:
+def _comparison_directory(config: Config | None, out: Path, resume: bool, overwrite: bool) -> tuple[Config, list]:
+    """The configuration, and the records of samplers that an interrupted comparison in `out` has finished."""
+    if resume and overwrite:
+        raise ExperimentError("resume keeps what overwrite would replace: choose one")
+    stored = out / "config.toml"
+    holds_one = stored.is_file() and (out / "training").is_dir() and not (out / "run.h5").exists()
+    if resume:
+        if not holds_one:
+            raise ExperimentError(f"{out} holds no comparison to resume")
+        kept = load_config(stored)
+        if config is not None:
+            _check_same(kept, config, out)
+        if not (out / "results.json").exists():
+            return config or kept, []
+        try:
+            records = json.loads((out / "results.json").read_text(encoding="utf-8"))["samplers"]
+            # What failed is tried again.
+            return config or kept, [record for record in records if "error" not in record]
+        except (KeyError, TypeError, ValueError) as error:
+            raise FileFormatError(f"{out / 'results.json'}: not the results of a comparison ({error})") from None
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if any(out.iterdir()):
+            if not holds_one:
+                raise ExperimentError(f"{out} is not empty: --out takes another place")
+            if not overwrite:
+                choices = "--resume continues it, --overwrite replaces it, --out takes another place"
+                raise ExperimentError(f"{out} is not empty, it holds a comparison: {choices}")
+            for folder in OWN_FOLDERS:
+                shutil.rmtree(out / folder, ignore_errors=True)
+            for name in ("results.json", "report.html", *(f"{name}.png" for name in COMPARISON_FIGURES)):
+                (out / name).unlink(missing_ok=True)
+        for folder in OWN_FOLDERS:
+            (out / folder).mkdir()
+        with write_atomically(stored) as stream:
+            stream.write(config.to_toml().encode())
+    except OSError as error:
+        raise ExperimentError(f"cannot write to {out}: {error.strerror or error}") from None
+    return config, []
+
+
+def run_comparison(
+    config: Config | None,
+    out: str | os.PathLike,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
     """Train the flows, compare the samplers, and leave results, figures and a report in a directory.
 
     Parameters
     ----------
-    config : Config
+    config : Config or None
         ``[[sampler]]`` lists the samplers; without any, HMC, Swendsen-Wang and Wolff clusters, and flow-HMC
-        with each flow.
+        with each flow. None with `resume` takes the stored one.
     out : path-like
-        A new or empty directory.
+        A new or empty directory, or with `resume` or `overwrite` that of an earlier comparison.
+    resume : bool
+        Keep the samplers and flows that are finished. What a sampler that was interrupted, or failed, had done is
+        done again.
+    overwrite : bool
+        Replace the comparison in `out`.
     progress : callable, optional
         Called as ``progress(stage, done, total, remark)``.
 
@@ -622,51 +927,51 @@ def run_comparison(config: Config, out: str | os.PathLike, *, progress: Progress
     -------
     dict
         What ``results.json`` holds: `lfq.Comparison.results`, and ``config``, ``levels``, ``versions``, ``machine``.
+        The file is complete after every sampler.
 
     Raises
     ------
-    ConfigError, ExperimentError, ImportError
+    ConfigError, ExperimentError, FileFormatError, ImportError
         As `run_experiment`.
     """
     from . import plots, report
 
     progress, out = progress or (lambda *_: None), Path(out)
-    if config.ladder:
-        raise ConfigError("ladder", "", "is for `lfq run`, not `lfq compare`")
-    if not config.sampler:
-        flows = [SamplerConfig("flow-hmc", f"flow-hmc, {prior.name}", prior.name) for prior in config.prior]
-        config = replace(config, sampler=(*DEFAULT_SAMPLERS, *flows))
-    _check_buildable(replace(config, sampler=(), comparison=None))
+    if config is None and not resume:
+        raise TypeError("run_comparison: a new comparison needs a configuration")
+    if config is not None:
+        if config.ladder:
+            raise ConfigError("ladder", "", "is for `lfq run`, not `lfq compare`")
+        if not config.sampler:
+            flows = [SamplerConfig("flow-hmc", f"flow-hmc, {prior.name}", prior.name) for prior in config.prior]
+            config = replace(config, sampler=(*DEFAULT_SAMPLERS, *flows))
+        _check_buildable(replace(config, sampler=(), comparison=None))
     for package, purpose in PACKAGES.items():
         load(package, purpose)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        if any(out.iterdir()):
-            raise ExperimentError(f"{out} is not empty: --out takes another place")
-        for folder in ("flows", "training"):
-            (out / folder).mkdir()
-        with write_atomically(out / "config.toml") as stream:
-            stream.write(config.to_toml().encode())
-    except OSError as error:
-        raise ExperimentError(f"cannot write to {out}: {error.strerror or error}") from None
-    trainings = {prior.name: train(config, prior, out, progress) for prior in config.prior}
-    contenders = {s.name: _contender(config, s, trainings) for s in config.sampler}
+    config, finished = _comparison_directory(config, out, resume, overwrite)
+
+    def store(found: dict[str, Any]) -> dict[str, Any]:
+        trainings = filter(None, (_recorded(prior.name, out) for prior in config.prior))
+        results = finite(
+            {"version": lfq.__version__, "config": config.to_dict(), "levels": [_level(config, t) for t in trainings]}
+            | found
+            | {"versions": versions(), "machine": machine(config.run.threads)}
+        )
+        with write_atomically(out / "results.json") as stream:
+            stream.write(json.dumps(results, indent=1, allow_nan=False).encode())
+        return results
+
     found = compare(
         target_theory(config),
-        contenders,
+        {s.name: partial(_contender, config, s, out, progress) for s in config.sampler},
         **vars(config.comparison or ComparisonConfig()),
         seed=stage_seed(config.run.seed, "compare"),
         progress=progress,
+        finished=finished,
+        store=store,
     )
-    levels = [_level(config, training) for training in trainings.values()]
-    results = finite(
-        {"version": lfq.__version__, "config": config.to_dict(), "levels": levels}
-        | found.results
-        | {"versions": versions(), "machine": machine(config.run.threads)}
-    )
-    with write_atomically(out / "results.json") as stream:
-        stream.write(json.dumps(results, indent=1, allow_nan=False).encode())
-    figures = plots.write_comparison_figures(out, results, found.runs)
+    results = store(found.results)
+    figures = plots.write_comparison_figures(out, results)
     with write_atomically(out / "report.html") as stream:
         stream.write(report.comparison_report(results, config, figures).encode())
     return results

@@ -10,13 +10,18 @@ from collections.abc import Iterable
 import numpy as np
 
 from . import _core, _gpu
-from ._kernels import backend, check_count, check_finite, check_seed, check_shape, check_threads, fields
-from .io import FileFormatError, load_tensors, save_tensors
+from ._kernels import backend, check_count, check_finite, check_seed, check_shape, check_threads, fields, real_array
+from .io import FileFormatError, checksum, load_tensors, save_tensors
 
-__all__ = ["AffineFlow", "Compose", "Flow", "InterleaveMap", "UpsampleMap", "load_flow"]
+__all__ = ["AffineFlow", "Compose", "Flow", "InterleaveMap", "MultiscaleFlow", "UpsampleMap", "load_flow"]
+
+MAX_WEIGHTS = 1 << 26
+"""Most weights of a flow: half a GiB of them."""
 
 _ACTIVATIONS = {"tanh": 0, "leaky_relu": 1}
-_SCALES = {"exp(-|s|)": 0, "exp(s)": 1}
+_SITE_MAP = np.log([0.5, 0.5, 1.0])
+"""log a, log b, log c of a site map to begin with: the identity up to third order, half of it bent."""
+_SCALES = {"exp(-|s|)": 0, "exp(s)": 1, "even": 2, "site": 3}
 
 
 def _choice(value, table: dict[str, int], name: str) -> str:
@@ -86,17 +91,20 @@ class Flow(ABC):
         return shape
 
     def _check_weights(self, weights) -> np.ndarray:
-        weights = np.array(weights, dtype=np.float64)
+        try:
+            weights = np.array(weights, dtype=np.float64)
+        except OverflowError:
+            raise ValueError("weights: an integer beyond the range of doubles") from None
         if weights.shape != (self.n_weights,):
             raise ValueError(f"weights: shape {weights.shape}, must be ({self.n_weights},)")
         return check_finite(weights, "weights")
 
-    def _arguments(self, array, name: str):
-        array = array if _gpu.is_gpu_array(array) else np.asarray(array)
+    def _arguments(self, array, name: str, gpu: bool = True):
+        array = real_array(array, name, gpu)
         if array.ndim < self.ndim:
             raise ValueError(f"{name}: shape {array.shape} has fewer than the {self.ndim} axes of the lattice")
         shape = tuple(array.shape[array.ndim - self.ndim :])
-        array, leading = fields(array, shape, name, gpu=True)
+        array, leading = fields(array, shape, name, gpu)
         return array, leading, self.program(shape), math.prod(shape)
 
     def forward(self, z, n_threads: int | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -154,22 +162,53 @@ class Flow(ABC):
         dweights : ndarray of float64, shape (n_weights,)
             Summed over the leading axes. Only with `weights`.
         """
-        z, leading, layers, volume = self._arguments(z, "z")
+        return self._vjp("flow_vjp", z, dx, dlog_det, "dx", weights, n_threads)
+
+    def inverse_vjp(self, z, dz, dlog_det, weights: bool = False, n_threads: int | None = None):
+        """Pull cotangents back through the inverse.
+
+        Parameters
+        ----------
+        z : array_like, shape (..., *lattice)
+            f^-1 of the field at which to differentiate.
+        dz : array_like, shape of z
+            dL/dz for a scalar function L of (z, log_det) = `inverse` (x); broadcast.
+        dlog_det : array_like, shape (...)
+            dL/dlog_det; broadcast.
+        weights : bool
+            Whether to return dL/dweights too.
+
+        Returns
+        -------
+        dx : ndarray, shape and dtype of z
+        dweights : ndarray of float64, shape (n_weights,)
+            Summed over the leading axes. Only with `weights`.
+        """
+        return self._vjp("flow_inverse_vjp", z, dz, dlog_det, "dz", weights, n_threads)
+
+    def _vjp(self, kernel: str, z, cotangent, dlog_det, name: str, weights: bool, n_threads):
+        z, leading, layers, volume = self._arguments(z, "z", gpu=hasattr(_gpu, kernel))
         kernels, empty = backend(z)
-        dx = _broadcast(dx, z.shape, z.dtype, "dx", z)
+        cotangent = _broadcast(cotangent, z.shape, z.dtype, name, z)
         dlog_det = _broadcast(dlog_det, leading, np.float64, "dlog_det", z)
         if kernels is _core:
             check_finite(dlog_det, "dlog_det")
-        dz = empty(z.shape, z.dtype)
+        pulled = empty(z.shape, z.dtype)
         dweights = empty(self.n_weights) if weights else None
-        kernels.flow_vjp(volume, layers, self.weights, z, dx, dlog_det, dz, dweights, check_threads(n_threads))
-        return (dz, dweights) if weights else dz
+        getattr(kernels, kernel)(
+            volume, layers, self.weights, z, cotangent, dlog_det, pulled, dweights, check_threads(n_threads)
+        )
+        return (pulled, dweights) if weights else pulled
 
     def copy(self) -> Flow:
         """An independent copy."""
         twin = _from_dict(self.to_dict())
         twin.weights = self.weights
         return twin
+
+    def describe(self) -> dict:
+        """The structure and a checksum of the weights: what tells this flow from another."""
+        return self.to_dict() | {"weights": checksum({"weights": self.weights}, {})}
 
     def save(self, path) -> None:
         """Write the flow to a safetensors file.
@@ -181,10 +220,10 @@ class Flow(ABC):
 
 
 class AffineFlow(Flow):
-    """Checkerboard affine couplings (arXiv:2302.08408 sec. 3, arXiv:2310.03381).
+    """Checkerboard couplings (arXiv:2302.08408 sec. 3, arXiv:2310.03381).
 
     Each block updates the even sites given the odd ones, then the odd sites given the updated even ones,
-    then rescales the field: y = x exp(-\\|s\\|) + t with (s, t) from a convolutional net of its own.
+    then rescales the field. (s, t) come from a convolutional net of the frozen sites, each half-update its own.
 
     Parameters
     ----------
@@ -197,8 +236,15 @@ class AffineFlow(Flow):
         Of the hidden layers. The last layer always ends in tanh.
     bias : bool
         Biases break the symmetry phi -> -phi.
-    scale : {"exp(-|s|)", "exp(s)"}
-        With "exp(-|s|)", odd activations and no bias, f(-z) = -f(z).
+    scale : {"exp(-|s|)", "exp(s)", "even", "site"}
+        How a site changes. The first two: y = x exp(-\\|s\\|) + t or x exp(s) + t with (s, t) = tanh of the net's
+        outputs. "even": from h_c = tanh of `features` outputs, y = x exp(sum_c b_c h_c^2) + sum_c a_c h_c with trained
+        a and b. "site" is not affine: y = a v + b tanh(c v), v = x + the one output (no tanh), with trained a, b and c;
+        the conditional density of a site given its neighbours, exp(-V(phi) + beta h phi), is close to a Gaussian
+        shifted by a multiple of h and seen through such a function. All but "exp(s)", with odd activations and no bias,
+        have f(-z) = -f(z). The force through "exp(-|s|)" jumps where s changes sign, the others are smooth.
+    features : int
+        1, 2, 4 or 8, with scale "even" only.
     rescale : bool
         Whether a block ends in y = exp(a) x.
     seed : int
@@ -216,7 +262,7 @@ class AffineFlow(Flow):
 
     def __init__(
         self, kernel_size=3, n_blocks=1, hidden=(), activation="tanh", bias=False, scale="exp(-|s|)",
-        rescale=True, seed=0, ndim=2,
+        rescale=True, seed=0, ndim=2, features=None,
     ):  # fmt: skip
         self.kernel_size = check_count(kernel_size, "kernel_size", 3, 9)
         if self.kernel_size % 2 == 0:
@@ -230,12 +276,23 @@ class AffineFlow(Flow):
         self.activation = _choice(activation, _ACTIVATIONS, "activation")
         self.bias = bool(bias)
         self.scale = _choice(scale, _SCALES, "scale")
+        if (features is not None) != (scale == "even"):
+            raise ValueError(f'features: goes with scale "even", and that with features; got {features!r}')
+        self.features = features
+        if features is not None and check_count(features, "features", 1, 8) not in (1, 2, 4, 8):
+            raise ValueError(f"features: must be 1, 2, 4 or 8, got {features}")
         self.rescale = bool(rescale)
         self.ndim = check_count(ndim, "ndim", 1, 4)
-        self._weights = self._initial_weights(check_seed(seed))
+        net = sum(c_out * (self.kernel_size**self.ndim * c_in + self.bias) for c_in, c_out in self._net_shapes())
+        parameters = len(_SITE_MAP) if scale == "site" else 2 * (features or 0)
+        self._n_weights = self.n_blocks * (2 * (net + parameters) + self.rescale)
+        if self._n_weights > MAX_WEIGHTS:
+            raise ValueError(f"AffineFlow: {self._n_weights} weights, at most {MAX_WEIGHTS}")
+        # Drawn when first asked for: a structure from a file must not allocate before its weights were counted.
+        self._seed, self._weights = check_seed(seed), None
 
     def _net_shapes(self) -> list[tuple[int, int]]:
-        channels = (1, *self.hidden, 2)
+        channels = (1, *self.hidden, 1 if self.scale == "site" else self.features or 2)
         return list(zip(channels[:-1], channels[1:], strict=True))
 
     def _initial_weights(self, seed: int) -> np.ndarray:
@@ -249,14 +306,23 @@ class AffineFlow(Flow):
                 np.zeros(c_out * self.bias),
             )
         ]
-        widths = np.concatenate([*net, *net, np.zeros(int(self.rescale))])
-        widths = np.tile(widths, self.n_blocks)
+        n = self.features or 0
+        net += [np.full(n, 0.1), np.zeros(n)]
+        means = np.zeros(sum(part.size for part in net))
+        if self.scale == "site":
+            net.append(np.zeros(3))
+            means = np.concatenate([means, _SITE_MAP])
+        rescale = np.zeros(int(self.rescale))
+        widths = np.tile(np.concatenate([*net, *net, rescale]), self.n_blocks)
+        means = np.tile(np.concatenate([means, means, rescale]), self.n_blocks)
         normals = np.empty((1, widths.size))
         _core.normal(seed, _core.PURPOSES["weights"], 0, 0, 1, normals, 1)
-        return widths * normals[0]
+        return means + widths * normals[0]
 
     @property
     def weights(self) -> np.ndarray:
+        if self._weights is None:
+            self._weights = self._initial_weights(self._seed)
         return self._weights.copy()
 
     @weights.setter
@@ -265,7 +331,7 @@ class AffineFlow(Flow):
 
     @property
     def n_weights(self) -> int:
-        return self._weights.size
+        return self._n_weights
 
     def program(self, shape) -> np.ndarray:
         shape = self._even_shape(shape, "the checkerboard needs even ones")
@@ -283,6 +349,7 @@ class AffineFlow(Flow):
         layers["activation"] = np.where(couplings, _ACTIVATIONS[self.activation], 0)
         layers["bias"] = np.where(couplings, self.bias, 0)
         layers["scale"] = np.where(couplings, _SCALES[self.scale], 0)
+        layers["n_features"] = np.where(couplings, self.features or 0, 0)
         layers["weight_offset"] = _offsets(layers)
         return layers
 
@@ -297,7 +364,7 @@ class AffineFlow(Flow):
             "scale": self.scale,
             "rescale": self.rescale,
             "ndim": self.ndim,
-        }
+        } | ({"features": self.features} if self.features else {})
 
     @classmethod
     def from_dict(cls, structure: dict) -> AffineFlow:
@@ -389,7 +456,7 @@ class UpsampleMap(_Enlarging):
     def _per_class(value, name: str, n: int) -> np.ndarray:
         try:
             values = np.array(np.broadcast_to(np.asarray(value, dtype=np.float64), (n,)))
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise ValueError(f"{name}: must be a number{f' or {n} of them' if n > 1 else ''}, got {value!r}") from None
         if not np.isfinite(values).all():
             raise ValueError(f"{name}: must be finite, got {value!r}")
@@ -456,6 +523,62 @@ class Compose(Flow):
         return {"kind": "compose", "flows": [flow.to_dict() for flow in self.flows]}
 
 
+class MultiscaleFlow(Compose):
+    """A field made from noise at every scale, from a lattice of a few sites to the finest.
+
+    The coarsest field is noise sent through blocks of couplings. Each further level puts the field so far on the even
+    sites of a lattice twice as fine, noise of its own elsewhere (`UpsampleMap`), and sends all of it through blocks
+    of that level. All noise is of unit width, and HMC moves that of all levels at once: a long mode of the field is
+    an ordinary direction of the latents, unlike where coarse fields serve as a prior only (arXiv:2310.03381). HMC in
+    the latents of a hierarchical map goes back to arXiv:1802.02840.
+
+    Parameters
+    ----------
+    n_levels : int
+        Lattices, the coarsest counted: fields of extents L begin as L / 2^(n_levels - 1), which must be even.
+    n_blocks : int
+        Of each level.
+    scale, kernel_size, hidden, features
+        Of the couplings, see `AffineFlow`.
+    seed : int
+        Of the initial weights.
+    ndim : int
+        Dimensions of the lattice.
+
+    Examples
+    --------
+    >>> MultiscaleFlow(n_levels=3).program((8, 8))["extent"][0, :2].tolist()
+    [2, 2]
+    """
+
+    def __init__(self, n_levels, n_blocks=4, scale="site", kernel_size=3, hidden=(), features=None, seed=0, ndim=2):
+        self.n_levels = check_count(n_levels, "n_levels", 1, 16)
+        self._blocks = dict(
+            n_blocks=n_blocks, scale=scale, kernel_size=kernel_size, hidden=list(hidden), features=features, ndim=ndim
+        )
+        seed, parts = check_seed(seed), []
+        for level in range(self.n_levels):
+            if level:
+                parts.append(UpsampleMap(scale=1.0, width=0.8, interpolation=0.3, ndim=ndim))
+            # A site map has a scale of its own.
+            parts.append(AffineFlow(**self._blocks, rescale=scale != "site", seed=(seed + level) % 2**64))
+        super().__init__(parts)
+
+    def refined(self) -> MultiscaleFlow:
+        """A flow of one more level, whose weights are those of the finest one here."""
+        finer = MultiscaleFlow(self.n_levels + 1, **self._blocks)
+        # The coarsest level has no noise to add: the step from it is the one to copy when there is no other.
+        again = self.flows[-2:] if self.n_levels > 1 else (finer.flows[-2], self.flows[-1])
+        finer.weights = np.concatenate([self.weights, *(flow.weights for flow in again)])
+        return finer
+
+    def to_dict(self) -> dict:
+        return {"kind": "multiscale", "n_levels": self.n_levels} | self._blocks
+
+    def __repr__(self) -> str:
+        return f"MultiscaleFlow({', '.join(f'{k}={v!r}' for k, v in self.to_dict().items() if k != 'kind')})"
+
+
 def _from_dict(structure, depth: int = 0) -> Flow:
     if not isinstance(structure, dict) or depth > 8:
         raise ValueError("the flow's structure is not a table")
@@ -465,7 +588,7 @@ def _from_dict(structure, depth: int = 0) -> Flow:
         if set(arguments) != {"flows"} or not isinstance(arguments["flows"], list):
             raise ValueError("a composition holds a list of flows")
         return Compose([_from_dict(part, depth + 1) for part in arguments["flows"]])
-    makers = {"affine": AffineFlow, "interleave": InterleaveMap, "upsample": UpsampleMap}
+    makers = {"affine": AffineFlow, "interleave": InterleaveMap, "multiscale": MultiscaleFlow, "upsample": UpsampleMap}
     if kind not in makers:
         raise ValueError(f"unknown kind of flow {kind!r}")
     return makers[kind](**arguments)

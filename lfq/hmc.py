@@ -4,19 +4,37 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, is_dataclass, replace
+from dataclasses import fields as dataclass_fields
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
 from . import _core, _gpu
-from ._kernels import backend, check_count, check_seed, check_threads, fields, real_dtype
-from .actions import Phi4, PulledBack
+from ._kernels import backend, check_count, check_seed, check_threads, fields, is_finite, real_dtype
+from .actions import Phi4, PulledBack, check_theory
+from .custom import CustomAction
+from .flows import Flow
+from .io import FileFormatError, check_parameters, load_checkpoint, save_checkpoint
 from .observables import OBSERVABLES
 
-__all__ = ["HMC", "INTEGRATORS", "Block", "ClusterHMC", "FourierHMC", "Integrator", "Run", "Sampler", "State"]
+__all__ = [
+    "HMC",
+    "INTEGRATORS",
+    "Block",
+    "ClusterHMC",
+    "EmbeddedClusters",
+    "FourierHMC",
+    "Integrator",
+    "KernelSampler",
+    "Run",
+    "Sampler",
+    "State",
+]
 
 
 @dataclass(frozen=True)
@@ -97,6 +115,7 @@ class Block:
     dh : ndarray, shape (n_samples * thin, n_chains)
         Energy change of every trajectory.
     accepted : ndarray of bool, shape of dh
+        Of a heat bath, whose dh is zero: of float, the fraction of sites that got new values.
     seconds : float
         Wall time of the block.
     state : State
@@ -114,6 +133,22 @@ class Block:
     state: State
     phi: np.ndarray
     flipped: np.ndarray | None = None
+
+
+def restored_state(path, tensors: dict[str, np.ndarray], record: dict[str, Any], shape: tuple[int, ...]) -> State:
+    """The state in a checkpoint, checked."""
+    try:
+        latent = tensors["latent"]
+        numbers = {
+            "trajectory": check_count(record["trajectory"], "trajectory", 0, 2**56 - 1),
+            "seed": check_seed(record["seed"]),
+            "first_chain": check_count(record["first_chain"], "first_chain", 0, 2**32 - max(len(latent), 1)),
+        }
+        if latent.dtype.kind != "f" or latent.ndim != len(shape) + 1 or latent.shape[1:] != shape:
+            raise ValueError(f"latents of shape {latent.shape}")
+    except (KeyError, TypeError, ValueError) as error:
+        raise FileFormatError(f"{path}: not the state of chains on {shape}: {error}") from None
+    return State(latent, **numbers)
 
 
 class Sampler(ABC):
@@ -141,15 +176,64 @@ class Sampler(ABC):
         """The same for a run, with what only that knows."""
         return self.force_evaluations_per_trajectory
 
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """All that decides what a state becomes, as plain data; the number of threads and the device do not."""
+        physical = self.theory._physical
+        found = {"sampler": type(self).__name__, **asdict(physical)}
+        if isinstance(self.theory, PulledBack):
+            found["flow"] = self.theory.flow.describe()
+        for field in dataclass_fields(self):
+            value = getattr(self, field.name)
+            if field.name == "dtype":
+                found["dtype"] = str(real_dtype(value))
+            elif field.name not in ("theory", "n_threads", "device"):
+                described = value.describe() if isinstance(value, Flow) else value
+                found[field.name] = asdict(value) if is_dataclass(value) else described
+        return found
+
+    def save(self, state: State, path) -> None:
+        """Write a state to a checkpoint, from which `load` continues to the last bit; keeps the one before.
+
+        Parameters
+        ----------
+        state : State
+        path : path-like
+        """
+        numbers = {"trajectory": state.trajectory, "seed": state.seed, "first_chain": state.first_chain}
+        latent = _gpu.to_host(state.latent) if _gpu.is_gpu_array(state.latent) else state.latent
+        save_checkpoint(path, {"latent": latent}, numbers | {"parameters": self.parameters})
+
+    def load(self, path) -> State:
+        """Read a state that `save` wrote; of a damaged checkpoint the one before.
+
+        Raises
+        ------
+        ParameterError
+            It was written with other parameters: names them.
+        FileFormatError
+            Both are damaged, or not of a sampler.
+        FileNotFoundError
+        """
+        for tensors, record in load_checkpoint(path):
+            check_parameters(path, record.get("parameters"), self.parameters)
+            return restored_state(path, tensors, record, self.theory.shape)
+        raise FileNotFoundError(f"{path}: no checkpoint")
+
     def blocks(self, state: State, n_samples: int, thin: int = 1, block_size: int | None = None) -> Iterator[Block]:
         """Advance in blocks of `block_size` samples; by default of about a fifth of a second.
 
-        The chain does not depend on the block size, and each block's state restarts it exactly.
+        The chain does not depend on the block size, and each block's state restarts it exactly. A NotFiniteError
+        has the last good one as its attribute ``state``.
         """
         done, size = 0, block_size or 1
         n_samples = check_count(n_samples, "n_samples")
         while done < n_samples:
-            block = self.advance(state, min(size, n_samples - done), thin)
+            try:
+                block = self.advance(state, min(size, n_samples - done), thin)
+            except _core.NotFiniteError as error:
+                error.state = state
+                raise
             state, done = block.state, done + min(size, n_samples - done)
             if block_size is None:
                 size = max(1, min(4 * size, int(size * 0.2 / max(block.seconds, 1e-6))))
@@ -168,6 +252,52 @@ class Sampler(ABC):
             else:
                 times.append(used / (n * state.n_chains))
         return float(np.median(times))
+
+    def tune_cost(self, acceptance: float = 0.8, n_chains: int = 64, seed: int = 0) -> Sampler:
+        """The same sampler with the settings of least cost per independent sample: itself, where there are none.
+
+        Parameters
+        ----------
+        acceptance : float
+            Aim of samplers that have a step size.
+        n_chains, seed : int
+            Of pilot runs.
+        """
+        return self
+
+    def _pilot_cost(self, state: State, price, hopeless: float, max_trajectories: int) -> tuple[float, State]:
+        """The price of an independent sample, and the state after the pilot; stops early once `hopeless`.
+
+        Infinite where the pilot diverges, or is too short to see tau_int: such short trajectories would only
+        look cheap.
+        """
+        from .analysis import SLOW_OBSERVABLES, integrated_time
+
+        begin, parts, done = state, [], 0
+        while True:
+            try:
+                block = self.advance(state, min(max(50, done), max_trajectories - done))
+            except _core.NotFiniteError:
+                return math.inf, begin
+            state, done = block.state, done + len(block.dh)
+            parts.append(block)
+            run = Run.from_blocks(self.theory, self, parts)
+            tau_int = max(integrated_time(run.observables[name]) for name in SLOW_OBSERVABLES)
+            cost = 2 * tau_int * price(run.force_evaluations_per_trajectory)
+            if done >= max_trajectories or done >= 40 * tau_int or (done >= 100 and cost > 2 * hopeless):
+                return cost if done >= 15 * tau_int else math.inf, state
+
+    def _cheapest(self, others: Iterable[Sampler], state: State, clock: str, max_trajectories: int) -> Sampler:
+        """The cheapest in pilot runs of this sampler and then of the others, until one costs more than the best."""
+        best, least = self, math.inf
+        for sampler in (self, *others):
+            seconds = sampler.time_trajectory(state, 0.05) if clock == "seconds" else None
+            price = float if seconds is None else lambda _, s=seconds: s
+            cost, state = sampler._pilot_cost(state, price, least, max_trajectories)
+            if cost >= least:
+                break
+            best, least = sampler, cost
+        return best
 
     def sample(
         self,
@@ -198,6 +328,11 @@ class Sampler(ABC):
         Returns
         -------
         Run
+
+        Warns
+        -----
+        RunWarning
+            What `lfq.health.concerns` finds.
         """
         n_warmup = check_count(n_warmup, "n_warmup")
         check_count(n_samples, "n_samples", 1)
@@ -211,149 +346,35 @@ class Sampler(ABC):
             done += len(block.observables["M"])
             if report:
                 report(done, n_samples)
-        return Run.from_blocks(self.theory, self, blocks)
+        from .health import RunWarning, concerns
+
+        run = Run.from_blocks(self.theory, self, blocks)
+        for concern in concerns(run):
+            warnings.warn(concern, RunWarning, stacklevel=2)
+        return run
 
 
-@dataclass(frozen=True)
-class HMC(Sampler):
-    """Hybrid Monte Carlo with many chains side by side.
+class KernelSampler(Sampler):
+    """Chains that one call of a kernel takes through many trajectories: what is left to say is `_run`."""
 
-    Parameters
-    ----------
-    theory : Phi4 or PulledBack
-        What to sample; for a pulled-back theory this is flow-HMC.
-    tau : float
-        Trajectory length; momenta have unit mass.
-    n_steps : int
-        Integrator steps per trajectory.
-    integrator : {"leapfrog", "omf2", "omf4"} or Integrator
-    dtype : {"float64", "float32"}
-        Of fields and momenta. Energies are summed in double in both.
-    n_threads : int, optional
-        All by default. Results do not depend on it.
-    length_spread : float
-        In [0, 1): each trajectory takes n_steps (1 - spread) .. n_steps (1 + spread) steps of size
-        tau / n_steps, all equally likely and equal for all chains. Keeps modes whose period fits tau from
-        standing still (Mackenzie, Phys. Lett. B 226 (1989) 369).
-    device : {"cpu", "cuda"}
-        Where chains start. With "cuda" they live on the current GPU, and latents and fields are CuPy arrays;
-        observables, dh and accepted are NumPy arrays all the same. Chains whose latents are on a GPU stay there.
-    """
-
-    theory: Phi4 | PulledBack
-    tau: float = 1.0
-    n_steps: int = 10
-    integrator: str | Integrator = "leapfrog"
-    dtype: str = "float64"
-    n_threads: int | None = None
-    length_spread: float = 0.0
-    device: str = "cpu"
-
+    dtype: str
+    n_threads: int | None
+    _accepted = np.uint8
     _flips = False
-    _devices = ("cpu", "cuda")
-
-    def __post_init__(self):
-        if not isinstance(self.theory, (Phi4, PulledBack)):
-            raise TypeError(f"theory: must be a Phi4 or its pullback, got {type(self.theory).__name__}")
-        if not (isinstance(self.tau, (int, float)) and math.isfinite(self.tau) and self.tau > 0):
-            raise ValueError(f"tau: must be positive, got {self.tau!r}")
-        check_count(self.n_steps, "n_steps", 1, 10**6)
-        check_threads(self.n_threads)
-        real_dtype(self.dtype)
-        if not (isinstance(self.length_spread, (int, float)) and 0 <= self.length_spread < 1):
-            raise ValueError(f"length_spread: must be at least 0 and below 1, got {self.length_spread!r}")
-        if self.device not in self._devices:
-            raise ValueError(f"device: must be one of {', '.join(self._devices)}, got {self.device!r}")
-        if self.device == "cuda":
-            _gpu.require('device "cuda"')
-        if isinstance(self.integrator, str):
-            if self.integrator not in INTEGRATORS:
-                raise ValueError(f"integrator: must be one of {', '.join(INTEGRATORS)}, got {self.integrator!r}")
-            object.__setattr__(self, "integrator", INTEGRATORS[self.integrator])
-        elif not isinstance(self.integrator, Integrator):
-            raise TypeError(f"integrator: must be a name or an Integrator, got {self.integrator!r}")
-        if (
-            not 1 <= self.integrator.n_stages <= _core.MAX_STAGES
-            or len(self.integrator.kick) != len(self.integrator.drift) + 1
-        ):
-            raise ValueError("integrator: needs 1 to 8 drifts and one kick more")
-
-    @property
-    def step_size(self) -> float:
-        return self.tau / self.n_steps
-
-    @property
-    def n_steps_spread(self) -> int:
-        """Most steps by which a trajectory is longer or shorter than n_steps."""
-        return min(round(self.length_spread * self.n_steps), self.n_steps - 1)
-
-    @property
-    def force_evaluations_per_trajectory(self) -> float:
-        """The pulled-back force at a trajectory's start is kept from the last one; the plain one is not."""
-        return self.n_steps * self.integrator.n_stages + (not isinstance(self.theory, PulledBack))
-
-    # ---- dynamics --------------------------------------------------------------------------
-    def _settings(self, n_samples=0, thin=1, seed=0, first_chain=0, trajectory=0) -> np.ndarray:
-        h = np.zeros(1, dtype=_core.hmc_dtype)
-        i = self.integrator
-        h["integrator"]["n_stages"] = i.n_stages
-        h["integrator"]["kick"][0, : len(i.kick)] = i.kick
-        h["integrator"]["drift"][0, : len(i.drift)] = i.drift
-        h["step_size"], h["n_steps"], h["thin"], h["n_samples"] = (
-            self.step_size,
-            self.n_steps,
-            thin,
-            n_samples,
-        )
-        h["seed"], h["first_chain"], h["first_trajectory"] = seed, first_chain, trajectory
-        h["n_steps_spread"] = self.n_steps_spread
-        return h
-
-    def evolve(self, latent, momenta, backward: bool = False) -> tuple[np.ndarray, np.ndarray]:
-        """Integrate one trajectory: no momentum refresh, no accept step.
-
-        Parameters
-        ----------
-        latent, momenta : array_like, shape (..., *shape)
-        backward : bool
-            Integrate back in time, with negative step size.
-
-        Returns
-        -------
-        latent, momenta : ndarray
-            New arrays.
-        """
-        latent, _ = self._fields(latent, "latent")
-        momenta, _ = self._fields(momenta, "momenta")
-        if type(momenta) is not type(latent):
-            raise TypeError("momenta: one of latent and momenta lies on a GPU, the other does not")
-        if momenta.shape != latent.shape:
-            raise ValueError(f"momenta: shape {momenta.shape} differs from the latent's, {latent.shape}")
-        latent, momenta = latent.copy(), momenta.astype(latent.dtype, copy=True)
-        h = self._settings()
-        if backward:
-            h["step_size"] *= -1
-        self._evolve(h, latent, momenta)
-        return latent, momenta
+    _devices = ("cpu",)
+    device = "cpu"
 
     def _fields(self, array, name: str):
         array, leading = fields(array, self.theory.shape, name, gpu="cuda" in self._devices)
         return (_gpu.asarray(array, name) if self.device == "cuda" else array), leading
 
-    def _evolve(self, settings, latent, momenta):
-        layers, weights = self.theory._program()
-        backend(latent)[0].evolve(
-            layers, weights, self.theory._physical._record(), settings, latent, momenta, check_threads(self.n_threads)
-        )
+    @abstractmethod
+    def _settings(self, n_samples=0, thin=1, seed=0, first_chain=0, trajectory=0) -> np.ndarray:
+        """The kernel's record."""
 
+    @abstractmethod
     def _run(self, settings, latent, phi, dh, accepted, flipped, values):
         """The trajectories of `settings`, from and to `latent`; phi receives the fields they end in."""
-        layers, weights = self.theory._program()
-        physical = self.theory._physical
-        backend(latent)[0].hmc(
-            layers, weights, physical._record(), settings, latent, phi, dh, accepted, physical._smear(), values,
-            check_threads(self.n_threads),
-        )  # fmt: skip
 
     def start(self, n_chains: int, seed: int, phi=None, first_chain: int = 0) -> State:
         """Chains at their beginning.
@@ -413,7 +434,7 @@ class HMC(Sampler):
         n = len(latent)
         phi = backend(latent)[1](latent.shape, latent.dtype)
         dh = np.empty((n_samples * thin, n))
-        accepted = np.empty((n_samples * thin, n), dtype=np.uint8)
+        accepted = np.empty((n_samples * thin, n), dtype=self._accepted)
         flipped = np.empty((n_samples * thin, n), dtype=np.int64) if self._flips else None
         values = np.empty((n_samples if measure else 0, n, len(OBSERVABLES)))
         settings = self._settings(n_samples, thin, state.seed, state.first_chain, state.trajectory)
@@ -423,12 +444,146 @@ class HMC(Sampler):
         return Block(
             observables={name: np.ascontiguousarray(values[..., i]) for i, name in enumerate(OBSERVABLES)},
             dh=dh,
-            accepted=accepted.view(bool),
+            accepted=accepted.view(bool) if accepted.dtype == np.uint8 else accepted,
             seconds=seconds,
             state=replace(state, latent=latent, trajectory=state.trajectory + n_samples * thin),
             phi=phi,
             flipped=flipped,
         )
+
+
+@dataclass(frozen=True)
+class HMC(KernelSampler):
+    """Hybrid Monte Carlo with many chains side by side.
+
+    Parameters
+    ----------
+    theory : Phi4, CustomAction or PulledBack
+        What to sample; for a pulled-back theory this is flow-HMC.
+    tau : float
+        Trajectory length; momenta have unit mass.
+    n_steps : int
+        Integrator steps per trajectory.
+    integrator : {"leapfrog", "omf2", "omf4"} or Integrator
+    dtype : {"float64", "float32"}
+        Of fields and momenta. Energies are summed in double in both.
+    n_threads : int, optional
+        All by default. Results do not depend on it.
+    length_spread : float
+        In [0, 1): each trajectory takes n_steps (1 - spread) .. n_steps (1 + spread) steps of size
+        tau / n_steps, all equally likely and equal for all chains. Keeps modes whose period fits tau from
+        standing still (Mackenzie, Phys. Lett. B 226 (1989) 369).
+    device : {"cpu", "cuda"}
+        Where chains start. With "cuda" they live on the current GPU, and latents and fields are CuPy arrays;
+        observables, dh and accepted are NumPy arrays all the same. Chains whose latents are on a GPU stay there.
+    """
+
+    theory: Phi4 | PulledBack
+    tau: float = 1.0
+    n_steps: int = 10
+    integrator: str | Integrator = "leapfrog"
+    dtype: str = "float64"
+    n_threads: int | None = None
+    length_spread: float = 0.0
+    device: str = "cpu"
+
+    @property
+    def _devices(self) -> tuple[str, ...]:
+        return ("cpu", "cuda") if isinstance(self.theory._physical, Phi4) else ("cpu",)
+
+    def __post_init__(self):
+        if not isinstance(self.theory, (Phi4, CustomAction, PulledBack)):
+            raise TypeError(f"theory: must be a Phi4, a CustomAction or a pullback, got {type(self.theory).__name__}")
+        if not (is_finite(self.tau) and self.tau > 0):
+            raise ValueError(f"tau: must be positive, got {self.tau!r}")
+        check_count(self.n_steps, "n_steps", 1, 10**6)
+        check_threads(self.n_threads)
+        real_dtype(self.dtype)
+        if not (isinstance(self.length_spread, (int, float)) and 0 <= self.length_spread < 1):
+            raise ValueError(f"length_spread: must be at least 0 and below 1, got {self.length_spread!r}")
+        if self.device not in self._devices:
+            raise ValueError(f"device: must be one of {', '.join(self._devices)}, got {self.device!r}")
+        if self.device == "cuda":
+            _gpu.require('device "cuda"')
+        if isinstance(self.integrator, str):
+            if self.integrator not in INTEGRATORS:
+                raise ValueError(f"integrator: must be one of {', '.join(INTEGRATORS)}, got {self.integrator!r}")
+            object.__setattr__(self, "integrator", INTEGRATORS[self.integrator])
+        elif not isinstance(self.integrator, Integrator):
+            raise TypeError(f"integrator: must be a name or an Integrator, got {self.integrator!r}")
+        if (
+            not 1 <= self.integrator.n_stages <= _core.MAX_STAGES
+            or len(self.integrator.kick) != len(self.integrator.drift) + 1
+        ):
+            raise ValueError("integrator: needs 1 to 8 drifts and one kick more")
+
+    @property
+    def step_size(self) -> float:
+        return self.tau / self.n_steps
+
+    @property
+    def n_steps_spread(self) -> int:
+        """Most steps by which a trajectory is longer or shorter than n_steps."""
+        return min(round(self.length_spread * self.n_steps), self.n_steps - 1)
+
+    @property
+    def force_evaluations_per_trajectory(self) -> float:
+        """The force at a trajectory's start is kept from the last one, but for that of a plain Phi4."""
+        return self.n_steps * self.integrator.n_stages + isinstance(self.theory, Phi4)
+
+    # ---- dynamics --------------------------------------------------------------------------
+    def _settings(self, n_samples=0, thin=1, seed=0, first_chain=0, trajectory=0) -> np.ndarray:
+        h = np.zeros(1, dtype=_core.hmc_dtype)
+        i = self.integrator
+        h["integrator"]["n_stages"] = i.n_stages
+        h["integrator"]["kick"][0, : len(i.kick)] = i.kick
+        h["integrator"]["drift"][0, : len(i.drift)] = i.drift
+        h["step_size"], h["n_steps"], h["thin"], h["n_samples"] = (
+            self.step_size,
+            self.n_steps,
+            thin,
+            n_samples,
+        )
+        h["seed"], h["first_chain"], h["first_trajectory"] = seed, first_chain, trajectory
+        h["n_steps_spread"] = self.n_steps_spread
+        return h
+
+    def evolve(self, latent, momenta, backward: bool = False) -> tuple[np.ndarray, np.ndarray]:
+        """Integrate one trajectory: no momentum refresh, no accept step.
+
+        Parameters
+        ----------
+        latent, momenta : array_like, shape (..., *shape)
+        backward : bool
+            Integrate back in time, with negative step size.
+
+        Returns
+        -------
+        latent, momenta : ndarray
+            New arrays.
+        """
+        latent, _ = self._fields(latent, "latent")
+        momenta, _ = self._fields(momenta, "momenta")
+        if type(momenta) is not type(latent):
+            raise TypeError("momenta: one of latent and momenta lies on a GPU, the other does not")
+        if momenta.shape != latent.shape:
+            raise ValueError(f"momenta: shape {momenta.shape} differs from the latent's, {latent.shape}")
+        latent, momenta = latent.copy(), momenta.astype(latent.dtype, copy=True)
+        h = self._settings()
+        if backward:
+            h["step_size"] *= -1
+        self._evolve(h, latent, momenta)
+        return latent, momenta
+
+    def _evolve(self, settings, latent, momenta):
+        self.theory._physical._evolve(
+            *self.theory._program(), settings, latent, momenta, check_threads(self.n_threads)
+        )  # fmt: skip
+
+    def _run(self, settings, latent, phi, dh, accepted, flipped, values):
+        self.theory._physical._hmc(
+            *self.theory._program(), settings, latent, phi, dh, accepted, values, check_threads(self.n_threads)
+        )  # fmt: skip
 
     # ---- runs ------------------------------------------------------------------------------
     def tune(
@@ -579,37 +734,46 @@ class HMC(Sampler):
         slope = max(times[1] - times[0], 0.1 * times[0]) / (forces[1] - forces[0])
         return lambda n: max(times[0] + slope * (n - forces[0]), 0.0)
 
-    def _pilot_cost(self, state: State, price, hopeless: float, max_trajectories: int) -> tuple[float, State]:
-        """The price of an independent sample, and the state after the pilot; stops early once `hopeless`.
 
-        Infinite where the pilot diverges, or is too short to see tau_int: such short trajectories would only
-        look cheap.
-        """
-        from .analysis import SLOW_OBSERVABLES, integrated_time
+class EmbeddedClusters:
+    """The cluster updates after each trajectory of a sampler: `cluster` and `n_updates`."""
 
-        begin, parts, done = state, [], 0
-        while True:
-            try:
-                block = self.advance(state, min(max(50, done), max_trajectories - done))
-            except _core.NotFiniteError:
-                return math.inf, begin
-            state, done = block.state, done + len(block.dh)
-            parts.append(block)
-            run = Run.from_blocks(self.theory, self, parts)
-            tau_int = max(integrated_time(run.observables[name]) for name in SLOW_OBSERVABLES)
-            cost = 2 * tau_int * price(run.force_evaluations_per_trajectory)
-            if done >= max_trajectories or done >= 40 * tau_int or (done >= 100 and cost > 2 * hopeless):
-                return cost if done >= 15 * tau_int else math.inf, state
+    theory: Phi4
+    cluster: str | None
+    n_updates: int
+    n_threads: int | None
 
+    def _check_clusters(self) -> None:
+        check_theory(self.theory)
+        if self.cluster not in _core.CLUSTERS:
+            raise ValueError(f"cluster: must be one of {', '.join(_core.CLUSTERS)}, got {self.cluster!r}")
+        check_count(self.n_updates, "n_updates", 0, 2**32 // self.theory.volume)
 
-def _plain_theory(theory, what: str) -> Phi4:
-    if not isinstance(theory, Phi4):
-        raise TypeError(f"theory: {what} need a Phi4, got {type(theory).__name__}")
-    return theory
+    def _record(self) -> np.ndarray:
+        record = np.zeros(1, dtype=_core.cluster_dtype)
+        record["kind"], record["n_updates"] = _core.CLUSTERS[self.cluster], self.n_updates
+        return record
+
+    def _forces(self, flipped) -> float:
+        wolff = flipped.mean() / self.theory.volume if self.cluster == "wolff" else 0.0
+        return self.force_evaluations_per_trajectory + float(wolff)
+
+    def _covering(self, state: State):
+        """The same with as many Wolff clusters as flip, on average, as many sites as there are."""
+        block = replace(self, n_updates=1).advance(state, 1, 50, measure=False)
+        most = min(10**4, 2**32 // self.theory.volume)
+        return replace(self, n_updates=min(most, max(1, round(self.theory.volume / block.flipped.mean()))))
+
+    def _fewer(self):
+        """The same with half the clusters, a quarter, ..."""
+        n = self.n_updates
+        while n > 1:
+            n //= 2
+            yield replace(self, n_updates=n)
 
 
 @dataclass(frozen=True)
-class ClusterHMC(HMC):
+class ClusterHMC(EmbeddedClusters, HMC):
     """HMC and embedded cluster updates in turn (Brower and Tamayo, Phys. Rev. Lett. 62 (1989) 1087).
 
     A trajectory of HMC moves magnitudes and signs; the cluster updates after it move the signs at fixed
@@ -637,16 +801,8 @@ class ClusterHMC(HMC):
     _devices = ("cpu",)
 
     def __post_init__(self):
-        _plain_theory(self.theory, "cluster updates")
+        self._check_clusters()
         super().__post_init__()
-        if self.cluster not in _core.CLUSTERS:
-            raise ValueError(f"cluster: must be one of {', '.join(_core.CLUSTERS)}, got {self.cluster!r}")
-        check_count(self.n_updates, "n_updates", 0, 2**32 // self.theory.volume)
-
-    def _record(self) -> np.ndarray:
-        record = np.zeros(1, dtype=_core.cluster_dtype)
-        record["kind"], record["n_updates"] = _core.CLUSTERS[self.cluster], self.n_updates
-        return record
 
     def _run(self, settings, latent, phi, dh, accepted, flipped, values):
         _core.cluster_hmc(
@@ -660,9 +816,20 @@ class ClusterHMC(HMC):
         """Those of HMC, and one for each Swendsen-Wang sweep; of Wolff clusters only a run knows the size."""
         return super().force_evaluations_per_trajectory + (self.cluster == "swendsen-wang") * self.n_updates
 
-    def _forces(self, flipped) -> float:
-        wolff = flipped.mean() / self.theory.volume if self.cluster == "wolff" else 0.0
-        return self.force_evaluations_per_trajectory + float(wolff)
+    def tune_cost(self, **keywords) -> ClusterHMC:
+        """As `HMC.tune_cost`; Wolff clusters are chosen too.
+
+        As many as flip V sites a trajectory while the length is tuned; then half of them, a quarter, ..., until the
+        cost rises.
+        """
+        if self.cluster != "wolff":
+            return super().tune_cost(**keywords)
+        n_chains, seed = keywords.get("n_chains", 64), keywords.get("seed", 0)
+        hmc = self.tune(keywords.get("acceptance", 0.8), n_chains, seed)
+        state = hmc.advance(hmc.start(n_chains, seed), 1, keywords.get("n_warmup", 100), measure=False).state
+        best = super(ClusterHMC, hmc._covering(state)).tune_cost(**keywords)
+        clock, longest = keywords.get("clock", "seconds"), keywords.get("max_trajectories", 1000)
+        return best._cheapest(best._fewer(), state, clock, longest)
 
     def update(self, phi, seed: int, trajectory: int = 0, first_chain: int = 0) -> tuple[np.ndarray, np.ndarray]:
         """The cluster updates of one trajectory alone.
@@ -716,9 +883,9 @@ class FourierHMC(HMC):
     _devices = ("cpu",)
 
     def __post_init__(self):
-        _plain_theory(self.theory, "accelerated modes")
+        check_theory(self.theory)
         super().__post_init__()
-        if not (isinstance(self.mass, (int, float)) and math.isfinite(self.mass) and self.mass > 0):
+        if not (is_finite(self.mass) and self.mass > 0):
             raise ValueError(f"mass: must be positive, got {self.mass!r}")
 
     def _evolve(self, settings, latent, momenta):
@@ -765,7 +932,7 @@ class Run:
     theory : Phi4 or PulledBack
     sampler : Sampler
     observables : dict of str to ndarray, shape (n_samples, n_chains)
-        Those of `lfq.observables.OBSERVABLES`, and abs_M, M2, chi = V M^2 and the action density S/V.
+        Those of `lfq.observables.OBSERVABLES`, and abs_M, M2, chi = V M^2 and, of a Phi4, the action density S/V.
     dh, accepted : ndarray, shape (n_trajectories, n_chains)
     seconds : float
         Wall time of the samples.
@@ -775,6 +942,8 @@ class Run:
         The last fields.
     flipped : ndarray of int64, shape of dh, or None
         See `Block`.
+    kept : int
+        Of a run too long for memory, every `kept`-th sample is here, with its trajectory's dh and accept decision.
     """
 
     theory: Phi4 | PulledBack
@@ -786,6 +955,7 @@ class Run:
     state: State
     phi: np.ndarray
     flipped: np.ndarray | None = None
+    kept: int = 1
 
     @classmethod
     def from_blocks(cls, theory: Phi4 | PulledBack, sampler: Sampler, blocks: Iterable[Block]) -> Run:
@@ -798,11 +968,9 @@ class Run:
         found["abs_M"] = np.abs(found["M"])
         found["M2"] = found["M"] ** 2
         found["chi"] = physical.volume * found["M2"]
-        found["action_density"] = (
-            -physical.beta * physical.ndim * found["nn"]
-            + (1 - 2 * physical.lam) * found["phi2"]
-            + physical.lam * found["phi4"]
-        )
+        density = physical._density(found)
+        if density is not None:
+            found["action_density"] = density
         return cls(
             theory, sampler, found,
             dh=np.concatenate([b.dh for b in blocks]),
@@ -828,7 +996,8 @@ class Run:
 
     @property
     def thin(self) -> int:
-        return len(self.dh) // self.n_samples
+        """Trajectories from one sample to the next."""
+        return len(self.dh) // self.n_samples * self.kept
 
     @property
     def acceptance(self) -> float:
@@ -847,6 +1016,24 @@ class Run:
         parts = np.concatenate([part.mean(axis=0) for part in np.array_split(weights, min(4, len(weights)))])
         error = parts.std(ddof=1) / math.sqrt(parts.size) if parts.size > 1 else math.nan
         return float(weights.mean()), float(error)
+
+    def to_xarray(self):
+        """An xarray Dataset over chain, draw and trajectory: see `lfq.interchange.to_xarray`."""
+        from .interchange import to_xarray
+
+        return to_xarray(self)
+
+    def to_arviz(self):
+        """The groups posterior and sample_stats for ArviZ: see `lfq.interchange.to_arviz`."""
+        from .interchange import to_arviz
+
+        return to_arviz(self)
+
+    def to_pyerrors(self, ensemble: str = "lfq") -> dict:
+        """A pyerrors Obs for each observable, a replica for each chain: see `lfq.interchange.to_pyerrors`."""
+        from .interchange import to_pyerrors
+
+        return to_pyerrors(self, ensemble)
 
     def summary(self) -> str:
         """A table of means, errors, autocorrelation times and effective samples."""

@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 
 from ._optional import load
-from .analysis import SLOW_OBSERVABLES, autocorrelation
+from .analysis import SLOW_OBSERVABLES
+from .comparison import completed
 from .io import write_atomically
 
 __all__ = [
+    "COMPARISON_FIGURES",
     "draw_autocorrelations",
     "draw_configurations",
     "draw_costs",
@@ -243,23 +245,13 @@ def draw_throughput(results: dict[str, Any]):
     return figure
 
 
-def draw_autocorrelations(results: dict[str, Any], runs: dict):
-    """Autocorrelation function of M^2 of every sampler, with one standard error.
-
-    Parameters
-    ----------
-    results : dict
-    runs : dict of str to lfq.Run
-        In the order of ``results["samplers"]``.
-    """
+def draw_autocorrelations(results: dict[str, Any]):
+    """Autocorrelation function of M^2 of every sampler, until it has decayed, with one standard error."""
     samplers = results["samplers"]
-    longest = max(sampler["observables"]["M2"]["tau_int"] for sampler in samplers)
     figure, axes = _figure(8, 4.4)
     ax = axes[0, 0]
-    for sampler, run, colour in zip(samplers, runs.values(), _sampler_colours(samplers), strict=True):
-        series = run.observables["M2"]
-        rho, error = autocorrelation(series, min(len(series) - 1, math.ceil(4 * longest / run.thin)))
-        lag = run.thin * np.arange(len(rho))
+    for sampler, colour in zip(samplers, _sampler_colours(samplers), strict=True):
+        lag, rho, error = (np.array(sampler["autocorrelation"][key]) for key in ("lag", "rho", "error"))
         ax.fill_between(lag, rho - error, rho + error, color=colour, alpha=0.25, linewidth=0)
         ax.plot(lag, rho, color=colour, linewidth=1.5, label=_label(sampler))
     ax.axhline(0, color="#999999", linewidth=0.6, zorder=0)
@@ -312,9 +304,7 @@ def draw_configurations(trainings: list, example: np.ndarray):
     return figure
 
 
-def write_figures(
-    out: Path, results: dict[str, Any], trainings: list, runs: dict, example: np.ndarray
-) -> dict[str, Path]:
+def write_figures(out: Path, results: dict[str, Any], trainings: list, example: np.ndarray) -> dict[str, Path]:
     """Draw every figure of a run as a PNG in a directory.
 
     Returns
@@ -333,7 +323,7 @@ def write_figures(
     figures = {
         "tau_int": draw_tau_int(results),
         "cost": draw_costs(results),
-        "autocorrelation": draw_autocorrelations(results, runs),
+        "autocorrelation": draw_autocorrelations(results),
     }
     if trainings:
         captions["training"] = (
@@ -355,18 +345,23 @@ def _write(out: Path, figures: dict, captions: dict[str, str]) -> dict[str, Path
     return files
 
 
-def write_comparison_figures(out: Path, results: dict[str, Any], runs: dict) -> dict[str, Path]:
+COMPARISON_FIGURES = {
+    "cost": "Cost of an independent sample of the slowest observable, training not included.",
+    "throughput": "Independent samples against wall time, training included.",
+    "tau_int": "Autocorrelation times, each sampler tuned to least cost.",
+    "autocorrelation": "Autocorrelation function of M^2; bands are one standard error.",
+}
+"""The figures of `lfq compare`, by the names of their files, and their captions."""
+
+
+def write_comparison_figures(out: Path, results: dict[str, Any]) -> dict[str, Path]:
     """Draw every figure of a comparison as a PNG in a directory; returns the files by caption."""
+    results = results | {"samplers": completed(results)}
     chains = _with_chains(results)
-    captions = {
-        "cost": "Cost of an independent sample of the slowest observable, training not included.",
-        "throughput": "Independent samples against wall time, training included.",
-        "tau_int": "Autocorrelation times, each sampler tuned to least cost.",
-        "autocorrelation": "Autocorrelation function of M^2; bands are one standard error.",
-    }
-    figures = {"cost": draw_costs(results, logarithmic=True), "throughput": draw_throughput(results)}
+    figures = {}
+    if results["samplers"]:
+        figures = {"cost": draw_costs(results, logarithmic=True), "throughput": draw_throughput(results)}
     if chains["samplers"]:
         figures["tau_int"] = draw_tau_int(chains, logarithmic=True)
-        shown = {sampler["name"]: runs[sampler["name"]] for sampler in chains["samplers"]}
-        figures["autocorrelation"] = draw_autocorrelations(chains, shown)
-    return _write(out, figures, captions)
+        figures["autocorrelation"] = draw_autocorrelations(chains)
+    return _write(out, figures, COMPARISON_FIGURES)

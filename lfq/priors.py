@@ -14,11 +14,16 @@ import numpy as np
 
 from . import _core
 from ._kernels import check_count, check_finite, check_seed, check_shape, check_threads, fields, real_dtype
-from .actions import Phi4
+from .actions import Phi4, check_theory
 from .flows import Flow, InterleaveMap, UpsampleMap
 from .hmc import HMC, State
 
-__all__ = ["Base", "Gaussian", "Interleave", "Lattice", "Prior", "Upsample"]
+__all__ = ["Base", "Gaussian", "Interleave", "Lattice", "Prior", "Upsample", "check_prior"]
+
+
+def _apart(seed: int) -> int:
+    """Another seed, for chains beside those of `seed` itself."""
+    return seed ^ (2**64 - 1)
 
 
 class Base:
@@ -58,18 +63,56 @@ class Base:
         coarse = self.theory.volume if self.theory is not None else 0
         return self.n_copies * coarse + self.n_noise
 
-    def start(self, n: int, seed: int, dtype, n_threads=None, device="cpu") -> State | None:
-        """Thermalised chains for batches of `n` latents."""
+    def start(self, n: int, seed: int, dtype, n_threads=None, first: int = 0, device="cpu") -> State | None:
+        """Thermalised chains for batches of `n` latents, of which the first has the number `first`."""
         if self.theory is None:
             return None
         hmc = self.hmc(dtype, n_threads, device)
-        state = hmc.start(n * self.n_copies, seed)
-        return hmc.advance(state, 1, self.n_warmup).state if self.n_warmup else state
+        state = hmc.start(n * self.n_copies, seed, first_chain=first * self.n_copies)
+        for block in hmc.blocks(state, self.n_warmup):
+            state = block.state
+        return state
 
-    def noise(self, n: int, seed: int, step: int, dtype, n_threads=None) -> np.ndarray:
+    def noise(self, n: int, seed: int, step: int, dtype, n_threads=None, purpose="latent", first=0) -> np.ndarray:
         out = np.empty((n, self.n_noise), dtype=dtype)
-        _core.normal(seed, _core.PURPOSES["latent"], step, 0, n, out, check_threads(n_threads))
+        _core.normal(seed, _core.PURPOSES[purpose], step, first, n, out, check_threads(n_threads))
         return out
+
+    def fresh(self, n: int, seed: int, dtype, n_threads=None, first: int = 0, purpose="proposal") -> np.ndarray:
+        """As `sample`, with random numbers apart from those that flows are trained on with the same seed."""
+        noise = self.noise(n, seed, 0, dtype, n_threads, purpose, first)
+        state = self.start(n, _apart(seed), dtype, n_threads, first)
+        return noise if state is None else np.concatenate([state.latent.reshape(n, -1), noise], axis=1)
+
+    def moved(self, latent: np.ndarray, seed: int, number: int, n_threads=None, first: int = 0) -> np.ndarray:
+        """The same coarse fields `n_between` trajectories on, and new noise: the `number`-th such step.
+
+        A move from u to v is as likely as one from v to u if both have the base's density: HMC is reversible.
+        """
+        n, split = len(latent), latent.shape[1] - self.n_noise
+        noise = self.noise(n, seed, number, latent.dtype, n_threads, "proposal", first)
+        if self.theory is None:
+            return noise
+        coarse = np.ascontiguousarray(latent[:, :split]).reshape(-1, *self.theory.shape)
+        start = State(coarse, self.n_warmup + number * self.n_between, _apart(seed), first * self.n_copies)
+        block = self.hmc(latent.dtype, n_threads).advance(start, 1, self.n_between, measure=False)
+        return np.concatenate([block.phi.reshape(n, -1), noise], axis=1)
+
+    def forces(self, n_trajectories: int) -> float:
+        """Force evaluations of so many trajectories of the coarse chains, in units of a lattice of `volume` sites."""
+        if self.theory is None:
+            return 0.0
+        return n_trajectories * (self.n_steps + 1) * self.n_copies * self.theory.volume / self.volume
+
+    def potential(self, latent: np.ndarray, n_threads=None) -> tuple[np.ndarray, np.ndarray]:
+        """-log_prob of latents (n, volume) without the Gaussians' normalisation, and its negative gradient."""
+        split, force = latent.shape[1] - self.n_noise, -latent
+        energy = 0.5 * np.einsum("ij,ij->i", latent[:, split:], latent[:, split:], dtype=np.float64)
+        if self.theory is not None:
+            coarse = np.ascontiguousarray(latent[:, :split]).reshape(-1, self.n_copies, *self.theory.shape)
+            energy += self.theory.action(coarse, n_threads).sum(axis=1)
+            force[:, :split] = self.theory.force(coarse, n_threads).reshape(len(latent), split)
+        return energy, force
 
     def sample(self, n: int, seed: int, dtype, n_threads=None) -> np.ndarray:
         """n independent latents, shape (n, volume)."""
@@ -108,6 +151,15 @@ class Prior(ABC):
     def map(self) -> Flow | None:
         """From the base's latents to the lattice of the samples; None for the identity."""
 
+    def from_base(self, latent: np.ndarray, n_threads: int | None = None) -> np.ndarray:
+        """Samples (n, *shape) from the base's latents (n, volume)."""
+        z = latent.reshape(-1, *self.shape)
+        return z if self.map is None else self.map.forward(z, n_threads)[0]
+
+    def to_base(self, z: np.ndarray, n_threads: int | None = None) -> np.ndarray:
+        """The inverse of `from_base`."""
+        return (z if self.map is None else self.map.inverse(z, n_threads)[0]).reshape(len(z), -1)
+
     def with_map_weights(self, weights: np.ndarray) -> Prior:
         """This prior with other weights of its map: itself where the map has none."""
         return self
@@ -126,8 +178,7 @@ class Prior(ABC):
         ndarray, shape (n, *shape)
         """
         n, seed = check_count(n, "n", 1), check_seed(seed)
-        z = self.base.sample(n, seed, real_dtype(dtype), n_threads).reshape(n, *self.shape)
-        return z if self.map is None else self.map.forward(z, n_threads)[0]
+        return self.from_base(self.base.sample(n, seed, real_dtype(dtype), n_threads), n_threads)
 
     def log_prob(self, z, n_threads: int | None = None) -> np.ndarray:
         """log r(z), shape (...), up to the log-partition functions of the coarse lattices.
@@ -144,10 +195,13 @@ class Prior(ABC):
         return self.base.log_prob(z.reshape(-1, math.prod(self.shape)), n_threads).reshape(leading) + log_det
 
 
-def _check_theory(theory, name: str) -> Phi4:
-    if not isinstance(theory, Phi4):
-        raise TypeError(f"{name}: must be a Phi4, got {type(theory).__name__}")
-    return theory
+def check_prior(prior, shape: tuple[int, ...]) -> Prior:
+    """The prior, or an error where it is none, or of another lattice."""
+    if not isinstance(prior, Prior):
+        raise TypeError(f"prior: must be a Prior, got {type(prior).__name__}")
+    if prior.shape != shape:
+        raise ValueError(f"prior: its lattice is {prior.shape}, the theory's is {shape}")
+    return prior
 
 
 class Gaussian(Prior):
@@ -178,7 +232,7 @@ class Lattice(Prior):
     map = None
 
     def __init__(self, theory: Phi4, **chain):
-        self.theory = _check_theory(theory, "theory")
+        self.theory = check_theory(theory, "theory")
         self.shape = theory.shape
         self.base = Base(theory, 1, 0, **chain)
 
@@ -197,7 +251,7 @@ class Interleave(Prior):
     """
 
     def __init__(self, coarse: Phi4, **chain):
-        self.coarse = _check_theory(coarse, "coarse")
+        self.coarse = check_theory(coarse, "coarse")
         self.shape = tuple(2 * extent for extent in coarse.shape)
         self.base = Base(coarse, 2**coarse.ndim, 0, **chain)
         self._map = InterleaveMap(coarse.ndim)
@@ -221,7 +275,7 @@ class Upsample(Prior):
     """
 
     def __init__(self, coarse: Phi4, width=0.1, scale=1.0, interpolation=1.0, **chain):
-        self.coarse = _check_theory(coarse, "coarse")
+        self.coarse = check_theory(coarse, "coarse")
         self.shape = tuple(2 * extent for extent in coarse.shape)
         self._chain = chain
         self.base = Base(coarse, 1, (2**coarse.ndim - 1) * coarse.volume, **chain)

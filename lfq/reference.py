@@ -20,6 +20,7 @@ PURPOSE_LENGTH = 5
 PURPOSE_BOND = 6
 PURPOSE_CLUSTER = 7
 PURPOSE_PROPOSAL = 8
+PURPOSE_HEAT_BATH = 10
 
 
 def _axes(ndim):
@@ -91,7 +92,12 @@ def normals(seed, purpose, trajectory, chains, n_per_chain, dtype=np.float64):
     (n_chains, n_per_chain) array of `dtype`
     """
     words = _blocks(seed, purpose, trajectory, chains, -(-n_per_chain // 4))
-    a, b = words[..., 0::2], words[..., 1::2]
+    pairs = _box_muller(words[..., 0::2], words[..., 1::2], dtype)
+    return pairs.reshape(len(words), -1)[:, :n_per_chain].astype(dtype)
+
+
+def _box_muller(a, b, dtype):
+    """Two normals of each pair of words, on a new last axis."""
     if np.dtype(dtype) == np.float64:
         u = ((a << np.uint64(8) | b >> np.uint64(24)) + 0.5) * 2.0**-40
     else:
@@ -99,8 +105,7 @@ def normals(seed, purpose, trajectory, chains, n_per_chain, dtype=np.float64):
         u = ((a + 0.5) * 2.0**-32).astype(np.float32).astype(np.float64)
     radius = np.sqrt(-2.0 * np.log(u))
     angle = 2.0 * np.pi * (b & np.uint64(0xFFFFFF)) * 2.0**-24
-    pairs = np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=-1)
-    return pairs.reshape(len(words), -1)[:, :n_per_chain].astype(dtype)
+    return np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=-1)
 
 
 def accept_uniform(seed, trajectory, chains):
@@ -242,24 +247,26 @@ def correlate_vjp(x, kernel, dout):
 
 
 def activate(kind, u):
-    """tanh(u), or leaky ReLU: u where u > 0, else 0.01 u."""
-    return np.tanh(u) if kind == "tanh" else np.where(u > 0, u, 0.01 * u)
+    """tanh(u), u ("none"), or leaky ReLU: u where u > 0, else 0.01 u."""
+    return np.tanh(u) if kind == "tanh" else u if kind == "none" else np.where(u > 0, u, 0.01 * u)
 
 
 def activation_slope(kind, value):
     """The derivative of `activate` in terms of its value."""
-    return 1 - value**2 if kind == "tanh" else np.where(value > 0, 1.0, 0.01)
+    return 1 - value**2 if kind == "tanh" else np.where((value > 0) | (kind == "none"), 1.0, 0.01)
 
 
 @dataclass(frozen=True)
 class Coupling:
     """One half-update of the checkerboard.
 
-    On active sites, sum(coordinates) % 2 == parity, x = z e^q + t with q = -|s| or q = s and
-    log-det sum q over the active sites; frozen sites stay. (s, t) is the output of a convolutional
-    net that sees the field with active sites set to zero. The derivative of |s| at s = 0 is 0.
+    Active sites, sum(coordinates) % 2 == parity, change from z to x given u, the output of a convolutional net that
+    sees the field with active sites set to zero; frozen sites stay. Affine kinds: x = z e^q + t and log-det sum q over
+    the active sites, where with h = tanh(u) q = -|h_0| or q = h_0 and t = h_1, or (even) q = sum_c b_c h_c^2 and
+    t = sum_c a_c h_c. The derivative of |h_0| at 0 is 0. Kind "site": x = a v + b tanh(c v) of v = z + u.
 
-    Weights, in order of the net's layers: kernel[out][in][k]..[k], then bias[out] if any.
+    Weights, in order of the net's layers: kernel[out][in][k]..[k], then bias[out] if any. Behind them a and b of
+    "even", or log a, log b and log c of "site".
 
     Parameters
     ----------
@@ -269,11 +276,13 @@ class Coupling:
     kernel_size : int
         Odd.
     hidden : tuple of int
-        Channels of the hidden layers; the last layer has 2 channels and is followed by tanh.
+        Channels of the hidden layers; the last layer has 2 channels, or `features`, or 1 ("site").
     activation : "tanh" or "leaky_relu"
         Of the hidden layers.
     bias : bool
-    scale : "exp(-|s|)" or "exp(s)"
+    scale : "exp(-|s|)", "exp(s)", "even" or "site"
+    features : int
+        Of "even".
     """
 
     shape: tuple
@@ -283,6 +292,7 @@ class Coupling:
     activation: str = "tanh"
     bias: bool = False
     scale: str = "exp(-|s|)"
+    features: int = 0
 
     @property
     def input_shape(self):
@@ -291,13 +301,14 @@ class Coupling:
     @property
     def kernel_shapes(self):
         """(c_out, c_in, k, ..., k) of every layer of the net."""
-        channels = (1, *self.hidden, 2)
+        channels = (1, *self.hidden, 1 if self.scale == "site" else self.features or 2)
         taps = (self.kernel_size,) * len(self.shape)
         return [(c_out, c_in, *taps) for c_in, c_out in itertools.pairwise(channels)]
 
     @property
     def n_weights(self):
-        return sum(math.prod(shape) + self.bias * shape[0] for shape in self.kernel_shapes)
+        parameters = 3 if self.scale == "site" else 2 * self.features
+        return sum(math.prod(shape) + self.bias * shape[0] for shape in self.kernel_shapes) + parameters
 
     @property
     def active(self):
@@ -306,7 +317,7 @@ class Coupling:
 
     def _net_layers(self, weights):
         """(activation, kernel, bias) of every layer of the net."""
-        activations = [self.activation] * len(self.hidden) + ["tanh"]
+        activations = [self.activation] * len(self.hidden) + ["none" if self.scale == "site" else "tanh"]
         layers, begin = [], 0
         for activation, shape in zip(activations, self.kernel_shapes, strict=True):
             middle = begin + math.prod(shape)
@@ -317,7 +328,7 @@ class Coupling:
         return layers
 
     def _net(self, z, weights):
-        """The net's input, the values of its hidden layers, and (s, t), each (channels, ..., *shape)."""
+        """The net's input, the values of its hidden layers, and h, each (channels, ..., *shape)."""
         values = [np.where(self.active, 0.0, z)[np.newaxis]]
         for activation, kernel, bias in self._net_layers(weights):
             u = correlate(values[-1], kernel) + bias.reshape(-1, *[1] * z.ndim)
@@ -325,7 +336,7 @@ class Coupling:
         return values
 
     def _net_vjp(self, values, weights, doutput):
-        """From dL/d(s, t) to dL/dz through the net, and dL/dweights."""
+        """From dL/dh to dL/dz through the net, and dL/dweights of the net."""
         dvalue, dweights = doutput, []
         for i, (activation, kernel, _) in reversed(list(enumerate(self._net_layers(weights)))):
             du = dvalue * activation_slope(activation, values[i + 1])
@@ -334,29 +345,77 @@ class Coupling:
             dweights = [dkernel.ravel(), *([dbias] if self.bias else []), *dweights]
         return np.where(self.active, 0.0, dvalue[0]), np.concatenate(dweights)
 
-    def _log_scale(self, s):
-        """q and dq/ds."""
-        return (-np.abs(s), -np.sign(s)) if self.scale == "exp(-|s|)" else (s, np.ones(s.shape))
+    def _affine(self, h, weights):
+        """q and t from h."""
+        if self.scale == "even":
+            a, b = weights[-2 * self.features :].reshape(2, -1)
+            return np.tensordot(b, h**2, 1), np.tensordot(a, h, 1)
+        return -np.abs(h[0]) if self.scale == "exp(-|s|)" else h[0], h[1]
+
+    def _affine_vjp(self, h, weights, dq, dt):
+        """dL/dh, and dL/d(a, b)."""
+        if self.scale == "even":
+            a, b = weights[-2 * self.features :].reshape(2, -1, *[1] * dq.ndim)
+            sites = tuple(range(1, h.ndim))
+            dparameters = [(dt * h).sum(axis=sites), (dq * h**2).sum(axis=sites)]
+            return a * dt + 2 * b * h * dq, np.concatenate(dparameters)
+        return np.stack([dq * (-np.sign(h[0]) if self.scale == "exp(-|s|)" else 1), dt]), np.empty(0)
+
+    def _map(self, z, h, weights):
+        """x and log dx/dz at every site, as if all were active."""
+        if self.scale == "site":
+            a, b, c = np.exp(weights[-3:])
+            v = z + h[0]
+            return a * v + b * np.tanh(c * v), np.log(a + b * c / np.cosh(c * v) ** 2)
+        q, t = self._affine(h, weights)
+        return z * np.exp(q) + t, q
+
+    def _map_vjp(self, z, h, weights, dx, dlog_det):
+        """dL/dz, dL/dh and dL/dparameters from those of x and of each site's log dx/dz."""
+        if self.scale == "site":
+            a, b, c = np.exp(weights[-3:])
+            v = z + h[0]
+            th, sech2 = np.tanh(c * v), 1 / np.cosh(c * v) ** 2
+            slope = a + b * c * sech2
+            dslope = dlog_det / slope
+            dv = dx * slope - dslope * 2 * b * c**2 * th * sech2
+            dparameters = [
+                (a * (dx * v + dslope)).sum(),
+                (b * (dx * th + dslope * c * sech2)).sum(),
+                (c * b * sech2 * (dx * v + dslope * (1 - 2 * c * v * th))).sum(),
+            ]
+            return dv, dv[np.newaxis], np.array(dparameters)
+        q, _ = self._affine(h, weights)
+        dh, dparameters = self._affine_vjp(h, weights, dx * z * np.exp(q) + dlog_det, dx)
+        return dx * np.exp(q), dh, dparameters
 
     def forward(self, z, weights):
-        s, t = self._net(z, weights)[-1]
-        q = np.where(self.active, self._log_scale(s)[0], 0.0)
-        return np.where(self.active, z * np.exp(q) + t, z), q.sum(axis=_axes(len(self.shape)))
+        x, q = self._map(z, self._net(z, weights)[-1], weights)
+        return np.where(self.active, x, z), np.where(self.active, q, 0.0).sum(axis=_axes(len(self.shape)))
 
     def inverse(self, x, weights):
-        s, t = self._net(x, weights)[-1]
-        q = np.where(self.active, self._log_scale(s)[0], 0.0)
-        return np.where(self.active, (x - t) * np.exp(-q), x), -q.sum(axis=_axes(len(self.shape)))
+        h = self._net(x, weights)[-1]
+        if self.scale == "site":
+            # Bisection: the map is monotone, and no less steep than a.
+            a, b, c = np.exp(weights[-3:])
+            low, high = (x - b) / a, (x + b) / a
+            for _ in range(200):
+                v = (low + high) / 2
+                above = a * v + b * np.tanh(c * v) > x
+                low, high = np.where(above, low, v), np.where(above, v, high)
+            z = v - h[0]
+        else:
+            q, t = self._affine(h, weights)
+            z = (x - t) * np.exp(-q)
+        z = np.where(self.active, z, x)
+        return z, -self.forward(z, weights)[1]
 
     def vjp(self, z, weights, dx, dlog_det):
         values = self._net(z, weights)
-        s, _ = values[-1]
-        q, slope = self._log_scale(s)
-        dlog_det = np.expand_dims(dlog_det, _axes(len(self.shape)))
-        ds = (dx * z * np.exp(q) + dlog_det) * slope
-        doutput = np.where(self.active, np.stack([ds, dx]), 0.0)
-        dz_net, dweights = self._net_vjp(values, weights, doutput)
-        return np.where(self.active, dx * np.exp(q), dx) + dz_net, dweights
+        dlog_det = np.where(self.active, np.expand_dims(dlog_det, _axes(len(self.shape))), 0.0)
+        dz, dh, dparameters = self._map_vjp(z, values[-1], weights, np.where(self.active, dx, 0.0), dlog_det)
+        dz_net, dweights = self._net_vjp(values, weights, dh)
+        return np.where(self.active, dz, dx) + dz_net, np.concatenate([dweights, dparameters])
 
 
 @dataclass(frozen=True)
@@ -621,6 +680,31 @@ def flow_vjp(layers, weights, z, dx, dlog_det):
         dlatent = _with_leading(dlatent, dvalues)
         dweights = [dw, *dweights]
     return dlatent, np.concatenate(dweights)
+
+
+def flow_inverse_vjp(layers, weights, z, dz, dlog_det):
+    """Cotangents of x = f(z) and of the weights, given those of (z, log|det dz/dx|) = f^-1(x).
+
+    With J = df/dz: J^T dx = dz - dlog_det d(log|det J|)/dz, solved with a dense J^T of each latent.
+
+    Parameters
+    ----------
+    layers, weights, z : see `flow_forward`
+    dz : (n, volume) array
+    dlog_det : (n,) array
+
+    Returns
+    -------
+    dx : (n, volume) array
+    dweights : (n_weights,) array
+        Summed over the n latents.
+    """
+    n, volume = z.shape
+    zero = np.zeros(n)
+    pushed = flow_vjp(layers, weights, z, np.zeros_like(z), -dlog_det)[0]
+    columns = [flow_vjp(layers, weights, z, np.tile(unit, (n, 1)), zero)[0] for unit in np.eye(volume)]
+    dx = np.linalg.solve(np.stack(columns, axis=2), (dz + pushed)[..., None])[..., 0]
+    return dx, flow_vjp(layers, weights, z, -dx, -dlog_det)[1]
 
 
 def pullback(layers, weights, z, beta, lam):
@@ -890,3 +974,87 @@ def cluster_update(phi, beta, kind, n_updates, seed, trajectory, first_chain=0):
             phi[i] = np.where(flip.reshape(phi.shape[1:]), -phi[i], phi[i])
             flipped[i] += flip.sum()
     return phi, flipped
+
+
+# ---- local heat bath -----------------------------------------------------------------------
+
+
+def heat_bath_proposal(a, lam, b):
+    """The Gaussian that proposes for the density exp(-a x^2 - lam x^4 + b x).
+
+    exp(-lam (x^2 - c)^2) of its samples, accepted with that probability, have the density, for any c with
+    alpha = a + 2 lam c > 0. The best c is the Gaussian's own <x^2> = 1 / (2 alpha) + b^2 / (4 alpha^2): alpha is the
+    positive root of alpha^3 - a alpha^2 - lam alpha - lam b^2 / 2, here nearly, by Newton's method.
+
+    Parameters
+    ----------
+    a, lam : float
+    b : array
+
+    Returns
+    -------
+    alpha, c : arrays of the shape of b
+        The Gaussian has mean b / (2 alpha) and variance 1 / (2 alpha).
+    """
+    root = math.sqrt(a * a + 4 * lam)
+    least = (root + a) / 2 if a > 0 else 2 * lam / (root - a)  # alpha at b = 0, without cancellation
+    s3 = lam * b**2 / 2
+    alpha = np.sqrt(least**2 + np.cbrt(s3) ** 2)
+    steps = 1 + sum(8.0 ** (k + 1) < lam for k in range(200))  # the first guess is up to lam^(1/3) too large
+    for _ in range(steps):
+        alpha = (alpha**2 * (2 * alpha - a) + s3) / (alpha * (3 * alpha - 2 * a) - lam)
+    if lam < 0.25:
+        c = 1 / (2 * alpha) + b**2 / (4 * alpha**2)
+        return a + 2 * lam * c, c
+    return alpha, (alpha - a) / (2 * lam)
+
+
+def heat_bath(phi, beta, lam, n_sweeps, seed, trajectory, first_chain=0, dtype=np.float64):
+    """Sweeps of the local heat bath: even sites in order, then odd ones.
+
+    Site x of sweep k draws from block k V + x of its stream. Words 0 and 1 make two normals n_i as in `normals`,
+    words 2 and 3 two uniforms u_i = (word + 1/2) 2^-32. The new value is the first mean + n_i sigma of the proposal
+    with u_i < exp(-lam (x^2 - c)^2), or the old one where both fail: whether they do depends on the neighbours
+    alone, so the density given these is left as it is.
+
+    Parameters
+    ----------
+    phi : (n_chains, *shape) array
+    beta, lam : float
+    n_sweeps, seed, trajectory, first_chain : int
+    dtype : float64 or float32
+        Of the normals.
+
+    Returns
+    -------
+    phi : (n_chains, *shape) array
+    changed : (n_chains,) array of int
+        Sites with a new value, each time counted.
+    """
+    phi = np.array(phi, dtype=np.float64)
+    shape, volume = phi.shape[1:], math.prod(phi.shape[1:])
+    words = _blocks(seed, PURPOSE_HEAT_BATH, trajectory, first_chain + np.arange(len(phi)), n_sweeps * volume)
+    normal = _box_muller(words[..., 0], words[..., 1], dtype)
+    uniform = (words[..., 2:] + 0.5) * 2.0**-32
+    # Along an axis of one site that site is its own neighbour: a quadratic term.
+    axes = [mu for mu in range(len(shape)) if shape[mu] > 1]
+    a = 1 - 2 * lam - beta * (len(shape) - len(axes))
+    changed = np.zeros(len(phi), dtype=int)
+    sites = list(np.ndindex(shape))
+    for k, parity, (x, site) in itertools.product(range(n_sweeps), range(2), enumerate(sites)):
+        if sum(site) % 2 != parity:
+            continue
+        neighbours = np.zeros(len(phi))
+        for mu, step in itertools.product(axes, (1, -1)):
+            there = list(site)
+            there[mu] = (there[mu] + step) % shape[mu]
+            neighbours += phi[(slice(None), *there)]
+        b = beta * neighbours
+        alpha, c = heat_bath_proposal(a, lam, b)
+        new = b[:, None] / (2 * alpha[:, None]) + normal[:, k * volume + x] * np.sqrt(0.5 / alpha[:, None])
+        accept = uniform[:, k * volume + x] < np.exp(-lam * (new**2 - c[:, None]) ** 2)
+        value = np.where(accept[:, 0], new[:, 0], new[:, 1])
+        changed += accept.any(axis=1)
+        here = (slice(None), *site)
+        phi[here] = np.where(accept.any(axis=1), value, phi[here])
+    return phi, changed

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .analysis import with_error
-from .comparison import JUDGED_TAU
+from .comparison import COLLAPSED, JUDGED_TAU, completed
 from .config import Config
 
 __all__ = [
@@ -118,6 +118,9 @@ def footnotes(results: dict[str, Any]) -> list[str]:
     ]
     if not all(sampler["long_enough"] for sampler in results["samplers"]):
         notes.append(f"{MARK} shorter than 1000 tau_int over all chains: its errors are not reliable.")
+    for sampler in results["samplers"]:
+        label = sampler["name"] if sampler["prior"] is None else f"{sampler['name']}, {sampler['prior']}"
+        notes += [f"{label}: {concern}." for concern in sampler["concerns"]]
     return notes
 
 
@@ -135,6 +138,9 @@ def comparison_rows(results: dict[str, Any]) -> list[list[str]]:
 
     rows = []
     for sampler in results["samplers"]:
+        if "error" in sampler:
+            rows.append([sampler["name"] + WRONG, "failed", *[""] * (len(COMPARISON_COLUMNS) - 2)])
+            continue
         taus = [sampler["observables"][name] for name in ("M2", "phi2", "phi2_smeared")]
         trained = sampler["train_seconds"] > 0
         marks = ("" if sampler["long_enough"] else MARK) + ("" if sampler.get("agrees", True) else WRONG)
@@ -170,13 +176,15 @@ def comparison_notes(results: dict[str, Any]) -> list[str]:
         f"Every sampler: {results['seconds']:g} s of sampling with {results['n_chains']} chains side by side, tuned "
         "on its own to least cost. tau_int = 1/2 + sum rho(t), in trajectories.",
         "Cost of an independent sample: 2 tau_int trajectories of the slowest of M^2, phi^2 and smeared phi^2, in "
-        "wall time and in force evaluations (through a flow: of its latents; a Swendsen-Wang sweep counts as one). "
+        "wall time and in force evaluations (through a flow: of its latents; a sweep, of clusters or of a heat bath, "
+        "counts as one). "
         "ESS / s is its inverse; 'with training' divides the run's independent samples by sampling and training time.",
         "The sign of M averages to zero, and its tau_int tells how long the sampler stays in one phase. Reverse ESS: "
         "of the flow, from fields of HMC with clusters; near zero where the flow misses part of them. chi^2 / 4: of "
         f"phi^2, nn, |M| and smeared phi^2 against all others, for runs of more than {JUDGED_TAU} tau_int.",
     ]
-    samplers = results["samplers"]
+    samplers = completed(results)
+    notes += [f"{WRONG} FAILED: {s['name']}: {s['error']}" for s in results["samplers"] if "error" in s]
     if not all(s["long_enough"] for s in samplers):
         notes.append(
             f"{MARK} shorter than 1000 tau_int over all chains, or weights without a variance: errors are not reliable."
@@ -191,6 +199,18 @@ def comparison_notes(results: dict[str, Any]) -> list[str]:
             f"{', '.join(frozen)}: the sign of M hardly ever changed. Chains stay in the phase they began in, and what "
             "depends on the sign is not sampled."
         )
+    for s in samplers:
+        own, reverse = s.get("flow_ess"), s.get("reverse_ess")
+        if own is not None and reverse is not None and reverse < COLLAPSED * own:
+            notes.append(
+                f"{WRONG} COLLAPSE: the flow of {s['name']} leaves out part of the theory's fields: its ESS is "
+                f"{own:.2g} by fields of its own, and {reverse:.2g} by those of HMC with clusters."
+            )
+        if s["judged"] and None not in (s["sign"], s["sign_error"]) and abs(s["sign"]) > 5 * s["sign_error"]:
+            notes.append(
+                f"{WRONG} BROKEN SYMMETRY: the sign of M averages to {_measured(s['sign'], s['sign_error'])} in "
+                f"{s['name']}, not to zero: a phase is missing, or has the wrong weight."
+            )
     if results["disagreeing"]:
         notes.append(
             f"{WRONG} DISAGREEMENT: the expectation values of {' and '.join(results['disagreeing'])} are not those "
@@ -237,11 +257,11 @@ def _measured(value: float | None, error: float | None) -> str:
 
 
 def _observables(results: dict[str, Any]) -> str:
-    samplers = results["samplers"]
+    samplers = completed(results)
     columns = ("observable", *(s["name"] + (f", {s['prior']}" if s["prior"] else "") for s in samplers))
     rows = []
     missing = {"value": None, "error": None}
-    for name in max((sampler["observables"] for sampler in samplers), key=len):
+    for name in max((sampler["observables"] for sampler in samplers), key=len, default=()):
         entries = [sampler["observables"].get(name, missing) for sampler in samplers]
         rows.append([name] + [_measured(entry["value"], entry["error"]) for entry in entries])
     rows.append(["exp(-dH)"] + [_measured(*sampler.get("exp_minus_dh", (None, None))) for sampler in samplers])

@@ -12,23 +12,16 @@ import numpy as np
 
 from . import _core
 from ._kernels import check_count, check_seed, check_threads, fields, real_dtype
-from .actions import Phi4, PulledBack
-from .flows import Flow
+from .actions import Phi4, PulledBack, check_theory
+from .flows import Compose, Flow
 from .hmc import HMC, Block, Sampler, State
 from .observables import OBSERVABLES
-from .priors import Gaussian, Prior
+from .priors import Gaussian, Prior, check_prior
 
 __all__ = ["Annealing", "IndependenceMetropolis", "Reweighting", "Weighted", "WeightedSampler", "reverse_ess"]
 
 _ENTRIES_AT_ONCE = 2**22
 """Sites of the fields that are in memory together."""
-
-
-def _noise(seed: int, purpose: str, step: int, shape: tuple[int, ...], dtype, first_chain=0, n_threads=None):
-    """Unit normals (n_chains, *shape) of one step."""
-    out = np.empty(shape, dtype=dtype)
-    _core.normal(seed, _core.PURPOSES[purpose], step, first_chain, shape[0], out, check_threads(n_threads))
-    return out
 
 
 def _half_square(z: np.ndarray) -> np.ndarray:
@@ -37,21 +30,26 @@ def _half_square(z: np.ndarray) -> np.ndarray:
     return 0.5 * np.einsum("ij,ij->i", flat, flat)
 
 
-def _log_gaussian(z: np.ndarray) -> np.ndarray:
-    return -_half_square(z) - 0.5 * math.log(2 * math.pi) * math.prod(z.shape[1:])
-
-
-def _check_theory(theory) -> Phi4:
-    if not isinstance(theory, Phi4):
-        raise TypeError(f"theory: must be a Phi4, got {type(theory).__name__}")
-    return theory
-
-
-def _check_flow(flow, theory: Phi4) -> Flow:
+def _check_flow(flow, theory: Phi4) -> None:
     if not isinstance(flow, Flow):
         raise TypeError(f"flow: must be a Flow, got {type(flow).__name__}")
     flow.program(theory.shape)
-    return flow
+
+
+class _OfFlow:
+    """What samplers of a flow's fields share: `theory`, `flow`, `prior`, `dtype` and `n_threads`, checked."""
+
+    def __post_init__(self):
+        _check_flow(self.flow, check_theory(self.theory))
+        if self.prior is None:
+            object.__setattr__(self, "prior", Gaussian(self.theory.shape))
+        check_prior(self.prior, self.theory.shape)
+        real_dtype(self.dtype)
+        check_threads(self.n_threads)
+
+    def _weighed(self, z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        log_r = self.prior.log_prob(z, self.n_threads)
+        return log_weights(self.flow, self.theory, z, log_r, self.n_threads)
 
 
 def log_weights(flow: Flow, theory: Phi4, z: np.ndarray, log_r: np.ndarray, n_threads=None):
@@ -106,16 +104,20 @@ def _log_mean(log_w: np.ndarray) -> float:
 
 
 @dataclass(frozen=True)
-class IndependenceMetropolis(Sampler):
+class IndependenceMetropolis(_OfFlow, Sampler):
     """Metropolis with a flow's fields as proposals, each independent of the last (arXiv:1904.12072 sec. II).
 
-    A field f(z), z of unit normals, is accepted with probability min(1, w / w_old). Exact whatever the flow;
-    a field of large weight stays for long, which is how a poor flow shows.
+    A field f(z), z drawn from the prior, is accepted with probability min(1, w / w_old), w = exp(-S(f(z))) |det J| /
+    r(z). Exact whatever the flow; a field of large weight stays for long, which is how a poor flow shows.
 
     Parameters
     ----------
     theory : Phi4
     flow : Flow
+    prior : Prior, optional
+        Of the latents; unit normals by default. The coarse fields of a lattice prior move on from those of the current
+        field by its `n_between` trajectories of HMC, whose reversibility makes the same acceptance exact; the
+        proposals are as independent as that makes them.
     dtype : {"float64", "float32"}
     n_threads : int, optional
 
@@ -123,36 +125,42 @@ class IndependenceMetropolis(Sampler):
     -----
     A trajectory is one proposal. `State.latent` is z of the current field. Proposals have random numbers of their
     own, never those that trained the flow. ``dh`` of a run is log w_old - log w. A proposal counts as one force
-    evaluation.
+    evaluation, and those of a prior's chains by their share of the lattice.
     """
 
     theory: Phi4
     flow: Flow
+    prior: Prior | None = None
     dtype: str = "float64"
     n_threads: int | None = None
 
-    def __post_init__(self):
-        _check_flow(self.flow, _check_theory(self.theory))
-        real_dtype(self.dtype)
-        check_threads(self.n_threads)
-
     @property
     def force_evaluations_per_trajectory(self) -> float:
-        return 1.0
+        return 1.0 + self.prior.base.forces(self.prior.base.n_between)
 
     def start(self, n_chains: int, seed: int, phi=None, first_chain: int = 0) -> State:
         """Chains at their beginning: the first fields of the flow, or `phi` (see `HMC.start`)."""
         n_chains = check_count(n_chains, "n_chains", 1, 2**31)
         first_chain = check_count(first_chain, "first_chain", 0, 2**32 - n_chains)
-        shape = (n_chains, *self.theory.shape)
         if phi is None:
-            z = _noise(check_seed(seed), "start", 0, shape, self.dtype, first_chain, self.n_threads)
+            base, seed = self.prior.base, check_seed(seed)
+            latent = base.fresh(n_chains, seed, self.dtype, self.n_threads, first_chain, purpose="start")
+            z = self.prior.from_base(latent, self.n_threads)
         else:
             phi, leading = fields(phi, self.theory.shape, "phi")
             if leading != (n_chains,):
                 raise ValueError(f"phi: shape {phi.shape} is not {n_chains} fields of shape {self.theory.shape}")
             z = self.flow.inverse(phi.astype(self.dtype), self.n_threads)[0]
         return State(z, 0, check_seed(seed), first_chain)
+
+    def _proposals(self, z: np.ndarray, state: State, first: int, n: int) -> np.ndarray:
+        """Proposals `first` .. `first` + n - 1 of this call, (n * n_chains, *shape); those of lattices depend on z."""
+        latent = self.prior.to_base(z, self.n_threads)
+        parts = [
+            self.prior.base.moved(latent, state.seed, state.trajectory + first + i, self.n_threads, state.first_chain)
+            for i in range(n)
+        ]
+        return self.prior.from_base(np.concatenate(parts), self.n_threads)
 
     def advance(self, state: State, n_samples: int, thin: int = 1, measure: bool = True) -> Block:
         """`n_samples` samples, `thin` proposals apart, of every chain.
@@ -167,23 +175,17 @@ class IndependenceMetropolis(Sampler):
         z = z.astype(self.dtype, copy=True)
         n = len(z)
         begin = time.perf_counter()
-        phi, log_w = log_weights(self.flow, self.theory, z, _log_gaussian(z), self.n_threads)
+        phi, log_w = self._weighed(z)
         values = self._measured(phi, measure)
         uniforms = np.empty((n_steps, n))
         _core.uniform(state.seed, _core.PURPOSES["accept"], state.trajectory, state.first_chain, n, uniforms)
         dh, accepted = np.empty((n_steps, n)), np.empty((n_steps, n), dtype=bool)
         found = np.empty((n_samples if measure else 0, n, len(OBSERVABLES)))
-        at_once = max(1, _ENTRIES_AT_ONCE // max(z.size, 1))
+        at_once = max(1, _ENTRIES_AT_ONCE // max(z.size, 1)) if self.prior.base.theory is None else 1
         for first in range(0, n_steps, at_once):
             steps = range(first, min(first + at_once, n_steps))
-            proposed = [
-                _noise(
-                    state.seed, "proposal", state.trajectory + i, z.shape, self.dtype, state.first_chain, self.n_threads
-                )  # fmt: skip
-                for i in steps
-            ]
-            new_z = np.concatenate(proposed)
-            new_phi, new_log_w = log_weights(self.flow, self.theory, new_z, _log_gaussian(new_z), self.n_threads)
+            new_z = self._proposals(z, state, first, len(steps))
+            new_phi, new_log_w = self._weighed(new_z)
             new_values = self._measured(new_phi, measure).reshape(len(steps), n, -1)
             new_z, new_phi = (x.reshape(len(steps), n, *self.theory.shape) for x in (new_z, new_phi))
             new_log_w = new_log_w.reshape(len(steps), n)
@@ -329,7 +331,7 @@ def _check_log_w(log_w: np.ndarray, step: int) -> None:
 
 
 @dataclass(frozen=True)
-class Reweighting(WeightedSampler):
+class Reweighting(_OfFlow, WeightedSampler):
     """A flow's fields with their importance weights exp(-S) / q (arXiv:2101.08176 sec. IV).
 
     Parameters
@@ -349,17 +351,6 @@ class Reweighting(WeightedSampler):
     dtype: str = "float64"
     n_threads: int | None = None
 
-    def __post_init__(self):
-        _check_flow(self.flow, _check_theory(self.theory))
-        real_dtype(self.dtype)
-        check_threads(self.n_threads)
-        if self.prior is None:
-            object.__setattr__(self, "prior", Gaussian(self.theory.shape))
-        if not isinstance(self.prior, Prior):
-            raise TypeError(f"prior: must be a Prior, got {type(self.prior).__name__}")
-        if self.prior.shape != self.theory.shape:
-            raise ValueError(f"prior: its lattice is {self.prior.shape}, the theory's is {self.theory.shape}")
-
     def sample(self, n_samples: int, seed: int = 0) -> Weighted:
         """Draw `n_samples` independent fields; see `Weighted`."""
         n_samples, seed = check_count(n_samples, "n_samples", 2), check_seed(seed)
@@ -367,39 +358,37 @@ class Reweighting(WeightedSampler):
         at_once = max(1, _ENTRIES_AT_ONCE // self.theory.volume)
         while done < n_samples:
             n = min(at_once, n_samples - done)
-            if isinstance(self.prior, Gaussian):
-                z = _noise(seed, "proposal", 0, (n, *self.theory.shape), self.dtype, done, self.n_threads)
-            else:
-                z = self.prior.sample(n, (seed + done) % 2**64, self.dtype, self.n_threads)
-            x, w = log_weights(self.flow, self.theory, z, self.prior.log_prob(z, self.n_threads), self.n_threads)
+            latent = self.prior.base.fresh(n, seed, self.dtype, self.n_threads, done)
+            x, w = self._weighed(self.prior.from_base(latent, self.n_threads))
             phi.append(x)
             log_w.append(w)
             done += n
         log_w = np.concatenate(log_w)
         _check_log_w(log_w, 0)
         seconds = time.perf_counter() - begin
-        population = np.arange(n_samples)
-        return _with_observables(
-            self.theory, np.concatenate(phi), log_w, population, seconds, n_samples, self.n_threads
-        )
+        population, forces = np.arange(n_samples), n_samples * (1 + self.prior.base.forces(self.prior.base.n_warmup))
+        return _with_observables(self.theory, np.concatenate(phi), log_w, population, seconds, forces, self.n_threads)
 
 
 @dataclass(frozen=True)
 class Annealing(WeightedSampler):
     """Annealed importance sampling, and with resampling a sequential Monte Carlo sampler.
 
-    Latents start as unit normals and follow S_t(z) = (1 - t) z^2 / 2 + t S~(z) from t = 0 to 1, S~ the action or
-    its pullback through a flow. At each step t_{k+1} the weight takes up the work, log w -= (t_{k+1} - t_k)
-    (S~(z) - z^2 / 2) (Jarzynski, cond-mat/9610209; Neal, physics/9803008), and HMC at t_{k+1} relaxes z; the
-    mean of w is Z over (2 pi)^(V/2), exactly, however fast. With `resample` the particles of a population are
-    redrawn by their weights whenever the population's ESS falls below that fraction (Del Moral, Doucet, Jasra,
-    J. R. Stat. Soc. B 68 (2006) 411).
+    Latents start as unit normals, or as those of another prior, of density exp(-S_0), and follow S_t(z) = (1 - t)
+    S_0(z) + t S~(z) from t = 0 to 1, S~ the action or its pullback through a flow. At each step t_{k+1} the weight
+    takes up the work, log w -= (t_{k+1} - t_k) (S~(z) - S_0(z)) (Jarzynski, cond-mat/9610209; Neal, physics/9803008),
+    and HMC at t_{k+1} relaxes z; the mean of w is Z over that of S_0, exactly, however fast. With `resample` the
+    particles of a population are redrawn by their weights whenever the population's ESS falls below that fraction
+    (Del Moral, Doucet, Jasra, J. R. Stat. Soc. B 68 (2006) 411).
 
     Parameters
     ----------
     theory : Phi4
     flow : Flow, optional
-        Start from its fields instead of unit normals. Its forces are evaluated step by step.
+        Start from its fields instead of its latents. Its forces are evaluated step by step.
+    prior : Prior, optional
+        Of the latents: unit normals by default, and then log_z is log Z. The Z of a lattice prior's own fields is not
+        known, and log_z is relative to it.
     n_temperatures : int
         Steps of t, of equal size.
     tau : float
@@ -416,12 +405,13 @@ class Annealing(WeightedSampler):
 
     Notes
     -----
-    Without a flow, S_t is a phi^4 action in the field z / s with s^2 = 2 / (a + sqrt(a^2 + 8 t lam)), a = (1 - t) / 2 +
-    t (1 - 2 lam): beta_t = t beta s^2 and lam_t = t lam s^4, and `HMC` of that theory makes the moves.
+    From unit normals without a flow, S_t is a phi^4 action in the field z / s, s^2 = 2 / (a + sqrt(a^2 + 8 t lam)),
+    a = (1 - t) / 2 + t (1 - 2 lam): beta_t = t beta s^2 and lam_t = t lam s^4; `HMC` of that theory makes the moves.
     """
 
     theory: Phi4
     flow: Flow | None = None
+    prior: Prior | None = None
     n_temperatures: int = 20
     tau: float = 1.0
     n_steps: int = 8
@@ -432,9 +422,12 @@ class Annealing(WeightedSampler):
     n_threads: int | None = None
 
     def __post_init__(self):
-        _check_theory(self.theory)
+        check_theory(self.theory)
         if self.flow is not None:
             _check_flow(self.flow, self.theory)
+        if self.prior is None:
+            object.__setattr__(self, "prior", Gaussian(self.theory.shape))
+        check_prior(self.prior, self.theory.shape)
         for name in ("n_temperatures", "n_steps", "n_trajectories"):
             check_count(getattr(self, name), name, 1, 10**6)
         check_count(self.population, "population", 2, 2**31)
@@ -464,27 +457,29 @@ class Annealing(WeightedSampler):
         n, seed = check_count(n_samples, "n_samples", 2, 2**31), check_seed(seed)
         if self.resample and n % self.population:
             raise ValueError(f"n_samples: must be a multiple of the population, {self.population}, got {n}")
-        begin = time.perf_counter()
-        z = _noise(seed, "proposal", 0, (n, *self.theory.shape), self.dtype, 0, self.n_threads)
+        begin, base = time.perf_counter(), self.prior.base
+        z = base.fresh(n, seed, self.dtype, self.n_threads).reshape(n, *self.theory.shape)
         log_w, step = np.zeros(n), 1 / self.n_temperatures
         population = np.arange(n) // self.population if self.resample else np.arange(n)
-        target = self.theory if self.flow is None else self.theory.pullback(self.flow)
+        # Latents of the base: a prior's map is one more layer.
+        maps = [flow for flow in (self.prior.map, self.flow) if flow is not None]
+        target = self.theory.pullback(Compose(maps)) if maps else self.theory
+        plain = base.theory is None and not maps
         for k in range(self.n_temperatures):
             t, number = (k + 1) * step, k * self.n_trajectories
-            log_w -= step * (target.action(z, self.n_threads) - _half_square(z))
+            log_w -= step * (target.action(z, self.n_threads) + base.log_prob(z.reshape(n, -1), self.n_threads))
             _check_log_w(log_w, k)
             if self.resample:
                 z, log_w = self._resampled(z, log_w, seed, k)
-            if self.flow is None:
+            if plain:
                 theory, s = self._theory_at(t)
                 hmc = self._hmc(t)
                 z = s * hmc.advance(State(z / s, number, seed), 1, self.n_trajectories, measure=False).phi
             else:
                 for i in range(self.n_trajectories):
                     z = self._trajectory(target, z, t, seed, number + i)
-        phi = z if self.flow is None else self.flow.forward(z, self.n_threads)[0]
-        log_w += 0.5 * math.log(2 * math.pi) * self.theory.volume
-        forces = n * self.n_temperatures * (self.n_trajectories * (self.n_steps + 1) + 1)
+        phi = target.field(z, self.n_threads) if maps else z
+        forces = n * (base.forces(base.n_warmup) + self.n_temperatures * (self.n_trajectories * (self.n_steps + 1) + 1))
         return _with_observables(
             self.theory, phi, log_w, population, time.perf_counter() - begin, forces, self.n_threads
         )
@@ -505,14 +500,16 @@ class Annealing(WeightedSampler):
             log_w[members] = _log_mean(log_w[members])
         return z, log_w
 
-    def _trajectory(self, target: PulledBack, z, t: float, seed: int, number: int):
-        """One leapfrog trajectory of S_t in a flow's latents, with its accept step."""
+    def _trajectory(self, target: Phi4 | PulledBack, z, t: float, seed: int, number: int):
+        """One leapfrog trajectory of S_t, with its accept step."""
 
         def potential(z):
             action, force = target._evaluate(z, self.n_threads)
-            return (1 - t) * _half_square(z) + t * action, t * force - (1 - t) * z
+            start, pull = self.prior.base.potential(z.reshape(len(z), -1), self.n_threads)
+            return (1 - t) * start + t * action, (1 - t) * pull.reshape(z.shape) + t * force
 
-        p = _noise(seed, "momenta", number, z.shape, self.dtype, 0, self.n_threads)
+        p = np.empty_like(z)
+        _core.normal(seed, _core.PURPOSES["momenta"], number, 0, len(z), p, check_threads(self.n_threads))
         size = z.dtype.type(self.tau / self.n_steps)
         action, force = potential(z)
         energy, x = action + _half_square(p), z

@@ -7,14 +7,16 @@ differences, a dense Jacobian, identities of the ensemble, solvable limits.
 from __future__ import annotations
 
 import math
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 
 import lfq
 
-from . import analysis
+from . import _core, analysis
 from .config import Config
 from .experiment import initial_flow, make_hmc, stage_seed, target_theory
 from .observables import virial
@@ -160,6 +162,61 @@ def _check_log_z(flow: lfq.AffineFlow, seed: int) -> Check:
     )
 
 
+def _different(*pairs) -> float:
+    """How many numbers differ in any bit."""
+    return float(sum(np.count_nonzero(np.asarray(a) != np.asarray(b)) for a, b in pairs))
+
+
+def _check_restart(name: str, hmc: lfq.HMC, seed: int) -> Check:
+    """Forty trajectories at once, and four times ten through checkpoints with other numbers of threads."""
+    state = hmc.start(16, seed)
+    whole, energies = hmc.advance(state, 40), []
+    with tempfile.TemporaryDirectory() as folder:
+        for threads in (1, 2, 3, None):
+            hmc.save(state, Path(folder) / "state")
+            part = replace(hmc, n_threads=threads)
+            block = part.advance(part.load(Path(folder) / "state"), 10)
+            state = block.state
+            energies.append(block.dh)
+    value = _different((state.latent, whole.state.latent), (np.concatenate(energies), whole.dh))
+    return Check(f"{name}: restarts give the bits of one run", value, 0, "numbers differ")
+
+
+def _check_training_restart(flow: lfq.AffineFlow, theory: lfq.Phi4, dtype: str, seed: int) -> Check:
+    """Twenty steps at once, and interrupted as soon as a step is done."""
+    prior = lfq.Lattice(replace(theory, beta=0.9 * theory.beta), n_between=2, n_warmup=10)
+    settings = {"n_steps": 20, "batch_size": 16, "seed": seed, "dtype": dtype, "n_evaluation": 32}
+    whole = lfq.train(flow, prior, theory, **settings)
+
+    def stop(step: int, *_) -> None:
+        raise KeyboardInterrupt
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "training"
+        try:
+            lfq.train(flow, prior, theory, checkpoint=path, progress=stop, n_threads=1, **settings)
+        except KeyboardInterrupt:
+            pass
+        again = lfq.train(flow, prior, theory, checkpoint=path, **settings)
+    value = _different((whole.flow.weights, again.flow.weights), (whole.history["loss"], again.history["loss"]))
+    return Check("training: a restart gives the bits of one run", value, 0, "numbers differ")
+
+
+def _check_streams(config: Config) -> Check:
+    """Blocks of the run's random numbers that occur twice, over its stages, chains and first trajectories."""
+    stages = ["hmc", *(prior.name for prior in config.prior)]
+    seeds = [stage_seed(config.run.seed, f"sample {stage}") for stage in stages]
+    purposes = (_core.PURPOSES["momenta"], _core.PURPOSES["start"], _core.PURPOSES["latent"])
+    out = np.empty((len(seeds), len(purposes), 16, N_CHAINS, 4))
+    for i, seed in enumerate(seeds):
+        for j, purpose in enumerate(purposes):
+            for trajectory in range(16):
+                _core.normal(seed, purpose, trajectory, 0, N_CHAINS, out[i, j, trajectory], 1)
+    blocks = out.reshape(-1, 4)
+    repeats = len(blocks) - len(np.unique(blocks, axis=0))
+    return Check("random numbers: no block occurs twice", float(repeats), 0, "repeats")
+
+
 def _small(theory: lfq.Phi4, max_volume: float) -> lfq.Phi4:
     """The theory on its lattice with the longest extent halved until that is small enough."""
     shape = list(theory.shape)
@@ -186,6 +243,7 @@ def checks(config: Config) -> Iterator[Check]:
     direction /= math.sqrt(theory.volume)
     yield _check_force("force = -dS/dphi, finite differences", theory, phi, direction)
 
+    yield _check_streams(config)
     samplers = {"HMC": theory}
     if all(extent % 2 == 0 for extent in theory.shape):
         flow = initial_flow(config)
@@ -201,12 +259,15 @@ def checks(config: Config) -> Iterator[Check]:
         yield _check_jacobian(flow, rng)
         yield _check_weight_gradient(flow, theory, phi[:2], rng)
         yield _check_log_z(flow, stage_seed(config.run.seed, "selftest log Z"))
+        seed = stage_seed(config.run.seed, "selftest training")
+        yield _check_training_restart(initial_flow(config), samplers["flow-HMC"].theory, config.run.dtype, seed)
 
     for name, sampled in samplers.items():
         begin, momenta = rng.normal(size=(2, 8, *sampled.shape))
         hmc = make_hmc(config, sampled)
         end = hmc.evolve(begin, momenta)
         yield _relative(f"{name}: trajectory there and back", hmc.evolve(*end, backward=True)[0], begin, 1e-9)
+        yield _check_restart(name, hmc, stage_seed(config.run.seed, f"selftest restart {name}"))
         run = _sample(config, sampled, f"selftest {name}")
         yield _deviation(f"{name}: <exp(-dH)> = 1", *run.exp_minus_dh(), 1.0)
         one = analysis.estimate(virial(theory, run.observables))

@@ -6,23 +6,26 @@ per step.
 
 from __future__ import annotations
 
-import ctypes
+import itertools
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 from numba import njit
 
-from . import _core, _cuda, _gpu, _native
-from ._cuda import FLOW_RECORD as _FLOW_RECORD
-from ._kernels import check_count, check_seed, check_threads, real_dtype
+from . import _core, _cuda, _gpu, native
+from ._kernels import check_count, check_seed, check_threads, is_finite, real_dtype
 from .actions import Phi4
-from .flows import Compose, Flow
+from .custom import CustomAction
+from .flows import Compose, Flow, MultiscaleFlow
 from .hmc import HMC
-from .priors import Interleave, Lattice, Prior, Upsample
+from .io import FileFormatError, check_parameters, load_checkpoint, save_checkpoint
+from .priors import Gaussian, Interleave, Lattice, Prior, Upsample
 
 __all__ = ["Fit", "effective_sample_size", "independence_acceptance", "train", "train_ladder"]
 
@@ -46,7 +49,7 @@ def effective_sample_size(log_w):
 
 @njit(cache=True, nogil=True)
 def _loop(
-    flow, weights, first_moment, second_moment, target, n_steps, first_step, total_steps, learning_rate,
+    flow, weights, first_moment, second_moment, target, custom, n_steps, first_step, total_steps, learning_rate,
     coarse, chains, hmc_settings, hmc_words, n_between, coarse_action,
     noise, seed, latent, target_action, log_det, gradient,
     hmc_space, action_space, flow_space, n_threads, history,
@@ -58,14 +61,17 @@ def _loop(
         # The next batch of the base: chains move on, noise is new.
         status = 0
         if n_coarse > 0:
-            status |= _native.advance(coarse, hmc_settings, chains, hmc_space, n_threads)
+            status |= native.advance(coarse, hmc_settings, chains, hmc_space, n_threads)
             hmc_words[_FIRST_TRAJECTORY] += n_between
-            status |= _native.action(coarse, chains, coarse_action, action_space, n_threads)
+            status |= native.action(coarse, chains, coarse_action, action_space, n_threads)
             latent[:, :n_coarse] = chains.reshape((n, n_coarse))
         if n_coarse < volume:
-            status |= _native.normal(seed, _LATENT, step, noise, n_threads)
+            status |= native.normal(seed, _LATENT, step, noise, n_threads)
             latent[:, n_coarse:] = noise
-        status |= _native.loss(flow, target, latent, target_action, log_det, gradient, flow_space, n_threads)
+        if custom:
+            status |= native.custom_loss(flow, target, latent, target_action, log_det, gradient, flow_space, n_threads)
+        else:
+            status |= native.loss(flow, target, latent, target_action, log_det, gradient, flow_space, n_threads)
         if status != 0:
             return step, _FAILED_KERNEL
 
@@ -105,16 +111,14 @@ class _DeviceLoop:
         self._target, self._settings, self._program = target._record(), settings, program
         self._coarse = base.theory._record() if base.theory else None
         self._n_coarse = volume - base.n_noise
-        self.chains = None
-        self._weights = _gpu.asarray(weights, "weights").copy()
+        self._chains = None
+        self._weights = _gpu.empty(weights.size)
         self._coarse_action, self._dh = _gpu.empty(n * copies), _gpu.empty((base.n_between, n * copies))
         self._noise, self._latent = _gpu.empty((n, base.n_noise), dtype), _gpu.empty((n, volume), dtype)
         self._action, self._log_det, self._log_w = (_gpu.empty(n) for _ in range(3))
         self._gradient, self._moments = _gpu.empty(weights.size), _gpu.empty((2, weights.size))
         self._history, self._failed = _gpu.empty((len(_HISTORY), n_steps)), _gpu.empty(1, np.int64)
         self._dh_total = _gpu.empty(())
-        self._moments[...] = 0
-        self._history[...] = 0
         self._failed[...] = -1
         self._dh_total[...] = 0
         self._flow, self._layers, self._alive = _gpu.flow_record(volume, program, self._weights)
@@ -129,12 +133,22 @@ class _DeviceLoop:
         }.items():  # fmt: skip
             record[name] = array.data.ptr
 
-    @property
-    def weights(self) -> np.ndarray:
-        return _gpu.to_host(self._weights)
+    def upload(self, weights, moments, chains, history, **_) -> None:
+        """Start from a checkpoint's arrays."""
+        if self._coarse is not None:
+            self._chains = _gpu.asarray(chains, "chains").copy()
+        for array, values in ((self._weights, weights), (self._moments, moments), (self._history, history)):
+            array[...] = _gpu.asarray(values, "checkpoint")
+
+    def download(self, weights, moments, chains, **_) -> None:
+        """Fill a checkpoint's arrays; `run` has brought the history already."""
+        if self._chains is not None:
+            _gpu.to_host(self._chains, out=chains)
+        _gpu.to_host(self._weights, out=weights)
+        _gpu.to_host(self._moments, out=moments)
 
     def _step(self, step: int) -> None:
-        n, dtype, chains, split = len(self._latent), self._dtype, self.chains, self._n_coarse
+        n, dtype, chains, split = len(self._latent), self._dtype, self._chains, self._n_coarse
         if chains is not None:
             resident = _cuda.library().call("resident", dtype, self._coarse)
             _gpu.call(
@@ -178,7 +192,7 @@ class Fit:
         From the prior's samples to the target's fields.
     prior : Prior
         With its trained width and scale, where it has them.
-    target : Phi4
+    target : Phi4 or CustomAction
     ess, acceptance, std_log_w : float
         Effective sample size per sample, acceptance of the independence Metropolis chain and standard
         deviation of log w, on fresh samples.
@@ -191,7 +205,7 @@ class Fit:
 
     flow: Flow
     prior: Prior
-    target: Phi4
+    target: Phi4 | CustomAction
     ess: float
     acceptance: float
     std_log_w: float
@@ -221,7 +235,7 @@ def independence_acceptance(log_w, seed: int = 0) -> float:
 def train(
     flow: Flow,
     prior: Prior,
-    target: Phi4,
+    target: Phi4 | CustomAction,
     n_steps: int = 1000,
     batch_size: int = 500,
     learning_rate: float = 0.01,
@@ -230,6 +244,8 @@ def train(
     n_threads: int | None = None,
     n_evaluation: int | None = None,
     progress: bool | Callable[[int, int, float, float], None] = False,
+    checkpoint: str | os.PathLike | None = None,
+    checkpoint_seconds: float = 60.0,
     device: str = "cpu",
 ) -> Fit:
     """Train a flow to map samples of a prior to those of a theory.
@@ -242,7 +258,7 @@ def train(
     flow : Flow
         Where to start; not changed.
     prior : Prior
-    target : Phi4
+    target : Phi4 or CustomAction
         Of the prior's shape.
     n_steps, batch_size : int
     learning_rate : float
@@ -254,7 +270,14 @@ def train(
     n_evaluation : int, optional
         Fresh samples behind ess, acceptance and std_log_w; by default ten batches.
     progress : bool or callable
-        True for a line on stderr, or called as progress(step, n_steps, loss, ess).
+        True for a line on stderr, or called as progress(step, n_steps, loss, ess). A KeyboardInterrupt that it
+        raises stops the training after it was stored in `checkpoint`.
+    checkpoint : path-like, optional
+        File in which weights, moments and the prior's chains are kept while training, and the one before beside
+        it. Where it exists, training goes on from there, and ends in the same bits; threads may differ, and so may
+        the device, which changes the rounding.
+    checkpoint_seconds : float
+        Time between two of them.
     device : {"cpu", "cuda"}
         With "cuda" all of a step happens on the current GPU: the prior's chains, the flow, the loss, Adam.
 
@@ -266,114 +289,152 @@ def train(
     ------
     ValueError, TypeError
         Bad arguments, before any work.
+    ParameterError
+        The checkpoint is of a training with other parameters, which are named.
     NotFiniteError
-        The loss became NaN or Inf; names the step.
+        The loss became NaN or Inf; names the step, and the last good one that `checkpoint` has.
+    FileFormatError
+        The checkpoint and the one before are damaged.
     """
     if not isinstance(flow, Flow):
         raise TypeError(f"flow: must be a Flow, got {type(flow).__name__}")
     if not isinstance(prior, Prior):
         raise TypeError(f"prior: must be a Prior, got {type(prior).__name__}")
-    if not isinstance(target, Phi4):
-        raise TypeError(f"target: must be a Phi4, got {type(target).__name__}")
+    if not isinstance(target, (Phi4, CustomAction)):
+        raise TypeError(f"target: must be a Phi4 or a CustomAction, got {type(target).__name__}")
     if prior.shape != target.shape:
         raise ValueError(f"prior: its lattice is {prior.shape}, the target's is {target.shape}")
     n_steps = check_count(n_steps, "n_steps", 1, 10**8)
     n = check_count(batch_size, "batch_size", 2, 10**8)
-    if not (isinstance(learning_rate, (int, float)) and math.isfinite(learning_rate) and learning_rate > 0):
+    if not (is_finite(learning_rate) and learning_rate > 0):
         raise ValueError(f"learning_rate: must be positive, got {learning_rate!r}")
     seed, dtype, threads = check_seed(seed), real_dtype(dtype), check_threads(n_threads)
     n_evaluation = 10 * n if n_evaluation is None else check_count(n_evaluation, "n_evaluation", 2)
     report = _progress_line if progress is True else progress or None
     if device not in ("cpu", "cuda"):
         raise ValueError(f"device: must be one of cpu, cuda, got {device!r}")
-    if device == "cuda":
+    on_gpu, custom = device == "cuda", isinstance(target, CustomAction)
+    if on_gpu and custom:
+        raise ValueError("device: a CustomAction is trained for on the cpu only, got 'cuda'")
+    if on_gpu:
         _gpu.require('device "cuda"')
 
     base = prior.base
     whole = flow.copy() if prior.map is None else Compose([prior.map.copy(), flow.copy()])
     program, weights = whole.program(target.shape), whole.weights
     volume = target.volume
-    flow_record = np.zeros(1, dtype=_FLOW_RECORD)
+    flow_record = np.zeros(1, dtype=native.FLOW_DTYPE)
     flow_record["volume"], flow_record["n_weights"], flow_record["n_layers"] = (
         volume,
         weights.size,
         program.size,
     )
     flow_record["layers"], flow_record["weights"] = program.ctypes.data, weights.ctypes.data
-    theory = target._record()
+    theory = target._record(dtype) if custom else target._record()
 
-    coarse = (base.theory or target)._record()
+    no_chains = Phi4(target.shape, 0.0, 0.0)
+    coarse = (base.theory or no_chains)._record()
     chain_count = n * base.n_copies
-    on_cpu = device == "cpu"
-    settings = (base.hmc(dtype, n_threads) if base.theory else HMC(target))._settings(1, base.n_between, seed)
+    settings = (base.hmc(dtype, n_threads) if base.theory else HMC(no_chains))._settings(1, base.n_between, seed)
     history = np.zeros((len(_HISTORY), n_steps))
     seconds = np.zeros(n_steps)
-    batch, coarse_batch, all_threads = ctypes.c_int64(n), ctypes.c_int64(chain_count), ctypes.c_int32(threads)
-    if on_cpu:
-        spaces = [
-            _native.workspace("hmc", dtype, None, coarse, coarse_batch, all_threads),
-            _native.workspace("phi4", dtype, coarse, coarse_batch, all_threads),
-            _native.workspace("flow", dtype, flow_record, batch, all_threads),
-        ]
-        buffers = {
-            "chains": np.empty((chain_count, base.theory.volume if base.theory else 0), dtype=dtype),
-            "coarse_action": np.zeros(chain_count),
-            "noise": np.empty((n, base.n_noise), dtype=dtype),
-            "latent": np.empty((n, volume), dtype=dtype),
-        }
+    spaces = [
+        native.workspace("hmc", dtype, None, coarse, chain_count, threads),
+        native.workspace("phi4", dtype, coarse, chain_count, threads),
+        native.workspace("custom", dtype, flow_record, theory, n, threads)
+        if custom
+        else native.workspace("flow", dtype, flow_record, n, threads),
+    ]
+    buffers = {
+        "chains": np.empty((chain_count, base.theory.volume if base.theory else 0), dtype=dtype),
+        "coarse_action": np.zeros(chain_count),
+        "noise": np.empty((n, base.n_noise), dtype=dtype),
+        "latent": np.empty((n, volume), dtype=dtype),
+    }
 
-        def run(count: int, first: int) -> tuple[int, int]:
-            return _loop(
-                flow_record.ctypes.data, weights, moments[0], moments[1], theory.ctypes.data, count, first, n_steps,
-                float(learning_rate), coarse.ctypes.data, buffers["chains"], settings.ctypes.data,
-                settings.view(np.uint64), base.n_between, buffers["coarse_action"],
-                buffers["noise"], seed, buffers["latent"], np.empty(n), np.empty(n), np.empty(weights.size),
-                *spaces, threads, history,
-            )  # fmt: skip
+    def run(count: int, first: int) -> tuple[int, int]:
+        return _loop(
+            flow_record.ctypes.data, weights, moments[0], moments[1], theory.ctypes.data, custom, count, first, n_steps,
+            float(learning_rate), coarse.ctypes.data, buffers["chains"], settings.ctypes.data,
+            settings.view(np.uint64), base.n_between, buffers["coarse_action"],
+            buffers["noise"], seed, buffers["latent"], np.empty(n), np.empty(n), np.empty(weights.size),
+            *spaces, threads, history,
+        )  # fmt: skip
 
-        moments = np.zeros((2, weights.size))
-        run(0, 0)  # compiles the loop outside the clock
-    else:
+    moments = np.zeros((2, weights.size))
+    if on_gpu:
         loop = _DeviceLoop(base, target, program, weights, n, n_steps, float(learning_rate), seed, dtype, settings)
-
-        def run(count: int, first: int) -> tuple[int, int]:
-            return loop.run(count, first, history)
-
-    begin = time.perf_counter()
-    state = base.start(n, seed, dtype, n_threads, device)
-    chains = None
-    if state is not None:
-        if on_cpu:
-            buffers["chains"][:] = state.latent.reshape(chain_count, -1)
-            chains = buffers["chains"]
-        else:
-            chains = loop.chains = state.latent.reshape(chain_count, -1)
+    else:
+        run(0, 0)  # compiles the loop outside the clock
+    step, chunk, begin = 0, 1, time.perf_counter()
+    parameters = _parameters(flow, prior, target, n_steps, n, float(learning_rate), seed, dtype)
+    tensors = {
+        "weights": weights,
+        "moments": moments,
+        "chains": buffers["chains"],
+        "history": history,
+        "seconds": seconds,
+    }
+    stored = None if checkpoint is None else _stored(checkpoint, parameters, tensors)
+    if stored:
+        step, settings["first_trajectory"], begin = stored["step"], stored["trajectory"], begin - stored["elapsed"]
+    elif base.theory is not None:
+        state = base.start(n, seed, dtype, n_threads, device=device)
+        latent = _gpu.to_host(state.latent) if on_gpu else state.latent
+        buffers["chains"][:] = latent.reshape(chain_count, -1)
         settings["first_trajectory"] = state.trajectory
-    step, chunk = 0, 1
+    if on_gpu:
+        loop.upload(**tensors)
+
+    def store() -> None:
+        if checkpoint is not None:
+            if on_gpu:
+                loop.download(**tensors)
+            record = {
+                "step": step,
+                "trajectory": int(settings["first_trajectory"][0]),
+                "elapsed": time.perf_counter() - begin,
+                "parameters": parameters,
+            }
+            save_checkpoint(checkpoint, tensors, record)
+
+    if not stored:
+        store()
+    last_stored = step, time.perf_counter()
     while step < n_steps:
         before = time.perf_counter()
         count = min(chunk, n_steps - step)
-        reached, status = run(count, step)
+        reached, status = loop.run(count, step, history) if on_gpu else run(count, step)
         if status != _DONE:
             reason = {
-                _FAILED_KERNEL: _native.last_error, _FAILED_LOSS: lambda: "the loss is NaN or Inf",
+                _FAILED_KERNEL: native.last_error, _FAILED_LOSS: lambda: "the loss is NaN or Inf",
                 _FAILED_CHAIN: lambda: "dH of a coarse chain is NaN or Inf, at this step or soon after",
             }[status]()  # fmt: skip
-            raise _core.NotFiniteError(f"training step {reached}: {reason}; try a smaller learning rate")
+            kept = f"; step {last_stored[0]} is kept in {checkpoint}" if checkpoint is not None else ""
+            raise _core.NotFiniteError(f"training step {reached}: {reason}; try a smaller learning rate{kept}")
         now = time.perf_counter()
         seconds[step:reached] = (before - begin) + (now - before) * np.arange(1, count + 1) / count
         step = reached
         chunk = max(1, min(4 * chunk, int(count * 0.25 / max(now - before, 1e-6))))
+        if now - last_stored[1] > checkpoint_seconds or step == n_steps:
+            store()
+            last_stored = step, time.perf_counter()
         if report:
-            report(step, n_steps, float(history[0, step - 1]), float(history[1, step - 1]))
+            try:
+                report(step, n_steps, float(history[0, step - 1]), float(history[1, step - 1]))
+            except KeyboardInterrupt:
+                store()
+                raise
     elapsed = time.perf_counter() - begin
 
-    whole.weights = weights if on_cpu else loop.weights
+    if on_gpu:
+        loop.download(**tensors)
+    whole.weights = weights
     trained, map_weights = whole, np.empty(0)
     if prior.map is not None:
         trained, map_weights = whole.flows[1], whole.flows[0].weights
     log_w = _evaluate(
-        whole, prior, target, n, n_evaluation, seed, dtype, n_threads, chains, settings, n_steps, device
+        whole, prior, target, n, n_evaluation, seed, dtype, n_threads, buffers["chains"], settings, n_steps, device
     )
     found = dict(zip(_HISTORY, history, strict=True))
     return Fit(
@@ -386,6 +447,45 @@ def train(
         history=found | {"seconds": seconds},
         seconds=elapsed,
     )
+
+
+def _parameters(flow, prior, target, n_steps, batch_size, learning_rate, seed, dtype) -> dict[str, Any]:
+    """All that decides what a training becomes, as plain data."""
+    base = prior.base
+    found = {f"target {key}": value for key, value in asdict(target).items()}
+    found |= {"flow": flow.describe(), "prior": type(prior).__name__}
+    if base.theory is not None:
+        found |= {f"prior {key}": value for key, value in asdict(base.theory).items()}
+        found |= {f"prior chains {key}": getattr(base, key) for key in ("n_between", "tau", "n_steps", "n_warmup")}
+    if prior.map is not None:
+        found["prior map"] = prior.map.describe()
+    return found | {
+        "n_steps": n_steps,
+        "batch_size": batch_size,
+        "learning_rate": learning_rate,
+        "seed": seed,
+        "dtype": str(dtype),
+    }
+
+
+def _stored(path, parameters: dict[str, Any], tensors: dict[str, np.ndarray]) -> dict[str, Any] | None:
+    """Fill `tensors` from the newest good checkpoint and return its record; None where there is none."""
+    for found, record in load_checkpoint(path):
+        check_parameters(path, record.get("parameters"), parameters)
+        shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+        try:
+            if {name: (tensor.shape, tensor.dtype) for name, tensor in found.items()} != shapes:
+                raise ValueError("its arrays have other shapes")
+            check_count(record["step"], "step", 0, parameters["n_steps"])
+            check_count(record["trajectory"], "trajectory", 0, 2**56 - 1)
+            if not (isinstance(record["elapsed"], float) and math.isfinite(record["elapsed"])):
+                raise ValueError("its time is not a number")
+        except (KeyError, TypeError, ValueError) as error:
+            raise FileFormatError(f"{path}: not the checkpoint of a training: {error}") from None
+        for name, tensor in found.items():
+            tensors[name][...] = tensor
+        return record
+    return None
 
 
 def _evaluate(whole, prior, target, n, n_samples, seed, dtype, n_threads, chains, settings, first_step, device):
@@ -419,12 +519,14 @@ def train_ladder(
     prior: str = "interleave",
     chain: dict | None = None,
     progress: bool | Callable[[int, int, float, float], None] = False,
+    checkpoint: str | os.PathLike | None = None,
     **training,
 ) -> list[Fit]:
     """Train level by level up a ladder of ever finer lattices.
 
     Level i maps configurations of theories[i] (made by HMC) to theories[i + 1], starting from the
-    weights of the level below.
+    weights of the level below. A `MultiscaleFlow` maps noise alone: it is trained for theories[0], then, refined by
+    one level each time, for the others, all its levels together.
 
     Parameters
     ----------
@@ -433,15 +535,18 @@ def train_ladder(
     theories : sequence of Phi4
         Coarsest first, each of half the extents of the next ("lattice": of the same extents).
     prior : {"interleave", "upsample", "lattice"}
+        Not of a `MultiscaleFlow`.
     chain : dict, optional
-        Keywords of the priors' chains.
+        Keywords of the priors' chains, likewise.
+    checkpoint : path-like, optional
+        As of `train`, level i in a file whose name ends in ``-i``: complete levels are not trained again.
     progress, **training
         Passed to `train`. The seed of level i is seed + i.
 
     Returns
     -------
     list of Fit
-        One for each theory but the first.
+        One for each theory but the first; of a `MultiscaleFlow`, for each theory.
     """
     kinds = {"interleave": Interleave, "upsample": Upsample, "lattice": Lattice}
     if prior not in kinds:
@@ -449,6 +554,8 @@ def train_ladder(
     theories = list(theories)
     if len(theories) < 2 or not all(isinstance(theory, Phi4) for theory in theories):
         raise ValueError("theories: a ladder needs at least two theories")
+    if isinstance(flow, MultiscaleFlow):
+        return _train_levels(flow, theories, progress, checkpoint, **training)
     priors = [kinds[prior](theory, **(chain or {})) for theory in theories[:-1]]
     for below, target in zip(priors, theories[1:], strict=True):
         if below.shape != target.shape:
@@ -457,6 +564,24 @@ def train_ladder(
             )
     seed, fits = check_seed(training.pop("seed", 0)), []
     for level, (below, target) in enumerate(zip(priors, theories[1:], strict=True)):
+        training["checkpoint"] = _of_level(checkpoint, level)
         fits.append(train(flow, below, target, seed=seed + level, progress=progress, **training))
         flow = fits[-1].flow
+    return fits
+
+
+def _of_level(checkpoint, level: int) -> str | None:
+    return None if checkpoint is None else f"{os.fspath(checkpoint)}-{level}"
+
+
+def _train_levels(flow: MultiscaleFlow, theories, progress, checkpoint, seed=0, **training) -> list[Fit]:
+    for coarse, fine in itertools.pairwise(theories):
+        if tuple(2 * extent for extent in coarse.shape) != fine.shape:
+            raise ValueError(f"theories: {fine.shape} is not twice the extents of the level below, {coarse.shape}")
+    seed, fits = check_seed(seed), []
+    for level, theory in enumerate(theories):
+        if fits:
+            flow = fits[-1].flow.refined()
+        training["checkpoint"] = _of_level(checkpoint, level)
+        fits.append(train(flow, Gaussian(theory.shape), theory, seed=seed + level, progress=progress, **training))
     return fits

@@ -235,6 +235,47 @@ def test_a_run_is_not_overwritten(finished, tmp_path, capsys):
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
 
 
+def test_overwrite_deletes_a_run_and_nothing_else(tmp_path, capsys):
+    path, out = write_config(tmp_path, TARGET + SAMPLING), tmp_path / "out"
+    stop = KeyboardInterrupt
+
+    def interrupt(stage, done, total, remark):
+        if done == 80:
+            raise stop
+
+    with pytest.raises(stop):
+        experiment.run_experiment(config.load_config(path), out, progress=interrupt)
+    before = (out / "run.h5").stat().st_ino
+    (out / "flows" / "notes.txt").write_text("mine")
+    assert lfq_main("run", path, "--out", out, "--overwrite") == 2
+    assert "notes.txt is not of a run of lfq" in the_error(capsys)
+    assert (out / "run.h5").stat().st_ino == before
+    (out / "flows" / "notes.txt").unlink()
+    assert lfq_main("run", path, "--out", out, "--overwrite", "--resume") == 2
+    assert "exclude each other" in the_error(capsys)
+    with pytest.raises(stop):
+        experiment.run_experiment(config.load_config(path), out, overwrite=True, progress=interrupt)
+    assert (out / "run.h5").stat().st_ino != before
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").write_text("mine")
+    assert lfq_main("run", path, "--out", tmp_path / "other", "--overwrite") == 2
+    assert "is not empty" in the_error(capsys) and (tmp_path / "other" / "thesis.tex").exists()
+
+
+def test_two_processes_cannot_run_in_one_directory(tmp_path, capsys):
+    path, out = write_config(tmp_path, TARGET + SAMPLING), tmp_path / "out"
+    codes = []
+
+    def meanwhile(stage, done, total, remark):
+        if not codes:
+            codes.append(lfq_main("run", path, "--resume", "--out", out))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        experiment.run_experiment(config.load_config(path), out, progress=meanwhile)
+    assert codes == [2] and "in use by another process" in the_error(capsys)
+
+
 def test_other_peoples_files_are_left_alone(tmp_path, capsys):
     path = write_config(tmp_path)
     assert lfq_main("run", path, "--out", tmp_path) == 2
@@ -269,10 +310,13 @@ def assert_same_run(one, other):
         names = []
         a["samplers"].visit(names.append)
         datasets = [name for name in names if isinstance(a["samplers"][name], h5py.Dataset)]
-        assert len(datasets) == 5 * (len(lfq.observables.OBSERVABLES) + 5)
+        assert len(datasets) == 5 * (len(lfq.observables.OBSERVABLES) + 3)
         for name in datasets:
-            if not name.endswith("/seconds"):
-                np.testing.assert_array_equal(a["samplers"][name], b["samplers"][name], err_msg=name)
+            np.testing.assert_array_equal(a["samplers"][name], b["samplers"][name], err_msg=name)
+    for sampler in ("hmc", *(f"flow_hmc_{prior}" for prior in PRIORS[1:])):
+        states = [io.load_checkpoint(out / "checkpoints" / f"{sampler}.safetensors")[0] for out in (one, other)]
+        np.testing.assert_array_equal(*(tensors["latent"] for tensors, _ in states))
+        assert states[0][1] | {"seconds": 0} == states[1][1] | {"seconds": 0}
     for prior in PRIORS[1:]:
         flows = [io.load_tensors(out / "flows" / f"{prior}.safetensors")[0]["weights"] for out in (one, other)]
         np.testing.assert_array_equal(*flows)
@@ -286,41 +330,62 @@ def assert_same_run(one, other):
 
 
 def test_a_run_interrupted_everywhere_ends_the_same(finished, tmp_path):
-    stages = ["train lattice", "hmc", "flow hmc gaussian", "flow hmc upsample"]
-    interruptions = [(stage, remark) for stage in stages for remark in ("", "warming up", "acceptance")]
-    pending = [("train lattice", ""), *[i for i in interruptions if i[1] and not i[0].startswith("train")]]
-    settings, out = config.parse_config(TINY), tmp_path / "out"
+    """Stopped by its callback again and again, with other threads and blocks each time."""
+    settings, out, calls = config.parse_config(TINY), tmp_path / "out", 0
 
     def interrupt(stage, done, total, remark):
-        if pending and stage == pending[0][0] and pending[0][1] in remark:
-            pending.pop(0)
+        nonlocal calls
+        calls += 1
+        if calls % 19 == 0:
             raise KeyboardInterrupt
 
-    n_interruptions = len(pending)
-    for attempt in range(n_interruptions):
-        with pytest.raises(KeyboardInterrupt):
-            experiment.run_experiment(settings, out, resume=attempt > 0, progress=interrupt)
-    assert not pending and n_interruptions == 7
-    experiment.run_experiment(None, out, resume=True)
+    interruptions = 0
+    while True:
+        changed = dataclasses.replace(
+            settings,
+            run=dataclasses.replace(settings.run, threads=1 + interruptions % 3),
+            sampling=dataclasses.replace(settings.sampling, block_size=(40, 7, 64)[interruptions % 3]),
+        )
+        try:
+            experiment.run_experiment(changed, out, resume=interruptions > 0, progress=interrupt)
+            break
+        except KeyboardInterrupt:
+            interruptions += 1
+    assert interruptions > 4
     assert_same_run(finished, out)
 
 
-def test_the_command_line_resumes_a_killed_run(finished, tmp_path):
-    out = tmp_path / "out"
-    kill = (
-        "import os, sys; from lfq import cli, io\n"
-        "commit, calls = io.RunFile._commit, []\n"
-        "def die(self, sampler, **changes):\n"
-        "    calls.append(sampler)\n"
-        "    if calls.count('flow_hmc_lattice') == 4: os.kill(os.getpid(), 9)\n"
-        "    commit(self, sampler, **changes)\n"
-        "io.RunFile._commit = die\n"
-        f"cli.main(['run', {str(write_config(tmp_path))!r}, '--out', {str(out)!r}])\n"
-    )
-    killed = subprocess.run([sys.executable, "-c", kill], capture_output=True, timeout=300, check=False)
-    assert killed.returncode == -9
-    assert not (out / "results.json").exists()
-    assert lfq_main("run", "--resume", "--out", out) == 0
+def run_with_kills(directory, n_kills, seed=0):
+    """A run in a directory, killed by SIGKILL until it has been `n_kills` times, then left to finish."""
+    out, kills, attempts = directory / "out", 0, 0
+    while True:
+        attempts += 1
+        text = TINY.replace("block_size = 40", f"block_size = {(40, 9, 64)[attempts % 3]}")
+        path = write_config(directory, text + f"[run]\nthreads = {1 + attempts % 2}\n")
+        how = ["--resume"] if (out / "checkpoints" / "run.safetensors").exists() else ["--overwrite"]
+        chance = 0.03 if kills < n_kills else 0.0
+        code = f"import sys; from lfq import cli; sys.exit(cli.main({['run', str(path), *how, '--out', str(out)]}))"
+        killer = os.path.join(os.path.dirname(__file__), "killer.py")
+        command = [sys.executable, killer, str(chance), str(1000 * seed + attempts), code]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+        assert result.returncode in (0, -9), result.stderr
+        assert "damaged" not in result.stderr
+        if result.returncode == 0:
+            return out, kills
+        kills += 1
+
+
+def test_a_run_killed_at_random_ends_in_the_same_bits(finished, tmp_path):
+    out, kills = run_with_kills(tmp_path, 3)
+    assert kills == 3
+    assert_same_run(finished, out)
+
+
+@pytest.mark.validate
+@pytest.mark.parametrize("seed", range(1, 6))
+def test_fifty_kills(finished, tmp_path, seed):
+    out, kills = run_with_kills(tmp_path, 10, seed)
+    assert kills == 10
     assert_same_run(finished, out)
 
 
@@ -348,11 +413,9 @@ def test_resume_accepts_another_number_of_threads(finished, tmp_path):
 
 
 def test_resume_needs_a_run(tmp_path, capsys):
-    assert lfq_main("run", "--resume", "--out", tmp_path) == 2
-    assert "holds no run to resume" in the_error(capsys)
-    (tmp_path / "run.h5").write_bytes(b"not HDF5")
-    assert lfq_main("run", "--resume", "--out", tmp_path) == 2
-    assert "not a readable HDF5 file" in the_error(capsys)
+    for out in (tmp_path, tmp_path / "absent"):
+        assert lfq_main("run", "--resume", "--out", out) == 2
+        assert "holds no run to resume" in the_error(capsys)
 
 
 # ---- other shapes of a run ------------------------------------------------------------------------
@@ -377,6 +440,16 @@ def test_ladder_in_float32(tmp_path):
     assert flow["train_seconds"] == pytest.approx(sum(level["train_seconds"] for level in results["levels"]))
     again = experiment.run_experiment(None, out, resume=True)
     assert again["samplers"][1]["observables"] == flow["observables"]
+
+
+def test_multiscale_ladder(tmp_path):
+    text = TARGET + SAMPLING + '[flow]\nscale = "site"\nn_blocks = 2\n[training]\nn_steps = 30\nbatch_size = 32\n'
+    text += '[ladder]\nshapes = [[4, 4], [8, 8]]\nbetas = [0.5, 0.576]\nprior = "multiscale"\n'
+    results = experiment.run_experiment(config.parse_config(text), tmp_path / "out")
+    assert [(level["prior"], level["L"]) for level in results["levels"]] == [("ladder-4x4", 4), ("ladder-8x8", 8)]
+    flow = lfq.load_flow(tmp_path / "out" / "flows" / "ladder-8x8.safetensors")
+    assert isinstance(flow, lfq.MultiscaleFlow) and flow.n_levels == 3
+    assert results["samplers"][1]["prior"] == "ladder"
 
 
 def test_three_dimensions(tmp_path):
@@ -452,7 +525,7 @@ def test_importing_lfq_loads_nothing_optional():
 def test_selftest_passes(tmp_path, capsys):
     assert lfq_main("selftest", write_config(tmp_path)) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[-1] == "all passed" and len(lines) == 18
+    assert lines[-1] == "all passed" and len(lines) == 22
     assert all(line.startswith("pass") for line in lines[:-1])
 
 
@@ -522,9 +595,35 @@ def wrong_hopping(monkeypatch):
     monkeypatch.setattr(lfq.HMC, "advance", advance)
 
 
+def forgetful_checkpoint(monkeypatch):
+    right = lfq.HMC.load
+    monkeypatch.setattr(lfq.HMC, "load", lambda self, path: dataclasses.replace(right(self, path), trajectory=0))
+
+
+def forgetful_training(monkeypatch):
+    right = io.save_checkpoint
+
+    def save(path, tensors, record):
+        right(path, tensors | {"moments": 0 * tensors["moments"]} if "moments" in tensors else tensors, record)
+
+    monkeypatch.setattr(sys.modules["lfq.train"], "save_checkpoint", save)
+
+
+def one_stream_for_all(monkeypatch):
+    right = lfq._core.normal
+
+    def normal(seed, purpose, trajectory, first_chain, n_chains, out, n_threads):
+        right(seed, 0, trajectory, first_chain, n_chains, out, n_threads)
+
+    monkeypatch.setattr(lfq._core, "normal", normal)
+
+
 @pytest.mark.parametrize(
     ("breakage", "named"),
     [
+        (forgetful_checkpoint, "restarts give the bits"),
+        (forgetful_training, "training: a restart"),
+        (one_stream_for_all, "no block occurs twice"),
         (wrong_force, "force = -dS/dphi"),
         (wrong_flow_force, "flow-HMC force"),
         (wrong_log_determinant, "log-determinant"),

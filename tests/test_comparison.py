@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
+from test_weighted import one_sided_flow, scaled_gaussian
 
 import lfq
 from lfq import cli, comparison, plots, report
@@ -109,6 +110,61 @@ class Biased(lfq.HMC):
         wrong._run(settings, latent, phi, dh, accepted, flipped, values)
 
 
+@dataclass(frozen=True)
+class Diverging(lfq.HMC):
+    """HMC that works as long as nothing is measured."""
+
+    def advance(self, state, n_samples, thin=1, measure=True):
+        if measure:
+            raise lfq.NotFiniteError("dH is nan in chain 3 (trajectory 9)")
+        return super().advance(state, n_samples, thin, measure)
+
+
+def test_a_failure_ends_one_sampler_alone():
+    """Whether it diverges or cannot even be made: it is in the table with its error, and the others are compared."""
+
+    def broken():
+        raise RuntimeError("no such flow")
+
+    samplers = {
+        "diverging": lfq.Contender(Diverging(SMALL), tune=False),
+        "HMC": lfq.Contender(lfq.HMC(SMALL, tau=3.0, n_steps=16), tune=False),
+        "broken": broken,
+        "clusters": lambda: lfq.Contender(lfq.ClusterHMC(SMALL, tau=2.0), tune=False),
+    }
+    with pytest.warns(lfq.FailureWarning) as caught:
+        found = lfq.compare(SMALL, samplers, **BUDGET)
+    told = [str(warning.message) for warning in caught]
+    assert "diverging failed: NotFiniteError: dH is nan in chain 3 (trajectory 9)" in told and len(told) == 2
+    assert list(found.runs) == ["HMC", "clusters"] and found.results["disagreeing"] == []
+    records = {record["name"]: record for record in found.results["samplers"]}
+    assert list(records) == list(samplers)
+    assert records["broken"]["error"] == "RuntimeError: no such flow"
+    assert [record["name"] for record in comparison.completed(found.results)] == ["HMC", "clusters"]
+    assert records["HMC"]["chi2"] is not None and records["HMC"]["judged"]
+    text = str(found)
+    assert re.search(r"^diverging! +failed", text, flags=re.MULTILINE)
+    assert "FAILED: broken: RuntimeError: no such flow" in text
+
+
+def test_finished_samplers_are_not_run_again():
+    """`store` sees every sampler as it finishes; a comparison from what it saw runs only the others."""
+    contenders = {"HMC": lfq.HMC(SMALL, tau=3.0, n_steps=16), "clusters": lfq.ClusterHMC(SMALL, tau=2.0)}
+    contenders = {name: lfq.Contender(sampler, tune=False) for name, sampler in contenders.items()}
+    seen = []
+    whole = lfq.compare(SMALL, contenders, **BUDGET, store=lambda found: seen.append(json.loads(json.dumps(found))))
+    assert [(len(found["samplers"]), found["unfinished"]) for found in seen] == [(1, ["clusters"]), (2, [])]
+    assert seen[1] == json.loads(json.dumps(whole.results))
+
+    rest = lfq.compare(SMALL, contenders, **BUDGET, finished=seen[0]["samplers"])
+    assert list(rest.runs) == ["clusters"]
+    assert [record["name"] for record in rest.results["samplers"]] == ["HMC", "clusters"]
+    first, again = whole.results["samplers"][0], rest.results["samplers"][0]
+    assert again["observables"] == first["observables"] and again["chi2"] is not None
+    with pytest.raises(ValueError, match="finished: SMC is none"):
+        lfq.compare(SMALL, contenders, **BUDGET, finished=[{"name": "SMC"}])
+
+
 @pytest.mark.parametrize("n_right", [1, 2])
 def test_a_wrong_sampler_is_named(n_right):
     """Though it is as precise as the others; of two that disagree both are named."""
@@ -147,6 +203,31 @@ def test_a_frozen_sign_is_noticed():
     assert clusters["sign_tau_int"] < 1
     notes = " ".join(report.comparison_notes(result))
     assert "HMC: the sign of M hardly ever changed" in notes
+
+
+def test_a_lost_phase_is_noticed():
+    """A flow to one of two ordered states: its own weights look well, and so do |M| and phi^2."""
+    theory = lfq.Phi4((2, 2), beta=0.9, lam=0.5)
+    samplers = {
+        "clusters": lfq.Contender(lfq.ClusterHMC(theory, n_steps=6), tune=False),
+        "reweighting": lfq.Reweighting(theory, one_sided_flow()),
+    }
+    result = lfq.compare(theory, samplers, **BUDGET).results
+    clusters, flow = result["samplers"]
+    assert flow["judged"] and flow["agrees"] and flow["flow_ess"] > 0.1 and flow["reverse_ess"] < 1e-6
+    notes = [note for note in report.comparison_notes(result) if note.startswith("!")]
+    assert any("COLLAPSE: the flow of reweighting" in note for note in notes)
+    assert sum("BROKEN SYMMETRY" in note for note in notes) == 1
+    assert any("in reweighting, not to zero" in note for note in notes)
+
+
+def test_a_flow_that_covers_the_theory_is_not_accused():
+    """lam = 0 and a flow of the right width: no note of a collapse."""
+    theory = lfq.Phi4((4, 4), beta=0.1, lam=0.0)
+    samplers = {"reweighting": lfq.Reweighting(theory, scaled_gaussian(0.75))}
+    result = lfq.compare(theory, samplers, **BUDGET).results
+    assert result["samplers"][0]["reverse_ess"] > 0.3
+    assert not any("COLLAPSE" in note or "SYMMETRY" in note for note in report.comparison_notes(result))
 
 
 @pytest.mark.parametrize(
@@ -203,6 +284,10 @@ tune = false
 n_updates = 2
 
 [[sampler]]
+kind = "heat-bath"
+cluster = "swendsen-wang"
+
+[[sampler]]
 kind = "flow-hmc"
 prior = "gaussian"
 
@@ -227,7 +312,7 @@ def finished(tmp_path_factory):
 
 def test_compare_leaves_results_figures_and_a_report(finished):
     results = json.loads((finished / "results.json").read_text())
-    names = ["hmc", "wolff", "flow-hmc, gaussian", "reweighting, gaussian", "annealing"]
+    names = ["hmc", "wolff", "heat-bath, swendsen-wang", "flow-hmc, gaussian", "reweighting, gaussian", "annealing"]
     assert [record["name"] for record in results["samplers"]] == names
     assert results["config"]["target"]["shape"] == [4, 4] and results["machine"]["threads"]
     assert results["levels"][0]["prior"] == "gaussian"
@@ -240,9 +325,93 @@ def test_compare_leaves_results_figures_and_a_report(finished):
     assert lfq.load_flow(finished / "flows" / "gaussian.safetensors").n_weights == 37
 
 
+QUICK = (
+    CONFIG.split("[training]")[0]
+    + """
+[comparison]
+seconds = 0.1
+n_chains = 8
+n_warmup = 10
+
+[[sampler]]
+kind = "hmc"
+tune = false
+
+[[sampler]]
+kind = "swendsen-wang"
+tune = false
+"""
+)
+
+
+def test_an_interrupted_comparison_continues(tmp_path, monkeypatch, capsys):
+    """What was finished is kept to the last bit, the rest is run, and the report is complete."""
+    config, out = tmp_path / "config.toml", tmp_path / "out"
+    config.write_text(QUICK)
+    run = comparison._Bench.run
+
+    def interrupted(bench, name, contender):
+        if name == "swendsen-wang":
+            raise KeyboardInterrupt
+        return run(bench, name, contender)
+
+    monkeypatch.setattr(comparison._Bench, "run", interrupted)
+    assert cli.main(["compare", str(config), "--out", str(out)]) == 130
+    assert f"lfq compare --resume --out {out}" in capsys.readouterr().err
+    half = json.loads((out / "results.json").read_text())
+    assert [record["name"] for record in half["samplers"]] == ["hmc"] and half["unfinished"] == ["swendsen-wang"]
+    assert not (out / "report.html").exists()
+
+    monkeypatch.setattr(comparison._Bench, "run", run)
+    assert cli.main(["compare", "--resume", "--out", str(out)]) == 0
+    whole = json.loads((out / "results.json").read_text())
+    assert [record["name"] for record in whole["samplers"]] == ["hmc", "swendsen-wang"] and whole["unfinished"] == []
+    assert whole["samplers"][0]["observables"] == half["samplers"][0]["observables"]
+    assert "swendsen-wang" in (out / "report.html").read_text()
+
+    config.write_text(QUICK.replace("n_chains = 8", "n_chains = 12"))
+    assert cli.main(["compare", str(config), "--resume", "--out", str(out)]) == 2
+    assert "[comparison] n_chains" in capsys.readouterr().err
+    assert json.loads((out / "results.json").read_text()) == whole
+    assert cli.main(["compare", str(config), "--overwrite", "--out", str(out)]) == 0
+    assert json.loads((out / "results.json").read_text())["n_chains"] == 12
+
+
+def test_a_failed_sampler_is_told_and_tried_again(tmp_path, monkeypatch, capsys):
+    """The exit code is 1, and a later --resume runs what failed."""
+    (tmp_path / "config.toml").write_text(QUICK)
+    run = comparison._Bench.run
+
+    def failing(bench, name, contender):
+        if name == "hmc":
+            raise lfq.NotFiniteError("dH is nan")
+        return run(bench, name, contender)
+
+    monkeypatch.setattr(comparison._Bench, "run", failing)
+    arguments = ["compare", str(tmp_path / "config.toml"), "--out", str(tmp_path / "out")]
+    assert cli.main(arguments) == 1
+    assert "FAILED: hmc: NotFiniteError: dH is nan" in capsys.readouterr().out
+    assert "NotFiniteError" in (tmp_path / "out" / "report.html").read_text()
+    monkeypatch.setattr(comparison._Bench, "run", run)
+    assert cli.main([*arguments, "--resume"]) == 0
+
+
+@pytest.mark.parametrize("option", [[], ["--overwrite"], ["--resume"]])
+def test_other_files_are_left_alone(option, tmp_path, capsys):
+    """A directory that holds anything but a comparison is refused, whatever is asked."""
+    (tmp_path / "config.toml").write_text(QUICK)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").write_text("all of it")
+    assert cli.main(["compare", str(tmp_path / "config.toml"), "--out", str(tmp_path / "out"), *option]) == 2
+    assert ("no comparison to resume" if "--resume" in option else "not empty") in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.tex"]
+
+
 def test_compare_prints_its_table(finished, capsys, tmp_path):
     assert cli.main(["compare", str(finished / "config.toml"), "--out", str(finished)]) == 2
-    assert "not empty" in capsys.readouterr().err
+    assert "--overwrite replaces it" in capsys.readouterr().err
+    assert cli.main(["compare", "--resume", "--overwrite", "--out", str(finished)]) == 2
+    assert "choose one" in capsys.readouterr().err
     (tmp_path / "small.toml").write_text(CONFIG.split("[training]")[0] + "[comparison]\nseconds = 0.1\nn_chains = 8\n")
     assert cli.main(["compare", str(tmp_path / "small.toml"), "--out", str(tmp_path / "out")]) == 0
     out = capsys.readouterr().out
@@ -257,10 +426,7 @@ def test_compare_prints_its_table(finished, capsys, tmp_path):
         ('[[sampler]]\nkind = "hmc"\nprior = "gaussian"', "means nothing"),
         ('[[prior]]\nkind = "gaussian"\n[[sampler]]\nkind = "flow-hmc"\nprior = "gausian"', "the nearest is gaussian"),
         ('[[sampler]]\nkind = "hmc"\n[[sampler]]\nkind = "hmc"', "[sampler 2] name"),
-        (
-            '[[prior]]\nkind = "upsample"\nbeta = 0.4\n[[sampler]]\nkind = "independence"\nprior = "upsample"',
-            "not the gaussian prior",
-        ),
+        ('[[sampler]]\nkind = "hmc"\ncluster = "wolff"', "[sampler 1] cluster: means nothing"),
         ("[comparison]\nseconds = 0.0", "[comparison] seconds"),
         ('[sampler]\nkind = "hmc"', "[[sampler]]"),
     ],

@@ -140,6 +140,12 @@ def test_the_ladder_in_the_default_file_is_right():
         ),
         (TARGET + '[[prior]]\nkind = "gaussian"\nname = "../x"', r"\[prior 1\] name: may hold letters"),
         (TARGET + 2 * '[[prior]]\nkind = "gaussian"\n', r"\[prior 2\] name: 'gaussian' is taken"),
+        (
+            TARGET + '[flow]\nbias = true\n[ladder]\nshapes = [[8, 8], [16, 16]]\nbetas = [0.576, 0.634]\n'
+            'prior = "multiscale"',
+            r"\[flow\] bias: .*multiscale",
+        ),
+        (TARGET + '[flow]\nscale = "even"', r"\[flow\] features: .*scale 'even'"),
         (TARGET + "[ladder]\nshapes = [[16, 16]]\nbetas = [0.634]", r"\[ladder\] betas: .*at least 2"),
         (
             TARGET + "[ladder]\nshapes = [[4, 4], [16, 16]]\nbetas = [0.5, 0.634]",

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -20,6 +21,8 @@ STRUCTURES = {
     "hidden 3-2, leaky, bias": dict(
         hidden=(3, 2), activation="leaky_relu", bias=True, scale="exp(s)", n_blocks=2
     ),
+    "even": dict(scale="even", features=4),
+    "site": dict(scale="site", rescale=False, n_blocks=2),
 }
 
 
@@ -42,11 +45,12 @@ def make_kind(kind, ndim=2):
                 lfq.Compose([lfq.UpsampleMap(0.8, 0.4, 0.7, ndim), make_flow("hidden 4", ndim)]),
             ]
         ),
+        "multiscale": lambda: lfq.MultiscaleFlow(n_levels=2, n_blocks=2, ndim=ndim),
     }[kind]()
 
 
 AFFINE = pytest.mark.parametrize("name", STRUCTURES)
-KINDS = pytest.mark.parametrize("kind", ["affine", "interleave", "upsample", "compose"])
+KINDS = pytest.mark.parametrize("kind", ["affine", "interleave", "upsample", "compose", "multiscale"])
 
 
 # ---- structure ------------------------------------------------------------------------------
@@ -233,6 +237,31 @@ def test_vjp_is_the_derivative_of_forward(kind, shape, rng):
         assert (dweights * w).sum() == pytest.approx(along_w, abs=1e-6 * (1 + abs(along_w)))
     flow.weights = weights
     np.testing.assert_array_equal(flow.vjp(z, dx, dlog_det), dz)
+
+
+@KINDS
+@pytest.mark.parametrize("shape", [(8,), (4, 8), (4, 4, 4)], ids=str)
+def test_inverse_vjp_is_the_derivative_of_inverse(kind, shape, rng):
+    """Central differences along random directions of x and weights."""
+    flow = make_kind(kind, len(shape))
+    x, cotangent, dlog_det = rng.normal(size=(2, *shape)), rng.normal(size=(2, *shape)), rng.normal(size=2)
+    weights = flow.weights
+
+    def scalar(x, weights):
+        flow.weights = weights
+        z, log_det = flow.inverse(x)
+        return (cotangent * z).sum() + (dlog_det * log_det).sum()
+
+    dx, dweights = flow.inverse_vjp(flow.inverse(x)[0], cotangent, dlog_det, weights=True)
+    h = 1e-6
+    for _ in range(3):
+        v, w = rng.normal(size=x.shape), rng.normal(size=weights.shape)
+        along_x = (scalar(x + h * v, weights) - scalar(x - h * v, weights)) / (2 * h)
+        assert (dx * v).sum() == pytest.approx(along_x, abs=1e-6 * (1 + abs(along_x)))
+        along_w = (scalar(x, weights + h * w) - scalar(x, weights - h * w)) / (2 * h)
+        assert (dweights * w).sum() == pytest.approx(along_w, abs=1e-6 * (1 + abs(along_w)))
+    flow.weights = weights
+    np.testing.assert_array_equal(flow.inverse_vjp(flow.inverse(x)[0], cotangent, dlog_det, n_threads=1), dx)
 
 
 def test_vjp_broadcasts_its_cotangents(rng):
@@ -442,6 +471,24 @@ def test_files_of_flows_that_do_not_exist(structure, n_weights, tmp_path):
     save_tensors(path, {"weights": np.zeros(n_weights)}, {"lfq_flow": json.dumps(structure)})
     with pytest.raises(FileFormatError, match="odd"):
         lfq.load_flow(path)
+
+
+@pytest.mark.parametrize("more", [{"n_blocks": 100, "hidden": [64] * 4, "kernel_size": 9}, {"n_blocks": 10000}])
+def test_a_hostile_structure_allocates_nothing(more, tmp_path):
+    path = tmp_path / "odd"
+    structures = [PAPER | more, {"kind": "compose", "flows": [PAPER | more] * 500}]
+    for structure in structures:
+        save_tensors(path, {"weights": np.zeros(37)}, {"lfq_flow": json.dumps(structure)})
+        tracemalloc.start()
+        with pytest.raises(FileFormatError, match="odd"):
+            lfq.load_flow(path)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 24
+        tracemalloc.stop()
+
+
+def test_too_many_weights():
+    with pytest.raises(ValueError, match="weights, at most"):
+        lfq.AffineFlow(9, 100, [64] * 4)
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,12 @@ FLOWS = {
     "hidden 3-11-2, kernel 5": dict(
         kernel_size=5, n_blocks=1, hidden=(3, 11, 2), activation="leaky_relu", rescale=False
     ),
+    **{f"even {n}": dict(kernel_size=3, n_blocks=2, scale="even", features=n) for n in (1, 2, 4, 8)},
+    "even 4, hidden, kernel 5": dict(
+        kernel_size=5, n_blocks=1, hidden=(3,), bias=True, scale="even", features=4
+    ),
+    "site": dict(kernel_size=3, n_blocks=2, scale="site", rescale=False),
+    "site, rescale, hidden, kernel 5": dict(kernel_size=5, n_blocks=1, hidden=(3,), bias=True, scale="site"),
 }
 
 
@@ -49,6 +55,7 @@ def reference_layers(flow, shape):
                     activation=flow.activation,
                     bias=flow.bias,
                     scale=flow.scale,
+                    features=flow.features or 0,
                 )  # fmt: skip
             )
         if flow.rescale:
@@ -170,6 +177,15 @@ def check_flow(flow, layers, shape, dtype, rng):
     close(dz.reshape(n, volume), wanted_dz, dtype, 20 * depth)
     close(dweights, wanted_dweights, dtype, 20 * depth * n)
     np.testing.assert_array_equal(flow.vjp(z, dx, dlog_det), dz)
+
+    if volume > 32:  # the reference solves dense systems
+        return
+    dx, dweights = flow.inverse_vjp(z, dz, dlog_det, weights=True)
+    wanted_dx, wanted_dweights = reference.flow_inverse_vjp(
+        layers, flow.weights, flat, dz.reshape(n, volume).astype(np.float64), dlog_det
+    )
+    close(dx.reshape(n, volume), wanted_dx, dtype, 200 * depth)
+    close(dweights, wanted_dweights, dtype, 200 * depth * n)
 
 
 @pytest.mark.parametrize("name", ["paper", "hidden 8-8"])

@@ -13,7 +13,8 @@ import pytest
 
 import lfq
 from lfq import _core
-from lfq.train import _FLOW_RECORD
+from lfq.custom import _RECORD as CUSTOM_RECORD
+from lfq.native import FLOW_DTYPE
 
 PACKAGE = Path(lfq.__file__).parent
 HEADER = PACKAGE / "include" / "lfq" / "lfq.h"
@@ -128,7 +129,9 @@ def test_header_compiles_alone(standard):
         ("lfq_hmc", _core.hmc_dtype),
         ("lfq_integrator", _core.hmc_dtype["integrator"]),
         ("lfq_cluster", _core.cluster_dtype),
-        ("lfq_flow", _FLOW_RECORD),
+        ("lfq_heat_bath", _core.heat_bath_dtype),
+        ("lfq_flow", FLOW_DTYPE),
+        ("lfq_custom_f64", CUSTOM_RECORD),
     ],
 )
 def test_records_have_the_layout_of_the_header(struct, dtype):
@@ -254,6 +257,7 @@ def test_import_brings_no_optional_package():
     code = """
 import sys, lfq
 heavy = {"matplotlib", "h5py", "pyerrors", "typer", "rich", "tomli", "cupy", "pandas"}
+heavy |= {"jax", "torch", "xarray", "arviz"}
 print(sorted(heavy & {name.split(".")[0] for name in sys.modules}))
 """
     result = run_python(code)

@@ -30,6 +30,10 @@ COUPLINGS = [
     Coupling((2, 2), 1, 7),
     Coupling((2, 4, 2, 2), 1, 3),
     Coupling((2, 2, 2, 4), 0, 3, (2,), "leaky_relu", True, "exp(s)"),
+    *[Coupling((4, 6), n % 3 % 2, 3, scale="even", features=n) for n in (1, 2, 4, 8)],
+    Coupling((4,), 1, 5, (3,), bias=True, scale="even", features=2),
+    *[Coupling(shape, 1, 3, scale="site") for shape in SHAPES],
+    Coupling((4, 6), 0, 5, (3, 2), "leaky_relu", True, "site"),
 ]
 OTHERS = [layer(shape) for layer in (Rescale, Interleave, Upsample) for shape in [*SHAPES, (2, 2, 4, 2)]]
 
@@ -44,6 +48,7 @@ FLOWS = {
     "2D-one-volume": block((4, 4)) + block((4, 4), hidden=(3, 2), scale="exp(s)"),
     "2D-interleave": [*block((2, 4)), Interleave((4, 8)), *block((4, 8), bias=True)],
     "2D-upsample": [*block((2, 4)), Upsample((4, 8)), *block((4, 8), hidden=(2,), activation="leaky_relu")],
+    "2D-site": [*block((2, 2), scale="site"), Upsample((4, 4)), *block((4, 4), scale="even", features=2)],
     "3D-upsample": [*block((2, 2, 2)), Upsample((4, 4, 4)), *block((4, 4, 4))],
 }
 
@@ -329,23 +334,37 @@ def coupling_by_scipy(layer, z, weights):
     maps = [z.copy()]
     for site in active:
         maps[0][site] = 0.0
-    for i, channels in enumerate([*layer.hidden, 2]):
+    last = {"even": layer.features, "site": 1}.get(layer.scale, 2)
+    for i, channels in enumerate([*layer.hidden, last]):
         u = []
         for _ in range(channels):
             kernels = [np.reshape(take(math.prod(taps)), taps) for _ in maps]
             u.append(sum(map(correlate_by_scipy, maps, kernels)))
         for channel, bias in enumerate(take(channels) if layer.bias else []):
             u[channel] += bias
-        if i == len(layer.hidden) or layer.activation == "tanh":
+        if i == len(layer.hidden) and layer.scale == "site":
+            maps = u
+        elif i == len(layer.hidden) or layer.activation == "tanh":
             maps = [np.tanh(value) for value in u]
         else:
             maps = [np.maximum(value, 0.01 * value) for value in u]
+    first, second = take(layer.features), take(layer.features)
+    a, b, c = map(math.exp, take(3)) if layer.scale == "site" else (0, 0, 0)
     assert not weights
-    s, t = maps
     x, log_det = z.copy(), 0.0
     for site in active:
-        q = -abs(s[site]) if layer.scale == "exp(-|s|)" else s[site]
-        x[site] = z[site] * math.exp(q) + t[site]
+        h = [value[site] for value in maps]
+        if layer.scale == "site":
+            v = z[site] + h[0]
+            x[site] = a * v + b * math.tanh(c * v)
+            log_det += math.log(a + b * c * (1 - math.tanh(c * v) ** 2))
+            continue
+        if layer.scale == "even":
+            q = sum(w * value**2 for w, value in zip(second, h, strict=True))
+            t = sum(w * value for w, value in zip(first, h, strict=True))
+        else:
+            q, t = -abs(h[0]) if layer.scale == "exp(-|s|)" else h[0], h[1]
+        x[site] = z[site] * math.exp(q) + t
         log_det += q
     return x, log_det
 
@@ -501,7 +520,7 @@ def test_layer_is_odd_where_it_should_be(layer):
     x, log_det = layer.forward(z, weights)
     mirrored, mirrored_log_det = layer.forward(-z, weights)
     odd = not isinstance(layer, Coupling) or (
-        layer.scale == "exp(-|s|)" and not layer.bias and (not layer.hidden or layer.activation == "tanh")
+        layer.scale != "exp(s)" and not layer.bias and (not layer.hidden or layer.activation == "tanh")
     )
     asymmetry = np.abs(mirrored + x).max(), np.abs(mirrored_log_det - log_det).max()
     if odd:
@@ -526,7 +545,7 @@ def test_taps_that_meet_zeros_have_no_gradient(layer):
     weights, z = random_weights([layer], rng), rng.normal(size=(2, *layer.shape))
     _, dweights = layer.vjp(z, weights, rng.normal(size=z.shape), rng.normal(size=2))
     ndim = len(layer.shape)
-    dkernel = dweights[: 2 * layer.kernel_size**ndim].reshape(2, *[layer.kernel_size] * ndim)
+    dkernel = dweights[: math.prod(layer.kernel_shapes[0])].reshape(-1, *[layer.kernel_size] * ndim)
     for tap in np.ndindex(dkernel.shape[1:]):
         offset = sum(tap) - ndim * (layer.kernel_size // 2)
         assert np.all((dkernel[(..., *tap)] == 0) == (offset % 2 == 0))

@@ -30,18 +30,24 @@ INDEPENDENT = {
 
 
 def make(kind, theory, **settings):
-    """A sampler by its name here."""
+    """A sampler by its name here; a heat bath has no use for some settings."""
+    common = {key: value for key, value in settings.items() if key not in ("n_steps", "tau")}
     makers = {
         "random length": lambda: lfq.HMC(theory, length_spread=0.5, **settings),
         "swendsen-wang": lambda: lfq.ClusterHMC(theory, **settings),
         "wolff": lambda: lfq.ClusterHMC(theory, cluster="wolff", n_updates=3, **settings),
         "fourier": lambda: lfq.FourierHMC(theory, mass=1.5, **settings),
+        "heat bath": lambda: lfq.HeatBath(theory, n_sweeps=2, **common),
+        "heat bath, swendsen-wang": lambda: lfq.HeatBath(theory, cluster="swendsen-wang", **common),
+        "heat bath, wolff": lambda: lfq.HeatBath(theory, cluster="wolff", n_updates=3, **common),
         "fourier, random length": lambda: lfq.FourierHMC(theory, mass=1.5, length_spread=0.5, **settings),
     }
     return makers[kind]()
 
 
-SAMPLERS = pytest.mark.parametrize("kind", ["random length", "swendsen-wang", "wolff", "fourier"])
+SAMPLERS = pytest.mark.parametrize(
+    "kind", ["random length", "swendsen-wang", "wolff", "fourier", "heat bath", "heat bath, wolff"]
+)
 
 
 def mean_and_error(chain_means):
@@ -50,7 +56,7 @@ def mean_and_error(chain_means):
 
 def assert_mean(chain_means, wanted, sigma=4.0):
     value, error = mean_and_error(np.asarray(chain_means))
-    assert abs(value - wanted) < sigma * error, f"{value} +- {error}, must be {wanted}"
+    assert abs(value - wanted) <= sigma * error, f"{value} +- {error}, must be {wanted}"
 
 
 def thermal_block(sampler, n_chains, n_samples, seed, n_warmup=150, measure=True):
@@ -215,13 +221,24 @@ def test_runs_continue_from_their_state(kind):
     second = sampler.sample(9, 12, start=first.state)
     np.testing.assert_array_equal(second.phi, whole.phi)
     assert (whole.n_samples, whole.n_chains, whole.thin) == (20, 9, 1)
-    assert (whole.flipped is None) == (not isinstance(sampler, lfq.ClusterHMC))
+    assert (whole.flipped is None) == (getattr(sampler, "cluster", None) is None)
 
 
 # ---- the right distribution -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["random length", "swendsen-wang", "wolff", "fourier, random length"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "random length",
+        "swendsen-wang",
+        "wolff",
+        "fourier, random length",
+        "heat bath",
+        "heat bath, swendsen-wang",
+        "heat bath, wolff",
+    ],
+)
 def test_samplers_agree_with_an_independent_code(kind):
     """L = 8; 3.5 sigma. <exp(-dH)> = 1 and the virial identity: 4 sigma."""
     sampler = make(kind, SMALL, n_steps=6)
@@ -276,7 +293,7 @@ def test_a_wrong_bond_probability_is_noticed():
     assert abs(value - INDEPENDENT["nn"][0]) > 10 * error
 
 
-@pytest.mark.parametrize("kind", ["random length", "swendsen-wang", "fourier"])
+@pytest.mark.parametrize("kind", ["random length", "swendsen-wang", "fourier", "heat bath"])
 @pytest.mark.parametrize("shape", [(10,), (8, 6), (4, 6, 4), (2, 4, 2, 4)], ids=str)
 def test_free_propagator(kind, shape):
     """lam = 0 in 1 to 4 dimensions: chi and <phi^2> of G(p) = 1 / (beta p^2 + 2 - 2 D beta); 4 sigma."""
@@ -323,6 +340,30 @@ def test_tuning_to_least_cost_beats_unit_length():
         costs[name] = 2 * analysis.integrated_time(run.observables["M2"]) * run.force_evaluations_per_trajectory
         assert 0.5 < run.acceptance < 0.97
     assert costs["cost"] < costs["acceptance"] / 2
+
+
+@pytest.mark.parametrize("kind", ["wolff", "heat bath, wolff"])
+def test_wolff_clusters_cover_the_lattice(kind):
+    """As many as flip V sites a trajectory, to 25%; tuned to least cost there are no more."""
+    sampler = make(kind, SMALL, n_steps=6)
+    covering = sampler._covering(thermal_block(sampler, 64, 1, seed=3, measure=False).state)
+    block = thermal_block(covering, 64, 50, seed=4)
+    assert block.flipped.mean() == pytest.approx(64, rel=0.25) and covering.n_updates > 1
+    tuned = sampler.tune_cost(n_chains=32, max_trajectories=100, clock="forces")
+    assert 1 <= tuned.n_updates <= 1.25 * covering.n_updates
+
+
+def test_tuning_finds_the_sweeps_of_a_heat_bath():
+    """L = 16: no dearer in force evaluations than one sweep or sixteen between cluster updates; 20%."""
+    theory = lfq.Phi4((16, 16), beta=0.634, lam=0.5)
+    tuned = lfq.HeatBath(theory, cluster="swendsen-wang").tune_cost(n_chains=32, clock="forces")
+    costs = {}
+    for n_sweeps in {1, 16, tuned.n_sweeps}:
+        run = replace(tuned, n_sweeps=n_sweeps).sample(64, 1000, n_warmup=100, seed=7)
+        tau_int = max(analysis.integrated_time(run.observables[name]) for name in analysis.SLOW_OBSERVABLES)
+        costs[n_sweeps] = 2 * tau_int * run.force_evaluations_per_trajectory
+    assert costs[tuned.n_sweeps] < 1.2 * min(costs.values())
+    assert lfq.HeatBath(theory).tune_cost() == lfq.HeatBath(theory)
 
 
 def test_tuning_finds_a_mass():
@@ -373,6 +414,12 @@ def test_fitted_exponents(rng):
         (lambda t: lfq.HMC(t, length_spread=-0.1), ValueError, "length_spread"),
         (lambda t: lfq.HMC(t, length_spread="some"), ValueError, "length_spread"),
         (lambda t: lfq.ClusterHMC(t, cluster="metropolis"), ValueError, "cluster.*swendsen-wang"),
+        (lambda t: lfq.HeatBath("phi4"), TypeError, "theory"),
+        (lambda t: lfq.HeatBath(t.pullback(lfq.AffineFlow())), TypeError, "theory"),
+        (lambda t: lfq.HeatBath(t, n_sweeps=0), ValueError, "n_sweeps"),
+        (lambda t: lfq.HeatBath(t, n_sweeps=2**30), ValueError, "n_sweeps"),
+        (lambda t: lfq.HeatBath(t, cluster="metropolis"), ValueError, "cluster.*swendsen-wang"),
+        (lambda t: lfq.HeatBath(t, dtype="int8"), ValueError, "dtype"),
         (lambda t: lfq.ClusterHMC(t, n_updates=-1), ValueError, "n_updates"),
         (lambda t: lfq.ClusterHMC(t, n_updates=2**31), ValueError, "n_updates"),
         (lambda t: lfq.ClusterHMC(t.pullback(lfq.AffineFlow())), TypeError, "theory"),
@@ -389,6 +436,15 @@ def test_fitted_exponents(rng):
 def test_bad_arguments(call, error, match):
     with pytest.raises(error, match=match):
         call(lfq.Phi4((4, 4), beta=0.5, lam=0.5))
+
+
+@pytest.mark.parametrize("kind", ["wolff", "swendsen-wang"])
+def test_clusters_find_what_is_not_finite(kind):
+    """A strongly coupled chain: a Wolff cluster is the whole of it, or meets the NaN on its way."""
+    phi = np.ones((20, 4, 4))
+    phi[17, 2, 1] = np.nan
+    with pytest.raises(lfq.NotFiniteError, match="chain 17 has nan at site 9"):
+        make(kind, lfq.Phi4((4, 4), 5.0, 0.5)).update(phi, 1)
 
 
 @pytest.mark.parametrize("kind", ["swendsen-wang", "fourier"])

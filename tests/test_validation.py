@@ -47,6 +47,28 @@ def test_the_susceptibility_of_the_flow_tutorial():
         assert abs(found[a][0] - found[b][0]) < 3.5 * math.hypot(found[a][1], found[b][1])
 
 
+@pytest.mark.parametrize("kind", ["heat bath", "heat bath, clusters", "HMC, clusters"])
+def test_the_action_density_near_the_critical_line(kind):
+    """arXiv:0902.0045, L = 32, mu_0^2 = -0.7, lambda / 4 = 0.125: <S> / V = 0.35903(98), <|phi|> = 0.4346(64).
+
+    Numbers of that work as its authors' program quotes them (github.com/daschaich/2d_phi4); 3 sigma of theirs and ours.
+    """
+    theory = lfq.Phi4.from_mass((32, 32), m2=-0.7, g=0.125)
+    sampler = {
+        "heat bath": lfq.HeatBath(theory, n_sweeps=4),
+        "heat bath, clusters": lfq.HeatBath(theory, n_sweeps=2, cluster="swendsen-wang"),
+        "HMC, clusters": lfq.ClusterHMC(theory, tau=1.4, n_steps=12, cluster="wolff", n_updates=3),
+    }[kind]
+    run = sample(sampler, 128, 2000, seed=11)
+    for found, wanted, uncertainty in (
+        (run.observables["action_density"], 0.359025, 0.000979),
+        (theory.field_to_mass(run.observables["abs_M"]), 0.434639, 0.006402),
+    ):
+        value, error = mean_and_error(found.mean(axis=0))
+        assert error < uncertainty
+        assert abs(value - wanted) < 3 * math.hypot(error, uncertainty)
+
+
 @pytest.mark.parametrize("extent", [8, 16, 32])
 @pytest.mark.parametrize("cluster", ["swendsen-wang", "wolff"])
 def test_clusters_agree_with_an_independent_code_at_length(extent, cluster):
@@ -56,6 +78,13 @@ def test_clusters_agree_with_an_independent_code_at_length(extent, cluster):
         independent_theory(extent), n_steps=n_steps, cluster=cluster, n_updates=1 + 3 * (cluster == "wolff")
     )
     assert worst(deviations(sample(sampler, n_chains, n_samples, seed=2), extent)) < 3.5
+
+
+@pytest.mark.parametrize("cluster", [None, "swendsen-wang", "wolff"])
+def test_the_heat_bath_agrees_with_an_independent_code_at_length(cluster):
+    """L = 16; 3.5 sigma."""
+    sampler = lfq.HeatBath(independent_theory(16), n_sweeps=2, cluster=cluster, n_updates=1 + 3 * (cluster == "wolff"))
+    assert worst(deviations(sample(sampler, 256, 6000, seed=12), 16)) < 3.5
 
 
 @pytest.mark.parametrize("kind", ["random length", "Fourier"])
@@ -87,7 +116,7 @@ def test_clusters_leave_little_autocorrelation():
 
 
 @pytest.mark.parametrize("shape", [(32, 32), (12, 12, 12), (6, 6, 6, 6)], ids=str)
-@pytest.mark.parametrize("kind", ["HMC", "clusters", "Fourier"])
+@pytest.mark.parametrize("kind", ["HMC", "clusters", "Fourier", "heat bath"])
 def test_free_field(kind, shape):
     """lam = 0 in 2, 3 and 4 dimensions: <phi^2>, chi and G(p_min) of the propagator; 3.5 sigma."""
     theory, ndim = lfq.Phi4(shape, 0.9 / len(shape), 0.0), len(shape)
@@ -95,6 +124,7 @@ def test_free_field(kind, shape):
         "HMC": lfq.HMC(theory, tau=3.0, n_steps=24, length_spread=0.5),
         "clusters": lfq.ClusterHMC(theory, tau=2.0, n_steps=16, length_spread=0.5),
         "Fourier": lfq.FourierHMC(theory, tau=1.5, n_steps=12, mass=1.0, length_spread=0.5),
+        "heat bath": lfq.HeatBath(theory, n_sweeps=4),
     }[kind]
     run = sample(sampler, 128, 1500, seed=6)
     momenta = np.meshgrid(*[2 * np.pi * np.arange(n) / n for n in shape], indexing="ij")
@@ -123,6 +153,7 @@ def test_samplers_agree_in_three_dimensions(extent):
         "Swendsen-Wang": lfq.ClusterHMC(theory, n_steps=10),
         "Wolff": lfq.ClusterHMC(theory, n_steps=10, cluster="wolff", n_updates=4),
         "Fourier": lfq.FourierHMC(theory, tau=1.4, n_steps=18, mass=1.5, length_spread=0.2),
+        "heat bath": lfq.HeatBath(theory, n_sweeps=2, cluster="swendsen-wang"),
     }
     runs = {name: sample(sampler, n_chains, n_samples, seed=7) for name, sampler in samplers.items()}
     for name, run in runs.items():

@@ -58,6 +58,14 @@ WEIGHTED = {
 }
 ALL = pytest.mark.parametrize("kind", WEIGHTED)
 
+COARSE = {"n_between": 3, "n_warmup": 60}
+PRIORS = {
+    "lattice": lambda: lfq.Lattice(lfq.Phi4((4, 4), 0.4, 0.5), **COARSE),
+    "interleave": lambda: lfq.Interleave(lfq.Phi4((2, 2), 0.3, 0.5), **COARSE),
+    "upsample": lambda: lfq.Upsample(lfq.Phi4((2, 2), 0.3, 0.5), width=0.7, interpolation=0.6, **COARSE),
+}
+FROM_LATTICES = pytest.mark.parametrize("prior", PRIORS)
+
 
 @ALL
 def test_log_z_of_the_free_theory(kind, dtype):
@@ -195,6 +203,81 @@ def test_independence_metropolis_is_the_same_in_pieces_and_batches(trained):
     np.testing.assert_array_equal(part.dh, whole.dh[:, 6:15])
 
 
+# ---- lattice priors ---------------------------------------------------------------------------
+
+
+def assert_agrees(found, wanted, sigma=4.0):
+    for name, (value, uncertainty) in wanted.items():
+        mean, error = found(name)
+        assert abs(mean - value) < sigma * math.hypot(error, uncertainty), f"{name}: {mean} +- {error}, not {value}"
+
+
+@FROM_LATTICES
+def test_proposals_from_lattices_agree_with_hmc(prior, by_hmc):
+    """Coarse fields only three trajectories apart: exact all the same; 4 sigma.
+
+    So is <w / w_old> = 1, but where the variance of w is infinite (tail index above 1/2).
+    """
+    sampler = lfq.IndependenceMetropolis(SMALL, scaled_gaussian(1.05), PRIORS[prior]())
+    run = sampler.sample(512, 400, n_warmup=100, seed=21)
+    assert 0.05 < run.acceptance < 0.95
+    means = {name: run.observables[name].mean(axis=0) for name in by_hmc}
+    assert_agrees(lambda name: (means[name].mean(), means[name].std(ddof=1) / math.sqrt(512)), by_hmc)
+    ratio = np.exp(-run.dh).mean(axis=0)
+    assert prior == "upsample" or abs(ratio.mean() - 1) < 4 * ratio.std(ddof=1) / math.sqrt(512)
+    coarse = {"lattice": 16, "interleave": 16, "upsample": 4}[prior]
+    assert run.force_evaluations_per_trajectory == pytest.approx(1 + 3 * 11 * coarse / 16)
+
+
+@FROM_LATTICES
+def test_proposals_from_lattices_are_the_same_in_pieces_and_batches(prior):
+    sampler = lfq.IndependenceMetropolis(SMALL, scaled_gaussian(1.05), PRIORS[prior]())
+    start = sampler.start(20, seed=10, first_chain=2)
+    whole = sampler.advance(start, 12)
+    first = sampler.advance(start, 5)
+    second = sampler.advance(first.state, 7)
+    np.testing.assert_array_equal(second.state.latent, whole.state.latent)
+    part = sampler.advance(lfq.State(start.latent[6:15], 0, 10, 8), 12)
+    np.testing.assert_array_equal(part.phi, whole.phi[6:15])
+    np.testing.assert_array_equal(sampler.start(9, seed=10, first_chain=8).latent, start.latent[6:15])
+    assert whole.accepted.any() and not whole.accepted.all()
+
+
+@FROM_LATTICES
+@pytest.mark.parametrize("resample", [0.0, 0.9])
+@pytest.mark.parametrize("flow", ["flow", "no flow"])
+def test_annealing_from_lattices_agrees_with_hmc(prior, resample, flow, by_hmc):
+    """4 sigma; a log Z relative to the prior's own does not depend on the speed."""
+    given = scaled_gaussian(1.05) if flow == "flow" else None
+    annealing = lfq.Annealing(SMALL, given, PRIORS[prior](), n_temperatures=8, n_steps=5, resample=resample)
+    found = annealing.sample(64 * 96, seed=22)
+    assert_agrees(found.mean, by_hmc)
+    assert found.n_effective > 500
+    slow = replace(annealing, n_temperatures=20).sample(64 * 32, seed=23)
+    assert abs(slow.log_z - found.log_z) < 4 * math.hypot(slow.log_z_error, found.log_z_error)
+
+
+def test_annealing_from_another_coupling_takes_the_ratio_of_partition_functions():
+    """lam = 0: log Z(0.3) - log Z(0.1) exactly; 4 sigma."""
+    prior = lfq.Lattice(replace(FREE, beta=0.1), n_warmup=60)
+    found = lfq.Annealing(FREE, prior=prior, n_temperatures=5, n_steps=6).sample(4096, seed=24)
+    assert found.log_z_error < 0.01
+    wanted = free_log_z(FREE) - free_log_z(replace(FREE, beta=0.1))
+    assert abs(found.log_z - wanted) < 4 * found.log_z_error
+
+
+@FROM_LATTICES
+def test_the_potential_of_a_prior_is_its_density(prior, rng):
+    """-log_prob up to a constant, and its gradient by finite differences."""
+    base = PRIORS[prior]().base
+    latent = 0.7 * rng.normal(size=(5, 16))
+    energy, force = base.potential(latent)
+    np.testing.assert_allclose(np.diff(energy + base.log_prob(latent)), 0, atol=1e-12)
+    direction, step = rng.normal(size=(5, 16)), 1e-5
+    up, down = (base.potential(latent + sign * step * direction)[0] for sign in (1, -1))
+    np.testing.assert_allclose(-(force * direction).sum(axis=1), (up - down) / (2 * step), rtol=1e-6, atol=1e-7)
+
+
 # ---- reverse ESS ----------------------------------------------------------------------------
 
 
@@ -202,6 +285,17 @@ def scaled_gaussian(scale, ndim=2):
     """The flow that multiplies by `scale` and does nothing else."""
     flow = lfq.AffineFlow(ndim=ndim)
     flow.weights = np.append(np.zeros(flow.n_weights - 1), math.log(scale))
+    return flow
+
+
+def one_sided_flow():
+    """Fields of positive sign, near one of the two ordered states of L = 2, beta = 0.9."""
+    flow = lfq.AffineFlow(bias=True, scale="exp(s)")
+    weights = np.zeros(flow.n_weights)
+    n = (flow.n_weights - 1) // 2
+    # The biases of t move every site by tanh(3), those of s narrow the fields around that.
+    weights[[n - 1, 2 * n - 1]], weights[[n - 2, 2 * n - 2]], weights[-1] = 3.0, -0.8, 0.2
+    flow.weights = weights
     return flow
 
 
@@ -219,12 +313,7 @@ def test_reverse_ess_sees_a_lost_mode():
     """Two ordered states: a flow that makes fields of positive sign only, and whose own ESS does not tell."""
     theory = lfq.Phi4((2, 2), beta=0.9, lam=0.5)
     phi = lfq.ClusterHMC(theory, n_steps=6).sample(4000, 1, n_warmup=100, seed=11).phi
-    flow = lfq.AffineFlow(bias=True, scale="exp(s)")
-    weights = np.zeros(flow.n_weights)
-    n = (flow.n_weights - 1) // 2
-    # The bias of t moves every site by tanh(3), the rescaling narrows the fields around that.
-    weights[[n - 1, 2 * n - 1]], weights[-1] = 3.0, math.log(0.85)
-    flow.weights = weights
+    flow = one_sided_flow()
     prior = lfq.Gaussian((2, 2))
     one, half = (
         lfq.reverse_ess(flow, prior, theory, x) for x in (phi, phi * np.sign(phi.mean(axis=(1, 2)))[:, None, None])
@@ -244,6 +333,8 @@ def test_reverse_ess_sees_a_lost_mode():
         (lambda f: lfq.IndependenceMetropolis(lfq.Phi4((4, 5), 0.5, 0.5), f), ValueError, "odd"),
         (lambda f: lfq.IndependenceMetropolis(SMALL, f, dtype="int8"), ValueError, "dtype"),
         (lambda f: lfq.IndependenceMetropolis(SMALL, f).start(3, 0, phi=np.ones((2, 4, 4))), ValueError, "phi"),
+        (lambda f: lfq.IndependenceMetropolis(SMALL, f, lfq.Gaussian((4, 6))), ValueError, "prior"),
+        (lambda f: lfq.Annealing(SMALL, prior="gaussian"), TypeError, "prior"),
         (lambda f: lfq.Reweighting(SMALL, f, prior="gaussian"), TypeError, "prior"),
         (lambda f: lfq.Reweighting(SMALL, f, prior=lfq.Gaussian((4, 6))), ValueError, "prior"),
         (lambda f: lfq.Reweighting(SMALL, f).sample(1), ValueError, "n_samples"),

@@ -5,6 +5,7 @@
 #include <mutex>
 
 #include "capi/internal.hpp"
+#include "capi/inverse_vjp.hpp"
 #include "lfq/philox.hpp"
 
 using namespace lfq_internal;
@@ -78,8 +79,12 @@ int check_layer(int index, const lfq_layer& l) {
                   LFQ_MAX_CHANNELS);
   if (l.activation != LFQ_TANH && l.activation != LFQ_LEAKY_RELU)
     return fail(LFQ_ERR_ARGUMENT, "%s: unknown activation %d", what, int(l.activation));
-  if (l.scale != LFQ_SCALE_NEG_ABS && l.scale != LFQ_SCALE_EXP)
+  if (l.scale < LFQ_SCALE_NEG_ABS || l.scale > LFQ_SCALE_SITE)
     return fail(LFQ_ERR_ARGUMENT, "%s: unknown scale %d", what, int(l.scale));
+  const int n = l.n_features;
+  if (l.scale == LFQ_SCALE_EVEN ? n != 1 && n != 2 && n != 4 && n != LFQ_MAX_FEATURES : n != 0)
+    return fail(LFQ_ERR_ARGUMENT, "%s: n_features is %d, must be %s", what, n,
+                l.scale == LFQ_SCALE_EVEN ? "1, 2, 4 or 8" : "0 with this scale");
   if (l.bias != 0 && l.bias != 1) return fail(LFQ_ERR_ARGUMENT, "%s: bias is %d, must be 0 or 1", what, int(l.bias));
   return LFQ_OK;
 }
@@ -137,6 +142,14 @@ int check_workspace(const void* ws, size_t bytes, size_t need) {
   return LFQ_OK;
 }
 
+int check_samples(int64_t n_samples, int32_t thin, uint64_t first_chain, uint64_t first_trajectory, int64_t n_chains) {
+  if (thin < 1) return fail(LFQ_ERR_ARGUMENT, "thin is %d, must be positive", int(thin));
+  if (n_samples < 0) return fail(LFQ_ERR_ARGUMENT, "n_samples is %lld, must not be negative", (long long)n_samples);
+  if (first_chain + uint64_t(n_chains) > (uint64_t(1) << 32)) return fail(LFQ_ERR_ARGUMENT, "first_chain: chains are numbered below 2^32");
+  if (first_trajectory >> 56) return fail(LFQ_ERR_ARGUMENT, "first_trajectory: trajectories are numbered below 2^56");
+  return LFQ_OK;
+}
+
 int check_hmc(const lfq_hmc* h, int64_t n_chains) {
   if (!h) return fail(LFQ_ERR_ARGUMENT, "hmc is null");
   if (h->integrator.n_stages < 1 || h->integrator.n_stages > LFQ_MAX_STAGES)
@@ -147,10 +160,7 @@ int check_hmc(const lfq_hmc* h, int64_t n_chains) {
   for (int i = 0; i < h->integrator.n_stages; ++i) moves = moves || h->integrator.drift[i] != 0;
   if (!moves) return fail(LFQ_ERR_ARGUMENT, "integrator: every drift is 0");
   if (h->n_steps < 1) return fail(LFQ_ERR_ARGUMENT, "n_steps is %d, must be positive", int(h->n_steps));
-  if (h->thin < 1) return fail(LFQ_ERR_ARGUMENT, "thin is %d, must be positive", int(h->thin));
-  if (h->n_samples < 0) return fail(LFQ_ERR_ARGUMENT, "n_samples is %lld, must not be negative", (long long)h->n_samples);
-  if (h->first_chain + uint64_t(n_chains) > (uint64_t(1) << 32)) return fail(LFQ_ERR_ARGUMENT, "first_chain: chains are numbered below 2^32");
-  if (h->first_trajectory >> 56) return fail(LFQ_ERR_ARGUMENT, "first_trajectory: trajectories are numbered below 2^56");
+  if (int e = check_samples(h->n_samples, h->thin, h->first_chain, h->first_trajectory, n_chains)) return e;
   if (h->n_steps_spread < 0 || h->n_steps_spread >= h->n_steps)
     return fail(LFQ_ERR_ARGUMENT, "n_steps_spread is %d, must be 0 to n_steps - 1", int(h->n_steps_spread));
   return LFQ_OK;
@@ -245,6 +255,21 @@ int vjp(const lfq_flow* f, int64_t n, const T* z, const T* dx, const double* dld
   if (int e = flow_arguments<T>(f, n, z, dx && dld ? dz : nullptr, ws, bytes, n_threads)) return e;
   lfq_failure bad;
   return not_finite("z or dx", table<T>().vjp(*f, n, z, dx, dld, dz, dw, &bad, ws, threads(n_threads)), bad);
+}
+template <class T>
+size_t flow_inverse_vjp_workspace(const lfq_flow* f, int64_t n, int32_t n_threads) {
+  return check_flow(f) || check_chains(n) ? 0 : inverse_vjp<T>(*f, n, threads(n_threads)).bytes();
+}
+template <class T>
+int flow_inverse_vjp(const lfq_flow* f, int64_t n, const T* z, const T* dz, const double* dld, T* dx, double* dw, void* ws,
+                     size_t bytes, int32_t n_threads) {
+  if (int e = check_flow(f)) return e;
+  if (int e = check_chains(n)) return e;
+  if (!z || !dz || !dld || !dx) return fail(LFQ_ERR_ARGUMENT, "a field or an output is null");
+  inverse_vjp<T> layers(*f, n, threads(n_threads));
+  if (int e = check_workspace(ws, bytes, layers.bytes())) return e;
+  lfq_failure bad;
+  return not_finite("z or dz", layers.run(z, dz, dld, dx, dw, &bad, ws), bad);
 }
 template <class T>
 int loss(const lfq_flow* f, const lfq_phi4* t, int64_t n, const T* z, double* s, double* ld, double* dw, void* ws, size_t bytes,
@@ -355,26 +380,80 @@ int cluster_update(const lfq_phi4* t, const lfq_cluster* c, uint64_t seed, uint6
   return not_finite("phi", code, bad);
 }
 
-// HMC and clusters in turn need a chain whole and not in lanes: a task takes these many chains through all
-// of its trajectories while they are in cache.
+// Clusters in turn with another update need a chain whole and not in lanes: a task takes these many chains
+// through all of its trajectories while they are in cache.
 constexpr int64_t chains_per_task = 16;
 
-struct cluster_hmc_spaces {
-  size_t hmc, cluster, observables;
-  size_t total() const { return hmc + cluster + observables; }
+struct cluster_spaces {
+  size_t other, cluster, observables;
+  size_t total() const { return other + cluster + observables; }
 };
 template <class T>
-cluster_hmc_spaces spaces_of(const lfq_phi4& t) {
+cluster_spaces spaces_of(const lfq_phi4& t, size_t other) {
   const auto& k = table<T>();
-  return {k.hmc_workspace(nullptr, t, chains_per_task, 1), k.cluster_workspace(t, chains_per_task, 1),
-          k.phi4_workspace(t, chains_per_task, 1)};
+  return {other, k.cluster_workspace(t, chains_per_task, 1), k.phi4_workspace(t, chains_per_task, 1)};
 }
-int64_t cluster_hmc_tasks(int64_t n) { return (n + chains_per_task - 1) / chains_per_task; }
+template <class T>
+cluster_spaces hmc_spaces(const lfq_phi4& t) {
+  return spaces_of<T>(t, table<T>().hmc_workspace(nullptr, t, chains_per_task, 1));
+}
+template <class T>
+cluster_spaces heat_bath_spaces(const lfq_phi4& t) {
+  return spaces_of<T>(t, table<T>().heat_bath_workspace(t, chains_per_task, 1));
+}
+int64_t cluster_tasks(int64_t n) { return (n + chains_per_task - 1) / chains_per_task; }
+size_t cluster_bytes(const cluster_spaces& spaces, int64_t n, int32_t n_threads) {
+  const int64_t tasks = cluster_tasks(n), most = threads(n_threads);
+  return spaces.total() * size_t(tasks < most ? (tasks > 0 ? tasks : 1) : most);
+}
+
+// All trajectories of `settings` (lfq_hmc or lfq_heat_bath), with clusters after each. update(one, m, field, at, bad,
+// space): the other update, of m chains whose outputs begin at `at`, by the settings of one trajectory.
+template <class T, class S, class F>
+int with_clusters(const lfq_phi4& t, const S& settings, const lfq_cluster& c, int64_t n, T* phi, int64_t* flipped,
+                  const double* smear, double* obs, lfq_failure* failure, const cluster_spaces& spaces, void* ws,
+                  int32_t n_threads, F&& update) {
+  const auto& k = table<T>();
+  const int64_t volume = volume_of(t.ndim, t.extent);
+  std::mutex mutex;
+  int worst = LFQ_OK;
+  *failure = {-1, -1, 0.0};
+  auto task = [&](int64_t index, int thread) {
+    const int64_t first = index * chains_per_task;
+    const int64_t m = n - first < chains_per_task ? n - first : chains_per_task;
+    char* space = static_cast<char*>(ws) + size_t(thread) * spaces.total();
+    T* field = phi + first * volume;
+    S one = settings;
+    one.first_chain += uint64_t(first);
+    one.n_samples = one.thin = 1;
+    lfq_failure bad;
+    int code = LFQ_OK;
+    int64_t done = 0;
+    for (int64_t sample = 0; sample < settings.n_samples && code == LFQ_OK; ++sample) {
+      for (int32_t i = 0; i < settings.thin && code == LFQ_OK; ++i, ++done) {
+        const int64_t at = done * n + first;
+        one.first_trajectory = settings.first_trajectory + uint64_t(done);
+        code = update(one, m, field, at, &bad, space);
+        if (code == LFQ_OK)
+          code = k.cluster(t, c, settings.seed, one.first_chain, one.first_trajectory, m, field,
+                           flipped ? flipped + at : nullptr, &bad, space + spaces.other, 1);
+      }
+      if (code == LFQ_OK && obs)
+        code = k.observables(t, m, field, smear, obs + (sample * n + first) * LFQ_N_OBSERVABLES, &bad,
+                             space + spaces.other + spaces.cluster, 1);
+    }
+    if (code == LFQ_OK) return;
+    std::lock_guard<std::mutex> lock(mutex);
+    if (worst == LFQ_OK || first + bad.chain < failure->chain) *failure = {first + bad.chain, bad.step, bad.value};
+    worst = code;
+  };
+  for_tasks(cluster_tasks(n), threads(n_threads), task);
+  return worst;
+}
+
 template <class T>
 size_t cluster_hmc_workspace(const lfq_phi4* t, int64_t n, int32_t n_threads) {
-  if (check_theory(t) || check_chains(n)) return 0;
-  const int64_t tasks = cluster_hmc_tasks(n), most = threads(n_threads);
-  return spaces_of<T>(*t).total() * size_t(tasks < most ? (tasks > 0 ? tasks : 1) : most);
+  return check_theory(t) || check_chains(n) ? 0 : cluster_bytes(hmc_spaces<T>(*t), n, n_threads);
 }
 template <class T>
 int cluster_hmc(const lfq_phi4* t, const lfq_hmc* h, const lfq_cluster* c, int64_t n, T* phi, double* dh,
@@ -387,44 +466,117 @@ int cluster_hmc(const lfq_phi4* t, const lfq_hmc* h, const lfq_cluster* c, int64
   if (!phi) return fail(LFQ_ERR_ARGUMENT, "phi is null");
   if (obs && !smear) return fail(LFQ_ERR_ARGUMENT, "smear is null");
   if (int e = check_workspace(ws, bytes, cluster_hmc_workspace<T>(t, n, n_threads))) return e;
-  const auto& k = table<T>();
-  const cluster_hmc_spaces spaces = spaces_of<T>(*t);
-  const int64_t volume = volume_of(t->ndim, t->extent);
-  std::mutex mutex;
-  int worst = LFQ_OK;
-  lfq_failure earliest = {-1, -1, 0.0};
-  auto task = [&](int64_t index, int thread) {
-    const int64_t first = index * chains_per_task;
-    const int64_t m = n - first < chains_per_task ? n - first : chains_per_task;
-    char* space = static_cast<char*>(ws) + size_t(thread) * spaces.total();
-    T* field = phi + first * volume;
-    lfq_hmc one = *h;
-    one.first_chain += uint64_t(first);
-    one.n_samples = one.thin = 1;
-    lfq_failure bad;
-    int code = LFQ_OK;
-    int64_t done = 0;
-    for (int64_t sample = 0; sample < h->n_samples && code == LFQ_OK; ++sample) {
-      for (int32_t i = 0; i < h->thin && code == LFQ_OK; ++i, ++done) {
-        const int64_t at = done * n + first;
-        one.first_trajectory = h->first_trajectory + uint64_t(done);
-        code = k.hmc(nullptr, *t, one, m, field, nullptr, dh ? dh + at : nullptr, accepted ? accepted + at : nullptr, smear,
-                     nullptr, &bad, space, 1);
-        if (code == LFQ_OK)
-          code = k.cluster(*t, *c, h->seed, one.first_chain, one.first_trajectory, m, field, flipped ? flipped + at : nullptr,
-                           &bad, space + spaces.hmc, 1);
-      }
-      if (code == LFQ_OK && obs)
-        code = k.observables(*t, m, field, smear, obs + (sample * n + first) * LFQ_N_OBSERVABLES, &bad,
-                             space + spaces.hmc + spaces.cluster, 1);
-    }
-    if (code == LFQ_OK) return;
-    std::lock_guard<std::mutex> lock(mutex);
-    if (worst == LFQ_OK || first + bad.chain < earliest.chain) earliest = {first + bad.chain, bad.step, bad.value};
-    worst = code;
+  lfq_failure bad;
+  const auto update = [&](const lfq_hmc& one, int64_t m, T* field, int64_t at, lfq_failure* f, void* space) {
+    return table<T>().hmc(nullptr, *t, one, m, field, nullptr, dh ? dh + at : nullptr, accepted ? accepted + at : nullptr,
+                          smear, nullptr, f, space, 1);
   };
-  for_tasks(cluster_hmc_tasks(n), threads(n_threads), task);
-  return diverged(worst, h, earliest, failure);
+  const int code = with_clusters<T>(*t, *h, *c, n, phi, flipped, smear, obs, &bad, hmc_spaces<T>(*t), ws, n_threads, update);
+  return diverged(code, h, bad, failure);
+}
+
+int check_heat_bath(const lfq_heat_bath* h, const lfq_phi4* t, int64_t n_chains) {
+  if (!h) return fail(LFQ_ERR_ARGUMENT, "heat_bath is null");
+  if (h->n_sweeps < 0 || h->n_sweeps * volume_of(t->ndim, t->extent) > max_volume)
+    return fail(LFQ_ERR_ARGUMENT, "n_sweeps is %d, must be 0 to 2^32 / volume", int(h->n_sweeps));
+  return check_samples(h->n_samples, h->thin, h->first_chain, h->first_trajectory, n_chains);
+}
+template <class T>
+size_t heat_bath_workspace(const lfq_phi4* t, int64_t n, int32_t n_threads) {
+  if (check_theory(t) || check_chains(n)) return 0;
+  const size_t alone = table<T>().heat_bath_workspace(*t, n, threads(n_threads));
+  const size_t with = cluster_bytes(heat_bath_spaces<T>(*t), n, n_threads);
+  return alone > with ? alone : with;
+}
+template <class T>
+int heat_bath(const lfq_phi4* t, const lfq_heat_bath* h, const lfq_cluster* c, int64_t n, T* phi, int64_t* changed,
+              int64_t* flipped, const double* smear, double* obs, lfq_failure* failure, void* ws, size_t bytes,
+              int32_t n_threads) {
+  if (int e = check_theory(t)) return e;
+  if (int e = check_chains(n)) return e;
+  if (int e = check_heat_bath(h, t, n)) return e;
+  if (c)
+    if (int e = check_cluster(c, t)) return e;
+  if (!phi) return fail(LFQ_ERR_ARGUMENT, "phi is null");
+  if (obs && !smear) return fail(LFQ_ERR_ARGUMENT, "smear is null");
+  if (int e = check_workspace(ws, bytes, heat_bath_workspace<T>(t, n, n_threads))) return e;
+  const auto& k = table<T>();
+  lfq_failure bad;
+  int code;
+  if (c) {
+    const auto update = [&](const lfq_heat_bath& one, int64_t m, T* field, int64_t at, lfq_failure* f, void* space) {
+      return k.heat_bath(*t, one, m, field, changed ? changed + at : nullptr, smear, nullptr, f, space, 1);
+    };
+    code = with_clusters<T>(*t, *h, *c, n, phi, flipped, smear, obs, &bad, heat_bath_spaces<T>(*t), ws, n_threads, update);
+  } else {
+    code = k.heat_bath(*t, *h, n, phi, changed, smear, obs, &bad, ws, threads(n_threads));
+    for (int64_t i = 0; flipped && i < h->n_samples * h->thin * n; ++i) flipped[i] = 0;
+  }
+  if (failure) *failure = bad;
+  return not_finite("phi", code, bad);
+}
+
+template <class T>
+int check_custom(const lfq_flow* f, const custom_action<T>* a) {
+  if (!a) return fail(LFQ_ERR_ARGUMENT, "action is null");
+  if (int e = check_lattice("action", a->ndim, a->extent)) return e;
+  if (!a->evaluate) return fail(LFQ_ERR_ARGUMENT, "action: evaluate is null");
+  if (!f) return LFQ_OK;
+  if (int e = check_flow(f)) return e;
+  if (f->volume != volume_of(a->ndim, a->extent))
+    return fail(LFQ_ERR_ARGUMENT, "flow: makes fields of %lld sites, the action has %lld", (long long)f->volume,
+                (long long)volume_of(a->ndim, a->extent));
+  return LFQ_OK;
+}
+template <class T>
+size_t custom_workspace(const lfq_flow* f, const custom_action<T>* a, int64_t n, int32_t n_threads) {
+  return check_custom<T>(f, a) || check_chains(n) ? 0 : table<T>().custom_workspace(f, *a, n, threads(n_threads));
+}
+template <class T>
+int custom_arguments(const lfq_flow* f, const custom_action<T>* a, int64_t n, const T* z, const void* out, const void* ws,
+                     size_t bytes, int32_t n_threads) {
+  if (int e = check_custom<T>(f, a)) return e;
+  if (int e = check_chains(n)) return e;
+  if (!z || !out) return fail(LFQ_ERR_ARGUMENT, "a field or an output is null");
+  return check_workspace(ws, bytes, table<T>().custom_workspace(f, *a, n, threads(n_threads)));
+}
+int stopped(int code, const lfq_failure& bad) {
+  return code == LFQ_ERR_CALLBACK ? fail(code, "action: evaluate returned %d", int(bad.value)) : not_finite("z", code, bad);
+}
+template <class T>
+int custom_force(const lfq_flow* f, const custom_action<T>* a, int64_t n, const T* z, double* s, T* force, void* ws,
+                 size_t bytes, int32_t n_threads) {
+  if (int e = custom_arguments<T>(f, a, n, z, s ? force : nullptr, ws, bytes, n_threads)) return e;
+  lfq_failure bad;
+  return stopped(table<T>().custom_force(f, *a, n, z, s, force, &bad, ws, threads(n_threads)), bad);
+}
+template <class T>
+int custom_evolve(const lfq_flow* f, const custom_action<T>* a, const lfq_hmc* h, int64_t n, T* z, T* pi, void* ws,
+                  size_t bytes, int32_t n_threads) {
+  if (int e = custom_arguments<T>(f, a, n, z, pi, ws, bytes, n_threads)) return e;
+  if (int e = check_hmc(h, n)) return e;
+  lfq_failure bad;
+  return stopped(table<T>().custom_evolve(f, *a, *h, n, z, pi, &bad, ws, threads(n_threads)), bad);
+}
+template <class T>
+int custom_hmc(const lfq_flow* f, const custom_action<T>* a, const lfq_hmc* h, int64_t n, T* z, T* phi, double* dh,
+               uint8_t* accepted, const double* smear, double* obs, lfq_failure* failure, void* ws, size_t bytes,
+               int32_t n_threads) {
+  if (int e = custom_arguments<T>(f, a, n, z, z, ws, bytes, n_threads)) return e;
+  if (int e = check_hmc(h, n)) return e;
+  if (obs && !smear) return fail(LFQ_ERR_ARGUMENT, "smear is null");
+  lfq_failure bad;
+  const int code = table<T>().custom_hmc(f, *a, *h, n, z, phi, dh, accepted, smear, obs, &bad, ws, threads(n_threads));
+  if (failure) *failure = bad;
+  return code == LFQ_ERR_CALLBACK ? stopped(code, bad) : diverged(code, h, bad, failure);
+}
+template <class T>
+int custom_loss(const lfq_flow* f, const custom_action<T>* a, int64_t n, const T* z, double* s, double* ld, double* dw,
+                void* ws, size_t bytes, int32_t n_threads) {
+  if (!f) return fail(LFQ_ERR_ARGUMENT, "flow is null");
+  if (int e = custom_arguments<T>(f, a, n, z, s && ld ? dw : nullptr, ws, bytes, n_threads)) return e;
+  lfq_failure bad;
+  return stopped(table<T>().custom_loss(*f, *a, n, z, s, ld, dw, &bad, ws, threads(n_threads)), bad);
 }
 
 }  // namespace
@@ -434,6 +586,16 @@ extern "C" {
 const char* lfq_version(void) { return LFQ_VERSION; }
 int32_t lfq_abi_version(void) { return LFQ_ABI_VERSION; }
 const char* lfq_last_error(void) { return last_error; }
+const char* lfq_status_message(int status) {
+  switch (status) {
+    case LFQ_OK: return "success";
+    case LFQ_ERR_ARGUMENT: return "an argument is out of range";
+    case LFQ_ERR_WORKSPACE: return "the workspace is too small";
+    case LFQ_ERR_NOT_FINITE: return "NaN or Inf in a field, a weight or dH";
+    case LFQ_ERR_CALLBACK: return "the action asked to stop";
+  }
+  return "unknown status";
+}
 int32_t lfq_max_threads(void) { return max_threads(); }
 
 void lfq_philox4x32(const uint32_t counter[4], const uint32_t key[2], uint32_t out[4]) {
@@ -449,11 +611,11 @@ int64_t lfq_layer_n_weights(const lfq_layer* l) {
   int64_t taps = 1, n = 0, channels = 1;
   for (int i = 0; i < l->ndim; ++i) taps *= l->kernel_size;
   for (int i = 0; i <= l->n_hidden; ++i) {
-    const int64_t out = i < l->n_hidden ? l->hidden[i] : 2;
+    const int64_t out = i < l->n_hidden ? l->hidden[i] : lfq_internal::net_outputs(*l);
     n += taps * channels * out + (l->bias ? out : 0);
     channels = out;
   }
-  return n;
+  return n + lfq_internal::coupling_parameters(*l);
 }
 int lfq_flow_check(const lfq_flow* flow) { return check_flow(flow); }
 int lfq_flow_check_layers(const lfq_flow* flow) { return check_layers(flow); }
@@ -510,6 +672,13 @@ int lfq_uniform(uint64_t seed, int32_t purpose, uint64_t first_trajectory, int64
                        void* ws, size_t b, int32_t nt) {                                                              \
     return vjp<T>(f, n, z, dx, dld, dz, dw, ws, b, nt);                                                               \
   }                                                                                                                   \
+  size_t lfq_flow_inverse_vjp_workspace_##S(const lfq_flow* f, int64_t n, int32_t nt) {                               \
+    return flow_inverse_vjp_workspace<T>(f, n, nt);                                                                   \
+  }                                                                                                                   \
+  int lfq_flow_inverse_vjp_##S(const lfq_flow* f, int64_t n, const T* z, const T* dz, const double* dld, T* dx,       \
+                               double* dw, void* ws, size_t b, int32_t nt) {                                          \
+    return flow_inverse_vjp<T>(f, n, z, dz, dld, dx, dw, ws, b, nt);                                                  \
+  }                                                                                                                   \
   int lfq_flow_loss_##S(const lfq_flow* f, const lfq_phi4* t, int64_t n, const T* z, double* s, double* ld,           \
                         double* dw, void* ws, size_t b, int32_t nt) {                                                 \
     return loss<T>(f, t, n, z, s, ld, dw, ws, b, nt);                                                                 \
@@ -551,6 +720,34 @@ int lfq_uniform(uint64_t seed, int32_t purpose, uint64_t first_trajectory, int64
                           uint8_t* a, int64_t* flipped, const double* smear, double* o, lfq_failure* bad, void* ws,   \
                           size_t b, int32_t nt) {                                                                     \
     return cluster_hmc<T>(t, h, c, n, phi, dh, a, flipped, smear, o, bad, ws, b, nt);                                 \
+  }                                                                                                                   \
+  size_t lfq_heat_bath_workspace_##S(const lfq_phi4* t, int64_t n, int32_t nt) {                                      \
+    return heat_bath_workspace<T>(t, n, nt);                                                                          \
+  }                                                                                                                   \
+  int lfq_heat_bath_##S(const lfq_phi4* t, const lfq_heat_bath* h, const lfq_cluster* c, int64_t n, T* phi,           \
+                        int64_t* changed, int64_t* flipped, const double* smear, double* o, lfq_failure* bad, void* ws, \
+                        size_t b, int32_t nt) {                                                                       \
+    return heat_bath<T>(t, h, c, n, phi, changed, flipped, smear, o, bad, ws, b, nt);                                 \
+  }                                                                                                                   \
+  size_t lfq_custom_workspace_##S(const lfq_flow* f, const lfq_custom_##S* a, int64_t n, int32_t nt) {                \
+    return custom_workspace<T>(f, a, n, nt);                                                                          \
+  }                                                                                                                   \
+  int lfq_custom_force_##S(const lfq_flow* f, const lfq_custom_##S* a, int64_t n, const T* z, double* s, T* out,      \
+                           void* ws, size_t b, int32_t nt) {                                                          \
+    return custom_force<T>(f, a, n, z, s, out, ws, b, nt);                                                            \
+  }                                                                                                                   \
+  int lfq_custom_evolve_##S(const lfq_flow* f, const lfq_custom_##S* a, const lfq_hmc* h, int64_t n, T* z, T* pi,     \
+                            void* ws, size_t b, int32_t nt) {                                                         \
+    return custom_evolve<T>(f, a, h, n, z, pi, ws, b, nt);                                                            \
+  }                                                                                                                   \
+  int lfq_custom_hmc_##S(const lfq_flow* f, const lfq_custom_##S* a, const lfq_hmc* h, int64_t n, T* z, T* phi,       \
+                         double* dh, uint8_t* acc, const double* smear, double* o, lfq_failure* bad, void* ws,        \
+                         size_t b, int32_t nt) {                                                                      \
+    return custom_hmc<T>(f, a, h, n, z, phi, dh, acc, smear, o, bad, ws, b, nt);                                      \
+  }                                                                                                                   \
+  int lfq_custom_loss_##S(const lfq_flow* f, const lfq_custom_##S* a, int64_t n, const T* z, double* s, double* ld,   \
+                          double* dw, void* ws, size_t b, int32_t nt) {                                               \
+    return custom_loss<T>(f, a, n, z, s, ld, dw, ws, b, nt);                                                          \
   }
 LFQ_DEFINE(float, f32)
 LFQ_DEFINE(double, f64)

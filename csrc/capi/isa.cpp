@@ -17,22 +17,40 @@ LFQ_DECLARE(v2)
 LFQ_DECLARE(v3)
 LFQ_DECLARE(v4)
 namespace {
-bool has_v2() { return __builtin_cpu_supports("sse4.2") && __builtin_cpu_supports("popcnt"); }
-bool has_v3() {
+[[maybe_unused]] bool has_v2() { return __builtin_cpu_supports("sse4.2") && __builtin_cpu_supports("popcnt"); }
+[[maybe_unused]] bool has_v3() {
   return has_v2() && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
 }
-bool has_v4() {
+[[maybe_unused]] bool has_v4() {
   return has_v3() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
-// Best first.
-constexpr int n_isas = 3;
+// Those that were built (LFQ_ISAS of CMake), best first.
 const isa& isa_at(int i) {
-  static const isa all[n_isas] = {{"x86-64-v4", has_v4, table_isa_v4_f32, table_isa_v4_f64},
-                                  {"x86-64-v3", has_v3, table_isa_v3_f32, table_isa_v3_f64},
-                                  {"x86-64-v2", has_v2, table_isa_v2_f32, table_isa_v2_f64}};
+  static const isa all[] = {
+#if defined(LFQ_HAVE_v4)
+      {"x86-64-v4", has_v4, table_isa_v4_f32, table_isa_v4_f64},
+#endif
+#if defined(LFQ_HAVE_v3)
+      {"x86-64-v3", has_v3, table_isa_v3_f32, table_isa_v3_f64},
+#endif
+#if defined(LFQ_HAVE_v2)
+      {"x86-64-v2", has_v2, table_isa_v2_f32, table_isa_v2_f64},
+#endif
+  };
   return all[i];
 }
+constexpr int n_isas = 0
+#if defined(LFQ_HAVE_v4)
+                       + 1
+#endif
+#if defined(LFQ_HAVE_v3)
+                       + 1
+#endif
+#if defined(LFQ_HAVE_v2)
+                       + 1
+#endif
+    ;
 }  // namespace
 #else
 LFQ_DECLARE(generic)

@@ -20,68 +20,66 @@ LFQ_NAMESPACE_BEGIN
 // phi = F y is never formed for its own sake: F goes into the couplings of the action.
 enum class block_output { gradient, weights, step };  // g; g and that of the weights; a kick and a drift by g
 
-template <class T, block_output OUT, scale_kind S>
+template <class T, block_output OUT, scale_kind S, int N>
 struct fused_block {
   using V = simd<T>;
   static constexpr bool WEIGHTS = OUT == block_output::weights, STEP = OUT == block_output::step;
+  static constexpr int stride = N + 2;
   enum { up, left, right, down };
 
   struct net {
-    V s[4], t[4], bias_s, bias_t;
-    net(const layer_plan<T>& l)
-        : bias_s(l.bias[0] ? l.bias[0][0] : T(0)), bias_t(l.bias[0] ? l.bias[0][1] : T(0)) {
-      for (int i = 0; i < 4; ++i) {
-        s[i] = V(l.weight[0][2 * l.win.taps[1][i]]);
-        t[i] = V(l.weight[0][2 * l.win.taps[1][i] + 1]);
+    V w[N][4], bias[N];
+    net(const layer_plan<T>& l) {
+      for (int c = 0; c < N; ++c) {
+        for (int i = 0; i < 4; ++i) w[c][i] = V(l.weight[0][N * l.win.taps[1][i] + c]);
+        bias[c] = V(l.bias[0] ? l.bias[0][c] : T(0));
       }
     }
     template <class R>
-    LFQ_HD void operator()(const R* tap, R& u_s, R& u_t) const {
-      u_s = R(bias_s), u_t = R(bias_t);
-      for (int i = 0; i < 4; ++i) {
-        u_s = fma(R(s[i]), tap[i], u_s);
-        u_t = fma(R(t[i]), tap[i], u_t);
+    LFQ_HD void operator()(const R* tap, R (&u)[N]) const {
+      for (int c = 0; c < N; ++c) {
+        u[c] = R(bias[c]);
+        for (int i = 0; i < 4; ++i) u[c] = fma(R(w[c][i]), tap[i], u[c]);
       }
     }
     // What a site with these cotangents adds to the gradient of its neighbour i, besides `more`.
     template <class R>
-    LFQ_HD R part(int i, R du_s, R du_t, R more) const {
-      return fma(R(s[i]), du_s, fma(R(t[i]), du_t, more));
+    LFQ_HD R part(int i, const R (&du)[N], R more) const {
+      for (int c = 0; c < N; ++c) more = fma(R(w[c][i]), du[c], more);
+      return more;
     }
   };
   struct net_gradient {
-    V s[4], t[4], bias_s, bias_t;
+    V w[N][4], bias[N];
     bool has_bias;
-    net_gradient(const layer_plan<T>& l) : bias_s(T(0)), bias_t(T(0)), has_bias(l.bias[0]) {
-      for (int i = 0; i < 4; ++i) s[i] = t[i] = V(T(0));
+    net_gradient(const layer_plan<T>& l) : has_bias(l.bias[0]) {
+      for (int c = 0; c < N; ++c) {
+        for (int i = 0; i < 4; ++i) w[c][i] = V(T(0));
+        bias[c] = V(T(0));
+      }
     }
     template <class R>
-    LFQ_HD void add(const R* tap, R du_s, R du_t) {
-      for (int i = 0; i < 4; ++i) {
-        s[i] = span<R>::dot(du_s, tap[i], s[i]);
-        t[i] = span<R>::dot(du_t, tap[i], t[i]);
+    LFQ_HD void add(const R* tap, const R (&du)[N]) {
+      for (int c = 0; c < N; ++c) {
+        for (int i = 0; i < 4; ++i) w[c][i] = span<R>::dot(du[c], tap[i], w[c][i]);
+        if (has_bias) bias[c] = span<R>::sum(du[c], bias[c]);
       }
-      if (!has_bias) return;
-      bias_s = span<R>::sum(du_s, bias_s);
-      bias_t = span<R>::sum(du_t, bias_t);
     }
     void store(const layer_plan<T>& l, lane_mask<T> keep, V* dweights) const {
       V* dw = dweights + l.weight_at[0];
-      for (int i = 0; i < 4; ++i) {
-        dw[2 * l.win.taps[1][i]] += masked<T>(keep, s[i]);
-        dw[2 * l.win.taps[1][i] + 1] += masked<T>(keep, t[i]);
+      for (int c = 0; c < N; ++c) {
+        for (int i = 0; i < 4; ++i) dw[N * l.win.taps[1][i] + c] += masked<T>(keep, w[c][i]);
+        if (l.bias[0]) dweights[l.bias_at[0] + c] += masked<T>(keep, bias[c]);
       }
-      if (!l.bias[0]) return;
-      dweights[l.bias_at[0]] += masked<T>(keep, bias_s);
-      dweights[l.bias_at[0] + 1] += masked<T>(keep, bias_t);
     }
   };
 
   const layer_plan<T>&first, &second;
   const V* x;        // the block's input
   V* g;              // its gradient
-  V *kept, *parts_b, *parts_c;  // four numbers for each site of a parity
-  V* du;                        // two
+  V* kept;                // for each site of the first parity: h, slope and y
+  V *parts_b, *parts_c;   // four numbers for each site of a parity
+  V* du;                  // N
   V* phi;            // the field, when wanted
   phi4_site<T> site;
   T factor;
@@ -90,6 +88,7 @@ struct fused_block {
   int n, n_rows;
   site_sum<T> action, log_det;
   net_gradient grad_a, grad_b;
+  parameter_gradient<T, S, N> parameters_a, parameters_b;
   V phi4_sum;              // of y^4
   V *moved = nullptr, *momenta = nullptr;  // STEP: the input and its momenta, changed in place
   V kick = V(T(0)), drift = V(T(0));
@@ -125,6 +124,7 @@ struct fused_block {
   LFQ_HD void sites(int r, int parity, F&& f) const {
     every_other_site<T>((r & 1) ^ parity, n, [&](auto real, int c) LFQ_LAMBDA_INLINE { f(real, int64_t(r) * n + c, c); });
   }
+  LFQ_HD V kept_y(int row, int k) const { return kept[stride * ((int64_t(row) * n + k) >> 1) + N + 1]; }
   LFQ_HD int below(int r) const { return r + 1 < n_rows ? r + 1 : 0; }
   LFQ_HD int above(int r) const { return r > 0 ? r - 1 : n_rows - 1; }
   LFQ_HD int column(int k) const { return k < 0 ? k + n : k < n ? k : k - n; }
@@ -157,44 +157,49 @@ struct fused_block {
     return start + ((from(above(r), c, down) + from(below(r), c, up)) + (from(r, c - 1, right) + from(r, c + 1, left)));
   }
 
+  template <bool ENERGY>
   void stage_a(int r) {
     sites(r, first.spec.parity, [&](auto real, int64_t s, int c) LFQ_LAMBDA_INLINE {
       using R = decltype(real);
-      R tap[4], u_s, u_t;
+      R tap[4], u[N];
       neighbours(r, c, tap, [&](int row, int k) LFQ_LAMBDA_INLINE { return x[int64_t(row) * n + k]; });
-      net_a(tap, u_s, u_t);
-      const affine_site<R> a = affine_parameters<S>(u_s, u_t);
-      V* k = kept + 4 * (s >> 1);
-      span<R>::put(k, 4, a.s), span<R>::put(k + 1, 4, a.t), span<R>::put(k + 2, 4, a.e);
-      span<R>::put(k + 3, 4, fma(span<R>::at(x + s, 2), a.e, a.t));
+      net_a(tap, u);
+      const coupled_site<R, N> a = couple_site<S>(span<R>::at(x + s, 2), u, first.parameters);
+      V* k = kept + stride * (s >> 1);
+      for (int i = 0; i < N; ++i) span<R>::put(k + i, stride, a.h[i]);
+      span<R>::put(k + N, stride, a.slope);
+      span<R>::put(k + N + 1, stride, a.y);
+      if constexpr (ENERGY) {
+        int64_t i = s >> 1;
+        span<R>::each(log_slope<S>(a, first.parameters), [&](V v) LFQ_LAMBDA_INLINE { log_det.add(i++, v); });
+      }
     });
   }
   template <bool ENERGY>
   void stage_b(int r) {
     sites(r, second.spec.parity, [&](auto real, int64_t s, int c) LFQ_LAMBDA_INLINE {
       using R = decltype(real);
-      R tap[4], u_s, u_t, du_s, du_t;
-      neighbours(r, c, tap,
-                 [&](int row, int k) LFQ_LAMBDA_INLINE { return kept[4 * ((int64_t(row) * n + k) >> 1) + 3]; });
-      net_b(tap, u_s, u_t);
-      const affine_site<R> a = affine_parameters<S>(u_s, u_t);
-      const R scaled = span<R>::at(x + s, 2) * a.e, y = scaled + a.t;
+      R tap[4], u[N], cotangent[N];
+      neighbours(r, c, tap, [&](int row, int k) LFQ_LAMBDA_INLINE { return kept_y(row, k); });
+      net_b(tap, u);
+      const R before = span<R>::at(x + s, 2);
+      const coupled_site<R, N> a = couple_site<S>(before, u, second.parameters);
       const R around = (tap[up] + tap[down]) + (tap[left] + tap[right]);
-      const R dy = -site.force(y, around);
-      affine_backward<S>(a, scaled, dy, R(dlog_det), du_s, du_t);
-      span<R>::put(g + s, 2, dy * a.e);
-      const R hopping = -(R(site.beta) * y);
-      for (int i = 0; i < 4; ++i) span<R>::put(parts_b + 4 * (s >> 1) + i, 4, net_b.part(i, du_s, du_t, hopping));
+      const R dy = -site.force(a.y, around);
+      span<R>::put(g + s, 2, couple_site_backward<S>(a.h, second.parameters, a.slope, before, dy, R(dlog_det), cotangent));
+      const R hopping = -(R(site.beta) * a.y);
+      for (int i = 0; i < 4; ++i) span<R>::put(parts_b + 4 * (s >> 1) + i, 4, net_b.part(i, cotangent, hopping));
       if constexpr (WEIGHTS) {
-        span<R>::put(du + (s & ~int64_t(1)), 2, du_s), span<R>::put(du + (s & ~int64_t(1)) + 1, 2, du_t);
-        phi4_sum = span<R>::dot(y * y, y * y, phi4_sum);
+        for (int i = 0; i < N; ++i) span<R>::put(du + N * (s >> 1) + i, N, cotangent[i]);
+        parameters_b.add(second, a.h, a.slope, before, a.y, dy, R(dlog_det));
+        phi4_sum = span<R>::dot(a.y * a.y, a.y * a.y, phi4_sum);
       }
       if constexpr (ENERGY) {
         int64_t i = s >> 1;
-        span<R>::each(site.action(y, around), [&](V v) LFQ_LAMBDA_INLINE { action.add(i++, v); });
+        span<R>::each(site.action(a.y, around), [&](V v) LFQ_LAMBDA_INLINE { action.add(i++, v); });
         i = s >> 1;
-        span<R>::each(affine_log_det<S>(a.s), [&](V v) LFQ_LAMBDA_INLINE { log_det.add(i++, v); });
-        if (phi) span<R>::put(phi + s, 2, R(factor) * y);
+        span<R>::each(log_slope<S>(a, second.parameters), [&](V v) LFQ_LAMBDA_INLINE { log_det.add(i++, v); });
+        if (phi) span<R>::put(phi + s, 2, R(factor) * a.y);
       }
     });
   }
@@ -202,23 +207,21 @@ struct fused_block {
   void stage_c(int r) {
     sites(r, first.spec.parity, [&](auto real, int64_t s, int c) LFQ_LAMBDA_INLINE {
       using R = decltype(real);
-      const V* k = kept + 4 * (s >> 1);
-      const affine_site<R> a = {span<R>::at(k, 4), span<R>::at(k + 1, 4), span<R>::at(k + 2, 4)};
-      const R y = span<R>::at(k + 3, 4);
+      const V* k = kept + stride * (s >> 1);
+      R h[N], cotangent[N];
+      for (int i = 0; i < N; ++i) h[i] = span<R>::at(k + i, stride);
+      const R slope = span<R>::at(k + N, stride), y = span<R>::at(k + N + 1, stride), before = span<R>::at(x + s, 2);
       const R dy = received(r, c, parts_b, -site.force_alone(y));
-      R du_s, du_t;
-      affine_backward<S>(a, y - a.t, dy, R(dlog_det), du_s, du_t);
-      finish(s, dy * a.e);
-      for (int i = 0; i < 4; ++i) span<R>::put(parts_c + 4 * (s >> 1) + i, 4, net_a.part(i, du_s, du_t, R(T(0))));
+      finish(s, couple_site_backward<S>(h, first.parameters, slope, before, dy, R(dlog_det), cotangent));
+      for (int i = 0; i < 4; ++i) span<R>::put(parts_c + 4 * (s >> 1) + i, 4, net_a.part(i, cotangent, R(T(0))));
       if constexpr (WEIGHTS) {
-        span<R>::put(du + (s & ~int64_t(1)), 2, du_s), span<R>::put(du + (s & ~int64_t(1)) + 1, 2, du_t);
+        for (int i = 0; i < N; ++i) span<R>::put(du + N * (s >> 1) + i, N, cotangent[i]);
+        parameters_a.add(first, h, slope, before, y, dy, R(dlog_det));
         phi4_sum = span<R>::dot(y * y, y * y, phi4_sum);
       }
       if constexpr (ENERGY) {
         int64_t i = s >> 1;
         span<R>::each(site.action_alone(y), [&](V v) LFQ_LAMBDA_INLINE { action.add(i++, v); });
-        i = s >> 1;
-        span<R>::each(affine_log_det<S>(a.s), [&](V v) LFQ_LAMBDA_INLINE { log_det.add(i++, v); });
         if (phi) span<R>::put(phi + s, 2, R(factor) * y);
       }
     });
@@ -230,8 +233,9 @@ struct fused_block {
       using R = decltype(real);
       R tap[4];
       neighbours(r, c, tap, at);
-      const V* u = du + (s & ~int64_t(1));
-      grad.add(tap, span<R>::at(u, 2), span<R>::at(u + 1, 2));
+      R cotangent[N];
+      for (int i = 0; i < N; ++i) cotangent[i] = span<R>::at(du + N * (s >> 1) + i, N);
+      grad.add(tap, cotangent);
     });
   }
   void stage_d(int r) {
@@ -264,15 +268,14 @@ struct fused_block {
       for (; done[k] < until; ++done[k]) row(done[k] % n_rows);
     };
     while (done[3] < n_rows + 3) {
-      advance(0, [&](int r) LFQ_LAMBDA_INLINE { stage_a(r); });
+      advance(0, [&](int r) LFQ_LAMBDA_INLINE { stage_a<ENERGY>(r); });
       int row = done[1];
       advance(1, [&](int r) LFQ_LAMBDA_INLINE { stage_b<ENERGY>(r); });
       if constexpr (WEIGHTS) {
         net_gradient sum = grad_b;
         for (; row < done[1]; ++row)
-          add_weights(row % n_rows, second.spec.parity, sum, [&](int r, int k) LFQ_LAMBDA_INLINE {
-            return kept[4 * ((int64_t(r) * n + k) >> 1) + 3];
-          });
+          add_weights(row % n_rows, second.spec.parity, sum,
+                      [&](int r, int k) LFQ_LAMBDA_INLINE { return kept_y(r, k); });
         grad_b = sum;
       }
       row = done[2];
@@ -291,6 +294,8 @@ struct fused_block {
   void store_weights(const flow_plan<T>& plan, lane_mask<T> keep, V* dweights) {
     grad_a.store(first, keep, dweights);
     grad_b.store(second, keep, dweights);
+    parameters_a.store(first, keep, dweights);
+    parameters_b.store(second, keep, dweights);
     if (plan.fused_at + 2 == plan.n_layers) return;
     // sum of y dS/dy = 2 S + 2 lam sum of y^4
     V twice_action;
@@ -309,6 +314,7 @@ void target_gradient(const phi4_group<T, D>& theory, const flow_group<T>& flow, 
                      lane_mask<T> keep, site_sum<T>& action, site_sum<T>& log_det, simd<T>* field) {
   using V = simd<T>;
   const flow_plan<T>& plan = flow.plan;
+  constexpr memory kept = WEIGHTS ? memory::weights : memory::latents;
   const int64_t volume = theory.lat.volume;
   const auto drop_lanes = [&] {
     for (int64_t i = 0; i < volume; ++i) flow.work.g[i] = masked<T>(keep, flow.work.g[i]);
@@ -318,10 +324,11 @@ void target_gradient(const phi4_group<T, D>& theory, const flow_group<T>& flow, 
       const int before = plan.fused_at;
       const V* x = z;
       V* inner = nullptr;
-      if (before > 0) x = inner = flow.template forward<true, ENERGY>(z, log_det, before);
-      with_scale(plan.layers[before].spec.scale, [&](auto kind) {
+      if (before > 0) x = inner = flow.template forward<kept, ENERGY>(z, log_det, before);
+      with_fused_scale(plan.layers[before].spec, [&](auto kind, auto n) {
         constexpr block_output out = WEIGHTS ? block_output::weights : block_output::gradient;
-        fused_block<T, out, scale_kind(decltype(kind)::value)> block(plan, flow.work, theory.site, x, dlog_det, field);
+        fused_block<T, out, scale_kind(decltype(kind)::value), decltype(n)::value> block(plan, flow.work, theory.site, x,
+                                                                                        dlog_det, field);
         block.template run<ENERGY>();
         if constexpr (WEIGHTS) block.store_weights(plan, keep, flow.work.dweights);
         if constexpr (ENERGY) {
@@ -335,7 +342,7 @@ void target_gradient(const phi4_group<T, D>& theory, const flow_group<T>& flow, 
       return;
     }
   }
-  V* x = flow.template forward<true, ENERGY>(z, log_det, plan.n_layers);
+  V* x = flow.template forward<kept, ENERGY>(z, log_det, plan.n_layers);
   if constexpr (ENERGY)
     theory.gradient(x, flow.work.g, action);
   else
@@ -350,9 +357,9 @@ void target_gradient(const phi4_group<T, D>& theory, const flow_group<T>& flow, 
 template <class T, int D>
 void step_through_block(const phi4_group<T, D>& theory, const flow_group<T>& flow, simd<T>* z, simd<T>* p, T kick,
                         T drift) {
-  with_scale(flow.plan.layers[0].spec.scale, [&](auto kind) {
-    fused_block<T, block_output::step, scale_kind(decltype(kind)::value)> block(flow.plan, flow.work, theory.site, z,
-                                                                              simd<T>(T(-1)), nullptr);
+  with_fused_scale(flow.plan.layers[0].spec, [&](auto kind, auto n) {
+    fused_block<T, block_output::step, scale_kind(decltype(kind)::value), decltype(n)::value> block(
+        flow.plan, flow.work, theory.site, z, simd<T>(T(-1)), nullptr);
     block.moved = z, block.momenta = p;
     block.kick = simd<T>(kick), block.drift = simd<T>(drift);
     block.template run<false>();

@@ -17,7 +17,7 @@ LFQ_HD auto bond_active(R a, R word) {
 }
 
 struct cluster_work {
-  double* field;     // magnitudes and signs, whatever the chain's type; padded by a vector
+  double* field;     // Swendsen-Wang: magnitudes and signs, whatever the chain's type; padded by a vector
   uint64_t* bonds;   // for each axis mu and row, a bit for the bond from each site x to x + mu
   uint8_t* inside;   // Wolff: whether the site is in the cluster
   uint32_t* parent;  // Swendsen-Wang: a site of the same cluster, not above this one. Wolff: the cluster's sites
@@ -59,17 +59,16 @@ struct cluster_chain {
     philox4x32(x[0], x[1], x[2], x[3], uint32_t(seed), uint32_t(seed >> 32));
   }
 
-  // The field in double; false at the first NaN or Inf, whose place is reported.
-  bool load(const T* phi, int64_t* site) const {
+  static LFQ_HD bool finite(double x) { return x - x == 0.0; }
+
+  // The field in double; returns the place of the first NaN or Inf, or -1.
+  int64_t load_field(const T* phi) const {
     for (int64_t i = 0; i < lat.volume; ++i) {
       w.field[i] = double(phi[i]);
-      if (!(w.field[i] - w.field[i] == 0.0)) {
-        *site = i;
-        return false;
-      }
+      if (!finite(w.field[i])) return i;
     }
     for (int i = 0; i < V::width; ++i) w.field[lat.volume + i] = 0.0;
-    return true;
+    return -1;
   }
 
   static LFQ_HD V load(const double* p) {
@@ -197,7 +196,8 @@ struct cluster_chain {
     return flipped;
   }
 
-  // The cluster of a random site flips. Returns its size.
+  // The cluster of a random site flips. Returns its size, or -1 - x where it meets a NaN or Inf at site x. Only the
+  // cluster and its neighbours are read.
   int64_t wolff(uint32_t update, T* phi) const {
     uint32_t word[4];
     words(LFQ_PURPOSE_CLUSTER, update, word);
@@ -205,7 +205,8 @@ struct cluster_chain {
     const uint32_t start = uint32_t((unsigned __int128)(random)*uint64_t(lat.volume) >> 64);
     const uint32_t first_block = update * uint32_t(lat.volume);
     uint8_t* inside = w.inside;
-    int64_t stride[D], size = 1, done = 0;
+    if (!finite(double(phi[start]))) return -1 - int64_t(start);
+    int64_t stride[D], size = 1, done = 0, bad = -1;
     stride[D - 1] = 1;
     for (int mu = D - 2; mu >= 0; --mu) stride[mu] = stride[mu + 1] * lat.extent[mu + 1];
     w.parent[0] = start;
@@ -236,9 +237,12 @@ struct cluster_chain {
             backward[k - 1] = uint32_t(words64[k - 1][l]);
         }
       }
-      const double here = w.field[x];
+      const double here = double(phi[x]);
       const auto visit = [&](int64_t y, uint32_t random_word) LFQ_LAMBDA_INLINE {
-        if (inside[y] || !bond_active(coupling * (here * w.field[y]), double(random_word))) return;
+        if (inside[y]) return;
+        const double there = double(phi[y]);
+        if (!finite(there)) bad = y;
+        if (!bond_active(coupling * (here * there), double(random_word))) return;
         inside[y] = 1;
         w.parent[size++] = uint32_t(y);
       };
@@ -250,27 +254,27 @@ struct cluster_chain {
     for (int64_t i = 0; i < size; ++i) {
       const uint32_t x = w.parent[i];
       phi[x] = -phi[x];
-      w.field[x] = -w.field[x];
       inside[x] = 0;
     }
-    return size;
+    return bad < 0 ? size : -1 - bad;
   }
 
-  // All updates of one trajectory; the field must be loaded.
-  int64_t run(const lfq_cluster& cluster, T* phi) const {
-    int64_t flipped = 0;
+  // All updates of one trajectory; returns the place of a NaN or Inf, or -1.
+  int64_t run(const lfq_cluster& cluster, T* phi, int64_t* flipped) const {
     if (cluster.kind == LFQ_CLUSTER_WOLFF)
       for (int64_t i = 0; i < lat.volume; ++i) w.inside[i] = 0;
     for (int32_t update = 0; update < cluster.n_updates; ++update) {
       if (cluster.kind == LFQ_CLUSTER_WOLFF) {
-        flipped += wolff(uint32_t(update), phi);
+        const int64_t size = wolff(uint32_t(update), phi);
+        if (size < 0) return -1 - size;
+        *flipped += size;
         continue;
       }
-      flipped += swendsen_wang(uint32_t(update), phi);
-      if (update + 1 < cluster.n_updates)
-        for (int64_t i = 0; i < lat.volume; ++i) w.field[i] = double(phi[i]);
+      const int64_t bad = load_field(phi);
+      if (bad >= 0) return bad;
+      *flipped += swendsen_wang(uint32_t(update), phi);
     }
-    return flipped;
+    return -1;
   }
 };
 

@@ -1,6 +1,7 @@
 // A flow on one group: forward, inverse, and the hand-written backward pass.
 #pragma once
 #include "cpu/convolution.hpp"
+#include "cpu/table.hpp"
 #include "lfq/coupling.hpp"
 
 LFQ_NAMESPACE_BEGIN
@@ -20,13 +21,17 @@ struct layer_plan {
   T* weight[max_convolutions];      // [tap][in][out]
   T* transposed[max_convolutions];  // [opposite tap][out][in]: the convolution that goes backward
   T* bias[max_convolutions];        // null without biases
+  T parameters[2 * LFQ_MAX_FEATURES];
+  int64_t parameters_at;
   int64_t cache_at;
   // rescale and upsample
   lattice coarse;
   T factor, coefficient[LFQ_MAX_DIM + 1], width[LFQ_MAX_DIM + 1];
 
+  int outputs() const { return channels[n_convolutions]; }
   int64_t cache_size() const {
-    if (spec.kind == LFQ_LAYER_COUPLING) return 2 * lat.volume;
+    if (spec.kind == LFQ_LAYER_COUPLING)
+      return ((outputs() > 2 ? outputs() : 2) + 2) * (lat.volume / 2) + (n_convolutions > 1 ? lat.volume : 0);
     return spec.kind == LFQ_LAYER_UPSAMPLE || spec.kind == LFQ_LAYER_INTERLEAVE ? coarse.volume : 0;
   }
 };
@@ -39,7 +44,7 @@ struct flow_plan {
   int n_layers = 0;
   layer_plan<T>* layers = nullptr;
   int64_t volume = 0, first_volume = 0, n_weights = 0;
-  int64_t cache_size = 0, hidden_size = 0, channel_size = 0;
+  int64_t cache_size = 0, hidden_size = 0, channel_size = 0, cotangent_size = 0;
   double log_det_constant = 0;
   bool resizing = false;
   int fused_at = -1;  // where the last layers are a block that block_kernels.hpp fuses with the action
@@ -81,7 +86,8 @@ struct flow_plan {
     const auto plain = [](const lfq_layer& l) {
       return l.kind == LFQ_LAYER_COUPLING && l.ndim == 2 && l.kernel_size == 3 && l.n_hidden == 0;
     };
-    return plain(a) && plain(b) && a.parity != b.parity && a.scale == b.scale && a.bias == b.bias ? at : -1;
+    const bool pair = a.parity != b.parity && a.scale == b.scale && a.bias == b.bias;
+    return plain(a) && plain(b) && pair && a.scale != LFQ_SCALE_EVEN ? at : -1;
   }
 
   void plan_coupling(arena& mem, layer_plan<T>& l, const double* w, bool fill) {
@@ -89,13 +95,15 @@ struct flow_plan {
     l.win.plan(mem, l.lat, s.kernel_size);
     l.n_convolutions = s.n_hidden + 1;
     l.channels[0] = 1;
-    int64_t hidden = 0, widest = 2;
+    const int outputs = lfq_internal::net_outputs(s);
+    int64_t hidden = 0, widest = outputs > 2 ? outputs : 2;
     for (int c = 0; c < s.n_hidden; ++c) {
       l.channels[c + 1] = s.hidden[c];
       hidden += s.hidden[c];
       if (s.hidden[c] > widest) widest = s.hidden[c];
     }
-    l.channels[s.n_hidden + 1] = 2;
+    l.channels[s.n_hidden + 1] = outputs;
+    if (outputs * (l.lat.volume / 2) > cotangent_size) cotangent_size = outputs * (l.lat.volume / 2);
     if (hidden * l.lat.volume > hidden_size) hidden_size = hidden * l.lat.volume;
     if (widest * l.lat.volume > channel_size) channel_size = widest * l.lat.volume;
     int64_t at = 0;
@@ -121,6 +129,11 @@ struct flow_plan {
       }
       at += n + (s.bias ? no : 0);
     }
+    l.parameters_at = s.weight_offset + at;
+    if (fill)
+      for (int i = 0; i < lfq_internal::coupling_parameters(s); ++i)
+        l.parameters[i] = T(s.scale == LFQ_SCALE_SITE ? ::exp(w[at + i]) : w[at + i]);
+    if (fill && s.scale == LFQ_SCALE_SITE) l.parameters[3] = T(1) / l.parameters[0];
   }
 
   void plan_upsample(layer_plan<T>& l, const double* w, bool fill) {
@@ -165,7 +178,7 @@ struct flow_work {
     gz = f.resizing ? mem.take<V>(f.volume) : g;
     cache = mem.take<V>(f.cache_size);
     dchannel[1] = mem.take<V>(f.channel_size);
-    du = mem.take<V>(f.volume);
+    du = mem.take<V>(f.cotangent_size);
     dweights = weights ? mem.take<V>(f.n_weights) : nullptr;
     weight_sums = weights ? mem.take<lane_sum<T>>(f.n_weights) : nullptr;
   }
@@ -196,14 +209,32 @@ struct row_taps {
     else
       return field[i][wrap[i][x]];
   }
-  // The same of a field that keeps pairs of numbers in the places of two neighbours.
-  LFQ_HD void at_pair(int i, int x, simd<T>& first, simd<T>& second) const {
-    const simd<T>* p = field[i] + (wrap[i][x] & ~1);
-    first = p[0], second = p[1];
+};
+
+// The same of N numbers for each site of one parity.
+template <class T, int NT, int N>
+struct row_cotangents {
+  static constexpr int capacity = NT ? NT : max_resolved_taps;
+  int run_time_n;
+  const simd<T>* row[capacity];
+  const int32_t* wrap[capacity];
+  int32_t number[capacity];
+  LFQ_HD int n() const { return NT ? NT : run_time_n; }
+  LFQ_HD row_cotangents(const window& w, const simd<T>* du, const int64_t* rows) {
+    run_time_n = w.n[1];
+    for (int i = 0; i < n(); ++i) {
+      number[i] = w.taps[1][i];
+      row[i] = du + N * (rows[w.row_of[number[i]]] / 2);
+      wrap[i] = w.wrap + w.dx[number[i]];
+    }
   }
-  LFQ_HD void at_pair(int i, int x, twin<T>& first, twin<T>& second) const {
-    at_pair(i, x, first.a, second.a);
-    at_pair(i, x + 2, first.b, second.b);
+  LFQ_HD const simd<T>* at(int i, int x) const { return row[i] + N * (wrap[i][x] >> 1); }
+  template <class R>
+  LFQ_HD R get(int i, int x, int c) const {
+    if constexpr (span<R>::sites == 2)
+      return {at(i, x)[c], at(i, x + 2)[c]};
+    else
+      return at(i, x)[c];
   }
 };
 
@@ -221,11 +252,44 @@ LFQ_HD void with_taps(int n, F&& f) {
   f(constant<0>());
 }
 
+// Calls f with what a coupling makes of its net's outputs, and their number.
 template <class F>
-LFQ_HD void with_scale(int32_t kind, F&& f) {
-  if (kind == LFQ_SCALE_NEG_ABS) return f(constant<int(scale_kind::neg_abs)>());
-  f(constant<int(scale_kind::exp)>());
+LFQ_HD void with_fused_scale(const lfq_layer& l, F&& f) {
+  if (l.scale == LFQ_SCALE_NEG_ABS) return f(constant<int(scale_kind::neg_abs)>(), constant<2>());
+  if (l.scale == LFQ_SCALE_EXP) return f(constant<int(scale_kind::exp)>(), constant<2>());
+  f(constant<int(scale_kind::site)>(), constant<1>());
 }
+template <class F>
+LFQ_HD void with_scale(const lfq_layer& l, F&& f) {
+  constexpr constant<int(scale_kind::even)> even;
+  if (l.scale != LFQ_SCALE_EVEN) return with_fused_scale(l, f);
+  if (l.n_features == 1) return f(even, constant<1>());
+  if (l.n_features == 2) return f(even, constant<2>());
+  if (l.n_features == 4) return f(even, constant<4>());
+  f(even, constant<8>());
+}
+
+// The gradient of the weights behind a coupling's net.
+template <class T, scale_kind S, int N>
+struct parameter_gradient {
+  static constexpr int n = n_parameters<S, N>;
+  simd<T> sum[n ? n : 1];
+  parameter_gradient() {
+    for (auto& s : sum) s = simd<T>(T(0));
+  }
+  template <class R>
+  LFQ_HD void add(const layer_plan<T>& l, const R (&h)[N], R slope, R x, R y, R dy, R dlog_det) {
+    parameter_terms<S>(h, l.parameters, slope, x, y, dy, dlog_det,
+                       [&](int i, R a, R b) LFQ_LAMBDA_INLINE { sum[i] = span<R>::dot(a, b, sum[i]); });
+  }
+  void store(const layer_plan<T>& l, lane_mask<T> keep, simd<T>* dweights) const {
+    for (int i = 0; i < n; ++i) dweights[l.parameters_at + i] += masked<T>(keep, sum[i]);
+  }
+};
+
+// What a forward pass keeps for the backward pass to come: nothing, enough for the gradient by the latents, or for that
+// by the weights too, which needs the inputs of all layers.
+enum class memory { none, latents, weights };
 
 template <class T>
 struct flow_group {
@@ -258,8 +322,8 @@ struct flow_group {
     }
   }
 
-  // Calls f(first site, u_s, u_t) for the active sites, two at a time (see span) where a row has them.
-  template <class F>
+  // Calls f(first site, outputs) for the active sites, two at a time (see span) where a row has them.
+  template <int N, class F>
   void net(const layer_plan<T>& l, const V* x, F&& f) const {
     const int active = l.spec.parity, last = l.n_convolutions - 1;
     if (last > 0) {
@@ -267,103 +331,125 @@ struct flow_group {
       const V* in = work.hidden;
       for (int c = 1; c < last; ++c) in += l.lat.volume * l.channels[c];
       V* u = work.dchannel[0];
-      convolve(l.win, active, 2, in, l.channels[last], l.weight[last], 2, l.bias[last],
-               [&](int64_t site, int ch, V v) { u[2 * site + ch] = v; });
+      convolve(l.win, active, 2, in, l.channels[last], l.weight[last], N, l.bias[last],
+               [&](int64_t site, int ch, V v) { u[N * site + ch] = v; });
       for (int64_t r = 0; r < l.lat.n_rows; ++r)
         every_other(l.lat.row_parity(r) ^ active, l.lat.length, [&](auto real, int c) LFQ_LAMBDA_INLINE {
           using S = span<decltype(real)>;
           const int64_t site = r * l.lat.length + c;
-          f(site, S::at(u + 2 * site, 4), S::at(u + 2 * site + 1, 4));
+          decltype(real) out[N];
+          for (int i = 0; i < N; ++i) out[i] = S::at(u + N * site + i, 2 * N);
+          f(site, out);
         });
       return;
     }
     with_taps(l.win.n[1], [&](auto nt) {
       constexpr int NT = decltype(nt)::value;
-      const V bs(l.bias[0] ? l.bias[0][0] : T(0)), bt(l.bias[0] ? l.bias[0][1] : T(0));
+      V bias[N];
+      for (int i = 0; i < N; ++i) bias[i] = V(l.bias[0] ? l.bias[0][i] : T(0));
       for (int64_t r = 0; r < l.lat.n_rows; ++r) {
         const int64_t* rows = l.win.rows(r);
         const row_taps<T, NT> taps(l.win, x, rows);
         every_other(l.lat.row_parity(r) ^ active, l.lat.length, [&](auto real, int c) LFQ_LAMBDA_INLINE {
           using R = decltype(real);
-          R us(bs), ut(bt);
+          R out[N];
+          for (int k = 0; k < N; ++k) out[k] = R(bias[k]);
           for (int i = 0; i < taps.n(); ++i) {
             const R v = taps.template at<R>(i, c);
-            const T* w = l.weight[0] + 2 * taps.number[i];
-            us = fma(R(w[0]), v, us);
-            ut = fma(R(w[1]), v, ut);
+            const T* w = l.weight[0] + N * taps.number[i];
+            for (int k = 0; k < N; ++k) out[k] = fma(R(w[k]), v, out[k]);
           }
-          f(r * l.lat.length + c, us, ut);
+          f(r * l.lat.length + c, out);
         });
       }
     });
   }
 
   // ---- couplings -------------------------------------------------------------------------
-  template <bool CACHE, bool LOG_DET>
+  template <memory M, bool LOG_DET>
   void couple(const layer_plan<T>& l, V* x, site_sum<T>& log_det) const {
-    V* cache = work.cache + (CACHE ? l.cache_at : 0);
-    with_scale(l.spec.scale, [&](auto k) {
-      constexpr scale_kind S = scale_kind(decltype(k)::value);
-      net(l, x, [&](int64_t site, auto us, auto ut) LFQ_LAMBDA_INLINE {
-        using R = decltype(us);
-        const affine_site<R> a = affine_parameters<S>(us, ut);
+    V* cache = work.cache + (M != memory::none ? l.cache_at : 0);
+    if (M != memory::none && l.n_convolutions > 1)
+      for (int64_t i = 0; i < l.lat.volume; ++i) net_input(l)[i] = x[i];
+    with_scale(l.spec, [&](auto kind, auto n) {
+      constexpr scale_kind S = scale_kind(decltype(kind)::value);
+      constexpr int N = decltype(n)::value;
+      net<N>(l, x, [&](int64_t site, const auto& u) LFQ_LAMBDA_INLINE {
+        using R = std::decay_t<decltype(u[0])>;
         const R before = span<R>::at(x + site, 2);
-        if constexpr (CACHE) {
-          V* c = cache + 4 * (site >> 1);
-          span<R>::put(c, 4, a.s), span<R>::put(c + 1, 4, a.t);
-          span<R>::put(c + 2, 4, a.e), span<R>::put(c + 3, 4, before);
+        const coupled_site<R, N> a = couple_site<S>(before, u, l.parameters);
+        if constexpr (M == memory::latents && S == scale_kind::site) {
+          span<R>::put(cache + (site >> 1), 1, a.h[0]);
+        } else if constexpr (M != memory::none) {
+          V* c = cache + (N + 2) * (site >> 1);
+          for (int k = 0; k < N; ++k) span<R>::put(c + k, N + 2, a.h[k]);
+          span<R>::put(c + N, N + 2, a.slope), span<R>::put(c + N + 1, N + 2, before);
         }
-        span<R>::put(x + site, 2, fma(before, a.e, a.t));
+        span<R>::put(x + site, 2, a.y);
         int64_t i = site >> 1;
-        if constexpr (LOG_DET) span<R>::each(affine_log_det<S>(a.s), [&](V v) LFQ_LAMBDA_INLINE { log_det.add(i++, v); });
+        if constexpr (LOG_DET)
+          span<R>::each(log_slope<S>(a, l.parameters), [&](V v) LFQ_LAMBDA_INLINE { log_det.add(i++, v); });
       });
     });
   }
   void uncouple(const layer_plan<T>& l, V* x, site_sum<T>& log_det) const {
-    with_scale(l.spec.scale, [&](auto k) {
-      constexpr scale_kind S = scale_kind(decltype(k)::value);
-      net(l, x, [&](int64_t site, auto us, auto ut) LFQ_LAMBDA_INLINE {
-        using R = decltype(us);
-        const affine_site<R> a = affine_parameters<S>(us, ut);
-        span<R>::put(x + site, 2, (span<R>::at(x + site, 2) - a.t) / a.e);
+    with_scale(l.spec, [&](auto kind, auto n) {
+      constexpr scale_kind S = scale_kind(decltype(kind)::value);
+      constexpr int N = decltype(n)::value;
+      net<N>(l, x, [&](int64_t site, const auto& u) LFQ_LAMBDA_INLINE {
+        using R = std::decay_t<decltype(u[0])>;
+        R log_dy;
+        span<R>::put(x + site, 2, uncouple_site<S>(span<R>::at(x + site, 2), u, l.parameters, log_dy));
         int64_t i = site >> 1;
-        span<R>::each(affine_log_det<S>(a.s), [&](V v) LFQ_LAMBDA_INLINE { log_det.add(i++, -v); });
+        span<R>::each(log_dy, [&](V v) LFQ_LAMBDA_INLINE { log_det.add(i++, -v); });
       });
     });
   }
-  // Restores x to the layer's input and turns g from dL/dy into dL/dx.
+  // The copy of the input of a layer with hidden ones, behind what its sites keep.
+  V* net_input(const layer_plan<T>& l) const { return work.cache + l.cache_at + l.cache_size() - l.lat.volume; }
+  // Turns g from dL/dy into dL/dx; WEIGHTS restores x to the layer's input, too.
   template <bool WEIGHTS>
   void couple_backward(const layer_plan<T>& l, V* x, V* g, V dlog_det) const {
-    with_scale(l.spec.scale, [&](auto k) {
-      constexpr scale_kind S = scale_kind(decltype(k)::value);
+    with_scale(l.spec, [&](auto kind, auto n) {
+      constexpr scale_kind S = scale_kind(decltype(kind)::value);
+      constexpr int N = decltype(n)::value;
       if (l.n_convolutions > 1)
-        hidden_backward<WEIGHTS, S>(l, x, g, dlog_det);
+        hidden_backward<WEIGHTS, S, N>(l, x, g, dlog_det);
       else
-        with_taps(l.win.n[1], [&](auto nt) { direct_backward<WEIGHTS, S, decltype(nt)::value>(l, x, g, dlog_det); });
+        with_taps(l.win.n[1], [&](auto nt) { direct_backward<WEIGHTS, S, N, decltype(nt)::value>(l, x, g, dlog_det); });
     });
   }
 
-  template <scale_kind S, class R>
-  LFQ_HD void site_backward(const V* cache, V* x, V* g, int64_t site, V dlog_det, R& du_s, R& du_t) const {
+  template <bool WEIGHTS, scale_kind S, int N, class R>
+  LFQ_HD void site_backward(const layer_plan<T>& l, V* x, V* g, int64_t site, V dlog_det, R (&du)[N],
+                            parameter_gradient<T, S, N>& grad) const {
     using P = span<R>;
-    const V* c = cache + 4 * (site >> 1);
-    const affine_site<R> a = {P::at(c, 4), P::at(c + 1, 4), P::at(c + 2, 4)};
-    const R before = P::at(c + 3, 4), dy = P::at(g + site, 2);
-    affine_backward<S>(a, before * a.e, dy, R(dlog_det), du_s, du_t);
-    P::put(g + site, 2, dy * a.e);
+    const R dy = P::at(g + site, 2);
+    if constexpr (!WEIGHTS && S == scale_kind::site) {
+      const R h[1] = {P::at(work.cache + l.cache_at + (site >> 1), 1)};
+      P::put(g + site, 2, couple_site_backward<S>(h, l.parameters, site_slope(h[0], l.parameters), dy, dy, R(dlog_det), du));
+      return;
+    }
+    const V* c = work.cache + l.cache_at + (N + 2) * (site >> 1);
+    R h[N];
+    for (int i = 0; i < N; ++i) h[i] = P::at(c + i, N + 2);
+    const R slope = P::at(c + N, N + 2), before = P::at(c + N + 1, N + 2);
+    P::put(g + site, 2, couple_site_backward<S>(h, l.parameters, slope, before, dy, R(dlog_det), du));
+    if constexpr (!WEIGHTS) return;
+    grad.add(l, h, slope, before, P::at(x + site, 2), dy, R(dlog_det));
     P::put(x + site, 2, before);
   }
 
-  template <bool WEIGHTS, scale_kind S, int NT>
+  template <bool WEIGHTS, scale_kind S, int N, int NT>
   void direct_backward(const layer_plan<T>& l, V* x, V* g, V dlog_det) const {
     const int active = l.spec.parity, L = l.lat.length;
-    const V* cache = work.cache + l.cache_at;
     V* du = work.du;
-    V bias_s(T(0)), bias_t(T(0));
-    V acc[NT ? 2 * NT : 1];
+    V bias[N], acc[NT ? N * NT : 1];
+    parameter_gradient<T, S, N> parameters;
     V* dw = nullptr;
     if constexpr (WEIGHTS) {
       dw = work.dweights + l.weight_at[0];
+      for (V& b : bias) b = V(T(0));
       if constexpr (NT > 0)
         for (V& a : acc) a = V(T(0));
     }
@@ -373,18 +459,15 @@ struct flow_group {
         using R = decltype(real);
         using P = span<R>;
         const int64_t site = r * L + c;
-        R us, ut;
-        site_backward<S>(cache, x, g, site, dlog_det, us, ut);
-        V* u = du + (site & ~int64_t(1));
-        P::put(u, 2, us), P::put(u + 1, 2, ut);
+        R u[N];
+        site_backward<WEIGHTS>(l, x, g, site, dlog_det, u, parameters);
+        for (int k = 0; k < N; ++k) P::put(du + N * (site >> 1) + k, N, u[k]);
         if constexpr (WEIGHTS) {
-          bias_s = P::sum(us, bias_s);
-          bias_t = P::sum(ut, bias_t);
+          for (int k = 0; k < N; ++k) bias[k] = P::sum(u[k], bias[k]);
           for (int i = 0; i < taps.n(); ++i) {
             const R v = taps.template at<R>(i, c);
-            V* a = NT ? acc + 2 * i : dw + 2 * taps.number[i];
-            a[0] = P::dot(us, v, a[0]);
-            a[1] = P::dot(ut, v, a[1]);
+            V* a = NT ? acc + N * i : dw + N * taps.number[i];
+            for (int k = 0; k < N; ++k) a[k] = P::dot(u[k], v, a[k]);
           }
         }
       });
@@ -392,51 +475,49 @@ struct flow_group {
     if constexpr (WEIGHTS) {
       if constexpr (NT > 0)
         for (int i = 0; i < NT; ++i)
-          for (int c = 0; c < 2; ++c) dw[2 * l.win.taps[1][i] + c] += acc[2 * i + c];
-      if (l.bias[0]) {
-        work.dweights[l.bias_at[0]] += bias_s;
-        work.dweights[l.bias_at[0] + 1] += bias_t;
-      }
+          for (int k = 0; k < N; ++k) dw[N * l.win.taps[1][i] + k] += acc[N * i + k];
+      if (l.bias[0])
+        for (int k = 0; k < N; ++k) work.dweights[l.bias_at[0] + k] += bias[k];
+      parameters.store(l, ~lane_mask<T>{}, work.dweights);
     }
     for (int64_t r = 0; r < l.lat.n_rows; ++r) {
-      const row_taps<T, NT> taps(l.win, du, l.win.rows(r));
+      const row_cotangents<T, NT, N> taps(l.win, du, l.win.rows(r));
       every_other(l.lat.row_parity(r) ^ active ^ 1, L, [&](auto real, int c) LFQ_LAMBDA_INLINE {
         using R = decltype(real);
         using P = span<R>;
         V* target = g + r * L + c;
         R sum = P::at(target, 2);
         for (int i = 0; i < taps.n(); ++i) {
-          const T* w = l.transposed[0] + 2 * taps.number[i];
-          R us, ut;
-          taps.at_pair(i, c, us, ut);
-          sum = fma(R(w[0]), us, sum);
-          sum = fma(R(w[1]), ut, sum);
+          const T* w = l.transposed[0] + N * taps.number[i];
+          for (int k = 0; k < N; ++k) sum = fma(R(w[k]), taps.template get<R>(i, c, k), sum);
         }
         P::put(target, 2, sum);
       });
     }
   }
 
-  template <bool WEIGHTS, scale_kind S>
+  template <bool WEIGHTS, scale_kind S, int N>
   void hidden_backward(const layer_plan<T>& l, V* x, V* g, V dlog_det) const {
     const int active = l.spec.parity, L = l.lat.length, last = l.n_convolutions - 1;
     const activation_kind act = activation_kind(l.spec.activation);
-    const V* cache = work.cache + l.cache_at;
     V* dout = work.dchannel[0];
+    parameter_gradient<T, S, N> parameters;
     for (int64_t r = 0; r < l.lat.n_rows; ++r)
       every_other(l.lat.row_parity(r) ^ active, L, [&](auto real, int c) LFQ_LAMBDA_INLINE {
         using R = decltype(real);
         const int64_t site = r * L + c;
-        R us, ut;
-        site_backward<S>(cache, x, g, site, dlog_det, us, ut);
-        span<R>::put(dout + 2 * site, 4, us), span<R>::put(dout + 2 * site + 1, 4, ut);
+        R u[N];
+        site_backward<WEIGHTS>(l, x, g, site, dlog_det, u, parameters);
+        for (int k = 0; k < N; ++k) span<R>::put(dout + N * site + k, 2 * N, u[k]);
       });
-    run_hidden(l, x);
+    if constexpr (WEIGHTS) parameters.store(l, ~lane_mask<T>{}, work.dweights);
+    const V* input = net_input(l);
+    run_hidden(l, input);
     const V* h = work.hidden;
     for (int c = 1; c <= last; ++c) h += l.lat.volume * l.channels[c];
     for (int c = last; c >= 0; --c) {
       const int ni = l.channels[c], no = l.channels[c + 1];
-      const V* in = x;
+      const V* in = input;
       if (c > 0) in = h -= l.lat.volume * ni;
       for (int parity = 0; parity < 2; ++parity) {
         // Outputs of the last layer exist on active sites only; inputs of the first on frozen sites only.
@@ -570,8 +651,8 @@ struct flow_group {
   }
 
   // ---- the flow --------------------------------------------------------------------------
-  // The first n_layers of f(z); returned pointer is work.x or work.spare_x. CACHE keeps what backward needs.
-  template <bool CACHE, bool LOG_DET = true>
+  // The first n_layers of f(z); returned pointer is work.x or work.spare_x.
+  template <memory M, bool LOG_DET = true>
   V* forward(const V* z, site_sum<T>& log_det, int n_layers) const {
     V *x = work.x, *spare = work.spare_x;
     for (int64_t i = 0; i < plan.first_volume; ++i) x[i] = z[i];
@@ -579,13 +660,13 @@ struct flow_group {
       const layer_plan<T>& l = plan.layers[n];
       switch (l.spec.kind) {
         case LFQ_LAYER_COUPLING:
-          couple<CACHE, LOG_DET>(l, x, log_det);
+          couple<M, LOG_DET>(l, x, log_det);
           break;
         case LFQ_LAYER_RESCALE:
           for (int64_t i = 0; i < l.lat.volume; ++i) x[i] = x[i] * V(l.factor);
           break;
         default:
-          if (CACHE)
+          if (M == memory::weights)
             for (int64_t i = 0; i < l.coarse.volume; ++i) work.cache[l.cache_at + i] = x[i];
           upsample(l, x, z, spare);
           V* t = x;
@@ -618,7 +699,7 @@ struct flow_group {
     for (int64_t i = 0; i < plan.first_volume; ++i) z[i] = x[i];
   }
 
-  // After forward<true>(z, , n_layers) returned x, and with dL/dx in work.g: dL/dz in work.gz. x is overwritten.
+  // After forward(z, , n_layers) returned x, and with dL/dx in work.g: dL/dz in work.gz. WEIGHTS overwrites x.
   template <bool WEIGHTS>
   void backward(const V* z, V* x, V dlog_det, int n_layers) const {
     V *g = work.g, *spare = work.spare_g;
@@ -634,13 +715,14 @@ struct flow_group {
           for (int64_t i = 0; i < l.lat.volume; ++i) {
             if (WEIGHTS) sum = fma(g[i], x[i], sum);
             g[i] = g[i] * f;
-            x[i] = x[i] * inverse;
+            if (WEIGHTS) x[i] = x[i] * inverse;
           }
           if (WEIGHTS) work.dweights[l.spec.weight_offset] += fma(dlog_det, V(T(l.lat.volume)), sum);
           break;
         }
         default:
-          for (int64_t i = 0; i < l.coarse.volume; ++i) x[i] = work.cache[l.cache_at + i];
+          if (WEIGHTS)
+            for (int64_t i = 0; i < l.coarse.volume; ++i) x[i] = work.cache[l.cache_at + i];
           upsample_backward<WEIGHTS>(l, x, z, g, spare, work.gz, dlog_det);
           V* t = g;
           g = spare;
@@ -684,6 +766,8 @@ struct flow_group {
         if (l.bias[c])
           for (int co = 0; co < no; ++co) grad[l.bias_at[c] + co] = lanes(l.bias_at[c] + co);
       }
+      for (int i = 0; i < lfq_internal::coupling_parameters(l.spec); ++i)
+        grad[l.parameters_at + i] = lanes(l.parameters_at + i);
     }
   }
 };

@@ -151,10 +151,10 @@ struct fourier_potential {
       : theory(t, false, work.hmc.edge), w(work.hmc), f(plan), lines(work.lines) {}
 
   const V* field() const { return w.z; }
-  void start(lane_sum<T>& s) {
-    site_sum<T> sum;
-    theory.action(w.z, sum);
-    s = sum.sum();
+  void start(double, lane_sum<T>& s) {
+    site_sum<T> action;
+    theory.gradient(w.z, w.scratch[0], action);
+    s.add(1.0, action.sum());
   }
   void save() {
     for (int64_t i = 0; i < theory.lat.volume; ++i) w.z_old[i] = w.z[i];

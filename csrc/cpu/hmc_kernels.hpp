@@ -48,10 +48,11 @@ struct phi4_potential {
   const V* field() const { return w.z; }
   bool moved = true;  // since the trajectory began, whose first drift goes from w.z_old to w.z
 
-  void start(lane_sum<T>& s) {
-    site_sum<T> sum;
-    theory.action(w.z, sum);
-    s = sum.sum();
+  // The action as `last_kick` with the same k sums it: a run in pieces then has the bits of a whole one.
+  void start(double k, lane_sum<T>& s) {
+    site_sum<T> unused;
+    for (int64_t i = 0; i < theory.lat.volume; ++i) w.pi[i] = V(T(0));
+    last_kick(k, s, unused);
   }
   void save() {
     V* const swap = w.z;
@@ -106,7 +107,7 @@ struct pulled_back_potential {
   }
 
   const V* field() const { return w.phi; }
-  void start(lane_sum<T>& s) {
+  void start(double, lane_sum<T>& s) {
     gradient(w.z, s);
     gradient_known = true;
   }
@@ -314,14 +315,14 @@ bool run_hmc(P& potential, const lfq_hmc& h, const group<T>& g, const hmc_output
   constexpr int W = simd<T>::width;
   auto& w = potential.w;
   const int64_t volume = potential.theory.lat.volume;
+  int64_t n = 0;
+  const double unit = momentum_unit(h), half_mass = 0.5 / (unit * unit);
   double s0[W];
   {
     lane_sum<T> s;
-    potential.start(s);
+    potential.start(h.integrator.kick[h.integrator.n_stages] * h.step_size * unit, s);
     g.totals(s, s0);
   }
-  int64_t n = 0;
-  const double unit = momentum_unit(h), half_mass = 0.5 / (unit * unit);
   for (int64_t sample = 0; sample < h.n_samples; ++sample) {
     for (int t = 0; t < h.thin; ++t, ++n) {
       const uint64_t number = h.first_trajectory + uint64_t(n);

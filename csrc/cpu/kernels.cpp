@@ -1,6 +1,8 @@
 // The kernel table of one instruction set. Compiled once for each, with LFQ_ISA set by CMake.
 #include "cpu/cluster_kernels.hpp"
+#include "cpu/custom_kernels.hpp"
 #include "cpu/fourier_kernels.hpp"
+#include "cpu/heat_bath_kernels.hpp"
 #include "cpu/hmc_kernels.hpp"
 #include "cpu/table.hpp"
 
@@ -142,8 +144,9 @@ struct cpu_kernels {
       gradient = mem.take<double>(slots(group<T>::count(n_chains)) * f.n_weights);
       bytes = mem.used;
     }
-    call_work thread(void* ws, int thread) const {
-      return thread_work<call_work>(ws, bytes, thread, [&](call_work& w, arena& mem) { w.plan(mem, flow); });
+    template <class W = call_work>
+    W thread(void* ws, int thread) const {
+      return thread_work<W>(ws, bytes, thread, [&](W& w, arena& mem) { w.plan(mem, flow); });
     }
   };
   static size_t flow_workspace(const lfq_flow& f, int64_t n_chains, int n_threads) {
@@ -163,7 +166,7 @@ struct cpu_kernels {
       const group<T> g(index, n_chains);
       if (!load(g, z, f.volume, w.z, failed)) return;
       site_sum<T> sum;
-      const V* y = flow_group<T>{shared.flow, w.flow}.template forward<false>(w.z, sum, shared.flow.n_layers);
+      const V* y = flow_group<T>{shared.flow, w.flow}.template forward<memory::none>(w.z, sum, shared.flow.n_layers);
       store_group(g, y, f.volume, x);
       store_lanes(g, sum.sum(), shared.flow.log_det_constant, log_det);
     };
@@ -195,11 +198,11 @@ struct cpu_kernels {
     }
   }
   // body(group, work, flow) for every group, slot by slot, with the weight gradient gathered when wanted.
-  template <class F>
+  template <class W = call_work, class F>
   static void over_slots(const shared_work& shared, int64_t n_chains, void* ws, int n_threads, bool weights, F&& body) {
     const int64_t n_groups = group<T>::count(n_chains), n_slots = slots(n_groups), n = shared.flow.n_weights;
     auto task = [&](int64_t slot, int thread) {
-      const call_work w = shared.thread(ws, thread);
+      const W w = shared.template thread<W>(ws, thread);
       const flow_group<T> flow{shared.flow, w.flow};
       double* gradient = shared.gradient + slot * n;
       for (int64_t i = 0; i < n; ++i) gradient[i] = 0;
@@ -221,16 +224,18 @@ struct cpu_kernels {
                [&](const group<T>& g, const call_work& w, const flow_group<T>& flow) {
                  if (!load(g, z, f.volume, w.z, failed)) return false;
                  site_sum<T> sum;
-                 V* x = flow.template forward<true>(w.z, sum, shared.flow.n_layers);
+                 const int n = shared.flow.n_layers;
+                 V* x = dweights ? flow.template forward<memory::weights>(w.z, sum, n)
+                                 : flow.template forward<memory::latents>(w.z, sum, n);
                  if (!load(g, dx, f.volume, w.flow.g, failed)) return false;
                  V gl(T(0));
                  for (int l = 0; l < g.n_valid; ++l) gl.set(l, T(dlog_det[g.first + l]));
                  if (dweights) {
                    const lane_mask<T> keep = chains_of(g);
                    for (int64_t i = 0; i < f.volume; ++i) w.flow.g[i] = masked<T>(keep, w.flow.g[i]);
-                   flow.template backward<true>(w.z, x, gl, shared.flow.n_layers);
+                   flow.template backward<true>(w.z, x, gl, n);
                  } else {
-                   flow.template backward<false>(w.z, x, gl, shared.flow.n_layers);
+                   flow.template backward<false>(w.z, x, gl, n);
                  }
                  store_group(g, w.flow.gz, f.volume, dz);
                  return true;
@@ -432,17 +437,152 @@ struct cpu_kernels {
         const auto w = thread_work<cluster_work>(ws, 0, thread, [&](cluster_work& f, arena& mem) { f.plan(mem, theory); });
         const cluster_chain<T, decltype(d)::value> kernel(theory, w, seed, trajectory, first_chain + uint64_t(chain));
         T* field = phi + chain * kernel.lat.volume;
-        int64_t site = -1;
-        if (!kernel.load(field, &site)) {
-          failed.report(chain, site, double(field[site]));
-          return;
-        }
-        const int64_t n = kernel.run(c, field);
+        int64_t n = 0;
+        const int64_t bad = kernel.run(c, field, &n);
+        if (bad >= 0) failed.report(chain, bad, double(field[bad]));
         if (flipped) flipped[chain] = n;
       };
       for_tasks(n_chains, n_threads, task);
     });
     return status(failed, failure);
+  }
+
+  // ---- local heat bath ----------------------------------------------------------------------
+  static size_t heat_bath_workspace(const lfq_phi4& theory, int64_t n_chains, int n_threads) {
+    arena mem;
+    heat_bath_work<T> w;
+    w.plan(mem, theory);
+    return mem.used * size_t(used_threads(group<T>::count(n_chains, splits_checkerboard<T>(theory)), n_threads)) + 64;
+  }
+  static int heat_bath(const lfq_phi4& theory, const lfq_heat_bath& h, int64_t n_chains, T* phi, int64_t* changed,
+                       const double* smear, double* obs, lfq_failure* failure, void* ws, int n_threads) {
+    failures failed;
+    const bool split = splits_checkerboard<T>(theory);
+    const heat_bath_output out = {changed, smear, obs, n_chains};
+    with_dimension(theory.ndim, [&](auto d) {
+      auto task = [&](int64_t index, int thread) {
+        const auto w = thread_work<heat_bath_work<T>>(ws, 0, thread,
+                                                      [&](heat_bath_work<T>& f, arena& mem) { f.plan(mem, theory); });
+        const heat_bath_group<T, decltype(d)::value> kernel(theory, split, w.edge);
+        const group<T> g(index, n_chains, split);
+        if (!load(g, phi, kernel.theory.whole.volume, w.phi, failed)) return;
+        run_heat_bath(kernel, w, h, g, out);
+        store_group(g, w.phi, kernel.theory.whole.volume, phi);
+      };
+      for_tasks(group<T>::count(n_chains, split), n_threads, task);
+    });
+    return status(failed, failure);
+  }
+  // ---- actions of the caller ---------------------------------------------------------------
+  static lfq_phi4 lattice_of(const custom_action<T>& a) {
+    lfq_phi4 t = {};
+    t.ndim = a.ndim;
+    for (int i = 0; i < a.ndim; ++i) t.extent[i] = a.extent[i];
+    return t;
+  }
+  static int status(const failures& f, const stop_flag& stop, lfq_failure* out) {
+    if (!stop.up()) return status(f, out);
+    if (out) *out = {f.first.chain, f.first.step, double(stop.code)};
+    return LFQ_ERR_CALLBACK;
+  }
+  struct custom_loss_work : call_work {
+    custom_buffers<T> buffers;
+    void plan(arena& mem, const flow_plan<T>& f) {
+      call_work::plan(mem, f);
+      buffers.plan(mem, f.volume);
+    }
+  };
+  // Enough for HMC and, with a flow, for the loss.
+  static size_t custom_workspace(const lfq_flow* f, const custom_action<T>& action, int64_t n_chains, int n_threads) {
+    const size_t n = size_t(used_threads(group<T>::count(n_chains), n_threads));
+    const hmc_shared shared(nullptr, f);
+    arena mem;
+    custom_work<T> w;
+    w.plan(mem, lattice_of(action), f ? &shared.flow : nullptr);
+    const size_t hmc = shared.bytes + mem.used * n + 64;
+    if (!f) return hmc;
+    const shared_work slots(nullptr, *f, n_chains);
+    arena each;
+    custom_loss_work l;
+    l.plan(each, slots.flow);
+    const size_t loss = slots.bytes + each.used * n + 64;
+    return loss > hmc ? loss : hmc;
+  }
+  // body(potential, group, shared, failures) for every group whose z loads.
+  template <class F>
+  static int over_custom(const lfq_flow* f, const custom_action<T>& action, int64_t n_chains, const T* z,
+                         lfq_failure* failure, void* ws, int n_threads, F&& body) {
+    failures failed;
+    stop_flag stop;
+    const lfq_phi4 lattice_only = lattice_of(action);
+    const hmc_shared shared(ws, f);
+    const flow_plan<T>* plan = f ? &shared.flow : nullptr;
+    with_dimension(action.ndim, [&](auto d) {
+      constexpr int D = decltype(d)::value;
+      auto task = [&](int64_t index, int thread) {
+        auto w = thread_work<custom_work<T>>(ws, shared.bytes, thread,
+                                             [&](custom_work<T>& c, arena& mem) { c.plan(mem, lattice_only, plan); });
+        const group<T> g(index, n_chains);
+        if (!load(g, z, lattice(D, action.extent).volume, w.hmc.z, failed)) return;
+        custom_potential<T, D> p(lattice_only, w, plan, action, stop, g);
+        body(p, g, shared, failed);
+      };
+      for_tasks(group<T>::count(n_chains), n_threads, task);
+    });
+    return status(failed, stop, failure);
+  }
+  static int custom_force(const lfq_flow* f, const custom_action<T>& action, int64_t n_chains, const T* z, double* s,
+                          T* force, lfq_failure* failure, void* ws, int n_threads) {
+    return over_custom(f, action, n_chains, z, failure, ws, n_threads,
+                       [&](auto& p, const group<T>& g, const hmc_shared& shared, failures&) {
+                         lane_sum<T> sum;
+                         p.gradient(&sum);
+                         store_lanes(g, sum, f ? -shared.flow.log_det_constant : 0.0, s);
+                         const int64_t volume = p.theory.lat.volume;
+                         for (int64_t i = 0; i < volume; ++i) p.work.gradient[i] = -p.work.gradient[i];
+                         store_group(g, p.work.gradient, volume, force);
+                       });
+  }
+  static int custom_evolve(const lfq_flow* f, const custom_action<T>& action, const lfq_hmc& h, int64_t n_chains, T* z,
+                           T* momenta, lfq_failure* failure, void* ws, int n_threads) {
+    return over_custom(f, action, n_chains, z, failure, ws, n_threads,
+                       [&](auto& p, const group<T>& g, const hmc_shared&, failures& failed) {
+                         evolve_group(p, h, g, z, momenta, failed);
+                       });
+  }
+  static int custom_hmc(const lfq_flow* f, const custom_action<T>& action, const lfq_hmc& h, int64_t n_chains, T* z, T* phi,
+                        double* dh, uint8_t* accepted, const double* smear, double* obs, lfq_failure* failure, void* ws,
+                        int n_threads) {
+    const hmc_output out = {dh, accepted, smear, obs, n_chains};
+    return over_custom(f, action, n_chains, z, failure, ws, n_threads,
+                       [&](auto& p, const group<T>& g, const hmc_shared&, failures& failed) {
+                         const int64_t volume = p.theory.whole.volume;
+                         const bool good = run_hmc<T>(p, h, g, out, failed);
+                         store_group(g, p.w.z, volume, z);
+                         if (phi && good) store_group(g, p.field(), volume, phi);
+                       });
+  }
+  static int custom_loss(const lfq_flow& f, const custom_action<T>& action, int64_t n_chains, const T* z, double* s,
+                         double* log_det, double* dweights, lfq_failure* failure, void* ws, int n_threads) {
+    failures failed;
+    stop_flag stop;
+    const shared_work shared(ws, f, n_chains);
+    over_slots<custom_loss_work>(shared, n_chains, ws, n_threads, true,
+                                 [&](const group<T>& g, const custom_loss_work& w, const flow_group<T>& flow) {
+      if (!load(g, z, f.volume, w.z, failed)) return false;
+      site_sum<T> ld;
+      lane_sum<T> sum;
+      V* x = flow.template forward<memory::weights>(w.z, ld, shared.flow.n_layers);
+      w.buffers.gradient(action, stop, g, f.volume, x, w.flow.g, &sum);
+      const lane_mask<T> keep = chains_of(g);
+      for (int64_t i = 0; i < f.volume; ++i) w.flow.g[i] = masked<T>(keep, w.flow.g[i]);
+      flow.template backward<true>(w.z, x, masked<T>(keep, V(T(-1))), shared.flow.n_layers);
+      store_lanes(g, sum, 0.0, s);
+      store_lanes(g, ld.sum(), shared.flow.log_det_constant, log_det);
+      return true;
+    });
+    sum_slots(shared, group<T>::count(n_chains), 1.0 / double(n_chains), dweights);
+    return status(failed, stop, failure);
   }
 
   static const lfq_internal::kernels<T> table;
@@ -452,7 +592,8 @@ template <class T>
 const lfq_internal::kernels<T> cpu_kernels<T>::table = {
     normal,  phi4_workspace, action, force,    observables,   flow_workspace, forward,
     inverse, vjp,            loss,   pullback, hmc_workspace, evolve,         hmc,
-    fourier_workspace, fourier_evolve, fourier_hmc, cluster_workspace, cluster};
+    fourier_workspace, fourier_evolve, fourier_hmc, cluster_workspace, cluster, heat_bath_workspace, heat_bath,
+    custom_workspace, custom_force, custom_evolve, custom_hmc, custom_loss};
 
 LFQ_NAMESPACE_END
 

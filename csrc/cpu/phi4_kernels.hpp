@@ -61,19 +61,11 @@ struct phi4_group {
     for (int64_t i = 0; i < n; ++i) edge.above[i] = after(phi[i]);
   }
 
-  // Calls f(index, phi, sum over forward neighbours, sum over all neighbours) along a row. A row of the last
-  // slice sees the first one in `above`, when given; after(x) follows the site x.
-  template <class F>
-  LFQ_HD void row(const V* phi, int64_t r, F&& f) const {
-    row(phi, r, f, split ? edge.above : nullptr, [](int) LFQ_LAMBDA_INLINE {});
-  }
-  template <class F, class G>
-  LFQ_HD void row(const V* phi, int64_t r, F&& f, const V* above, G&& after) const {
-    const int n = lat.length;
-    const V* self = phi + r * n;
-    const V* up[D > 1 ? D - 1 : 1];
-    const V* down[D > 1 ? D - 1 : 1];
+  // The rows next to row r along the leading axes.
+  LFQ_HD void neighbours(const V* phi, int64_t r, const V* above, const V** up, const V** down) const {
     if constexpr (D > 1) {
+      const int n = lat.length;
+      const V* self = phi + r * n;
       int c[LFQ_MAX_DIM];
       lat.coordinates(r, c);
       int64_t stride = n;
@@ -86,6 +78,21 @@ struct phi4_group {
       if (split && c[0] == 0) down[0] = edge.below + in_slice;
       if (above && c[0] + 1 == lat.extent[0]) up[0] = above + in_slice;
     }
+  }
+
+  // Calls f(index, phi, sum over forward neighbours, sum over all neighbours) along a row. A row of the last
+  // slice sees the first one in `above`, when given; after(x) follows the site x.
+  template <class F>
+  LFQ_HD void row(const V* phi, int64_t r, F&& f) const {
+    row(phi, r, f, split ? edge.above : nullptr, [](int) LFQ_LAMBDA_INLINE {});
+  }
+  template <class F, class G>
+  LFQ_HD void row(const V* phi, int64_t r, F&& f, const V* above, G&& after) const {
+    const int n = lat.length;
+    const V* self = phi + r * n;
+    const V* up[D > 1 ? D - 1 : 1];
+    const V* down[D > 1 ? D - 1 : 1];
+    neighbours(phi, r, above, up, down);
     V left = self[n - 1], here = self[0];
     const auto visit = [&](int x, V right) LFQ_LAMBDA_INLINE {
       V forward = right;
@@ -250,38 +257,44 @@ LFQ_HD void with_dimension(int ndim, F&& f) {
   }
 }
 
-// Normals for the n sites of each lane; sink(i, value). Lane l draws from chain g.chain(l)'s stream, from
-// the block where its part of the field begins. Some blocks at a time, words first: two short loops keep
-// the processor busy where one long chain of operations would leave it waiting.
-template <class T, class F>
-LFQ_HD void normals(const stream& rng, uint64_t first_chain, const group<T>& g, int64_t n, F&& sink) {
-  using V = simd<T>;
-  using B = typename V::bits_t;
+// Philox blocks of each lane, word by word: lane l draws from chain g.chain(l)'s stream, from the block where its
+// part of the field begins. Two at a time: one long chain of operations would leave the processor waiting.
+template <class T>
+struct lane_blocks {
+  using B = typename simd<T>::bits_t;
   // A twin is two blocks of double-precision lanes, or the even and the odd lanes of one single-precision block.
   using words = twin_bits<words64>;
-  constexpr int W = V::width, halves = W / simd<double>::width;
-  words chains, first;
-  for (int l = 0; l < W; ++l) {
-    const uint64_t chain = uint32_t(first_chain + uint64_t(g.chain(l))), block = g.slabs ? uint64_t(l * (n / 4)) : 0;
-    words64& c = halves == 2 && l % 2 ? chains.b : chains.a;
-    words64& f = halves == 2 && l % 2 ? first.b : first.a;
-    c[l / halves] = chain;
-    f[l / halves] = block;
+  static constexpr int halves = simd<T>::width / simd<double>::width;
+  words chains, first, word1, word3;
+  uint32_t key0, key1;
+
+  // blocks_per_lane: of a slab
+  lane_blocks(const stream& rng, uint64_t first_chain, const group<T>& g, int64_t blocks_per_lane)
+      : word1(words{} + uint64_t(rng.word1())),
+        word3(words{} + uint64_t(rng.word3())),
+        key0(uint32_t(rng.seed)),
+        key1(uint32_t(rng.seed >> 32)) {
+    for (int l = 0; l < simd<T>::width; ++l) {
+      const uint64_t chain = uint32_t(first_chain + uint64_t(g.chain(l)));
+      const uint64_t block = g.slabs ? uint64_t(l * blocks_per_lane) : 0;
+      words64& c = halves == 2 && l % 2 ? chains.b : chains.a;
+      words64& f = halves == 2 && l % 2 ? first.b : first.a;
+      c[l / halves] = chain;
+      f[l / halves] = block;
+    }
+    if (halves == 1) {
+      chains.b = chains.a;
+      first.b = first.a;
+    }
   }
-  if (halves == 1) {
-    chains.b = chains.a;
-    first.b = first.a + uint64_t(1);
-  }
-  const words64 low = words64{} + uint64_t(0xffffffffu);
-  const words word1 = words{} + uint64_t(rng.word1()), word3 = words{} + uint64_t(rng.word3());
-  constexpr int batch = 8;
-  alignas(64) B word[4 * batch];
-  for (int64_t b0 = 0; 4 * b0 < n; b0 += batch) {
-    const int64_t left = n - 4 * b0;
-    const int blocks = left < 4 * batch ? int(left + 3) / 4 : batch;
-    for (int k = 0; k < blocks; k += 3 - halves) {
-      words x[4] = {first + uint64_t(b0 + k), word1, chains, word3};
-      philox4x32(x[0], x[1], x[2], x[3], uint32_t(rng.seed), uint32_t(rng.seed >> 32));
+  // Blocks `block`, block + step, ...: word i of the k-th to word[4 k + i]. In double precision one more than an odd
+  // count is written.
+  LFQ_HD void operator()(uint64_t block, uint64_t step, int count, B* word) const {
+    const words64 low = words64{} + uint64_t(0xffffffffu);
+    for (int k = 0; k < count; k += 3 - halves) {
+      words x[4] = {first + (block + uint64_t(k) * step), word1, chains, word3};
+      if (halves == 1) x[0].b = x[0].b + step;
+      philox4x32(x[0], x[1], x[2], x[3], key0, key1);
       for (int i = 0; i < 4; ++i) {
         if constexpr (halves == 1)
           word[4 * k + i] = x[i].a & low, word[4 * k + 4 + i] = x[i].b & low;
@@ -289,6 +302,22 @@ LFQ_HD void normals(const stream& rng, uint64_t first_chain, const group<T>& g, 
           word[4 * k + i] = interleave(x[i].a, x[i].b);
       }
     }
+  }
+};
+
+// Normals for the n sites of each lane; sink(i, value). Some blocks at a time, words first: two short loops keep
+// the processor busy where one long chain of operations would leave it waiting.
+template <class T, class F>
+LFQ_HD void normals(const stream& rng, uint64_t first_chain, const group<T>& g, int64_t n, F&& sink) {
+  using V = simd<T>;
+  using B = typename V::bits_t;
+  const lane_blocks<T> random(rng, first_chain, g, n / 4);
+  constexpr int batch = 8;
+  alignas(64) B word[4 * batch];
+  for (int64_t b0 = 0; 4 * b0 < n; b0 += batch) {
+    const int64_t left = n - 4 * b0;
+    const int blocks = left < 4 * batch ? int(left + 3) / 4 : batch;
+    random(uint64_t(b0), 1, blocks, word);
     const int whole = left < 4 * batch ? int(left / 4) : batch;
     for (int k = 0; k < whole; ++k) {
       V z[4];

@@ -5,6 +5,23 @@
 
 namespace lfq_internal {
 
+// What the last layer of a coupling's net puts out, and the weights behind the net's.
+inline int net_outputs(const lfq_layer& l) {
+  return l.scale == LFQ_SCALE_SITE ? 1 : l.scale == LFQ_SCALE_EVEN ? l.n_features : 2;
+}
+inline int coupling_parameters(const lfq_layer& l) {
+  return l.scale == LFQ_SCALE_SITE ? 3 : l.scale == LFQ_SCALE_EVEN ? 2 * l.n_features : 0;
+}
+
+template <class T>
+struct custom_type;
+template <>
+struct custom_type<float> { using type = lfq_custom_f32; };
+template <>
+struct custom_type<double> { using type = lfq_custom_f64; };
+template <class T>
+using custom_action = typename custom_type<T>::type;
+
 template <class T>
 struct kernels {
   int (*normal)(uint64_t seed, int32_t purpose, uint64_t trajectory, uint64_t first_chain, int64_t n_chains,
@@ -39,6 +56,18 @@ struct kernels {
   size_t (*cluster_workspace)(const lfq_phi4&, int64_t n_chains, int n_threads);
   int (*cluster)(const lfq_phi4&, const lfq_cluster&, uint64_t seed, uint64_t first_chain, uint64_t trajectory,
                  int64_t n_chains, T* phi, int64_t* flipped, lfq_failure*, void* ws, int n_threads);
+  size_t (*heat_bath_workspace)(const lfq_phi4&, int64_t n_chains, int n_threads);
+  int (*heat_bath)(const lfq_phi4&, const lfq_heat_bath&, int64_t n_chains, T* phi, int64_t* changed,
+                   const double* smear, double* observables, lfq_failure*, void* ws, int n_threads);
+  size_t (*custom_workspace)(const lfq_flow*, const custom_action<T>&, int64_t n_chains, int n_threads);
+  int (*custom_force)(const lfq_flow*, const custom_action<T>&, int64_t n_chains, const T* z, double* action, T* force,
+                      lfq_failure*, void* ws, int n_threads);
+  int (*custom_evolve)(const lfq_flow*, const custom_action<T>&, const lfq_hmc&, int64_t n_chains, T* z, T* momenta,
+                       lfq_failure*, void* ws, int n_threads);
+  int (*custom_hmc)(const lfq_flow*, const custom_action<T>&, const lfq_hmc&, int64_t n_chains, T* z, T* phi, double* dh,
+                    uint8_t* accepted, const double* smear, double* observables, lfq_failure*, void* ws, int n_threads);
+  int (*custom_loss)(const lfq_flow&, const custom_action<T>&, int64_t n_chains, const T* z, double* action,
+                     double* log_det, double* dweights, lfq_failure*, void* ws, int n_threads);
 };
 
 struct isa {

@@ -7,9 +7,12 @@ struct flow_api {
   size_t (*size)(const lfq_flow*, int64_t, int32_t);
   int (*forward)(const lfq_flow*, int64_t, const T*, T*, double*, void*, size_t, int32_t);
   int (*inverse)(const lfq_flow*, int64_t, const T*, T*, double*, void*, size_t, int32_t);
-  int (*vjp)(const lfq_flow*, int64_t, const T*, const T*, const double*, T*, double*, void*, size_t, int32_t);
+  using vjp_function = int (*)(const lfq_flow*, int64_t, const T*, const T*, const double*, T*, double*, void*, size_t, int32_t);
+  vjp_function vjp;
   int (*loss)(const lfq_flow*, const lfq_phi4*, int64_t, const T*, double*, double*, double*, void*, size_t, int32_t);
   int (*pullback)(const lfq_flow*, const lfq_phi4*, int64_t, const T*, double*, T*, void*, size_t, int32_t);
+  size_t (*inverse_size)(const lfq_flow*, int64_t, int32_t);
+  vjp_function inverse_vjp;
 
   // forward and inverse have one shape.
   static void bind_map(py::module_& m, const char* name, const flow_api& f,
@@ -37,13 +40,11 @@ struct flow_api {
         py::arg("output").noconvert(), py::arg("log_det").noconvert(), py::arg("n_threads") = 0);
   }
 
-  void bind(py::module_& m) const {
-    const flow_api f = *this;
-    bind_map(m, "flow_forward", f, forward);
-    bind_map(m, "flow_inverse", f, inverse);
+  // The cotangents of forward and of inverse have one shape too.
+  static void bind_vjp(py::module_& m, const char* name, size_t (*size)(const lfq_flow*, int64_t, int32_t), vjp_function vjp) {
     m.def(
-        "flow_vjp",
-        [f](int64_t volume, const array<lfq_layer>& layers, const array<double>& weights, const array<T>& z,
+        name,
+        [size, vjp](int64_t volume, const array<lfq_layer>& layers, const array<double>& weights, const array<T>& z,
             const array<T>& dx, const array<double>& dlog_det, array<T> dz, py::object dweights, int32_t n_threads) {
           const lfq_flow flow = flow_of(volume, layers, weights);
           const int64_t n = chains_of(z.size(), volume, "z");
@@ -62,13 +63,21 @@ struct flow_api {
           int code;
           {
             py::gil_scoped_release nogil;
-            workspace w(f.size(&flow, n, n_threads));
-            code = f.vjp(&flow, n, pz, px, pl, p, dw, w.data.get(), w.bytes, n_threads);
+            workspace w(size(&flow, n, n_threads));
+            code = vjp(&flow, n, pz, px, pl, p, dw, w.data.get(), w.bytes, n_threads);
           }
           raise(code);
         },
         py::arg("volume"), py::arg("layers"), py::arg("weights"), py::arg("z").noconvert(), py::arg("dx").noconvert(),
         py::arg("dlog_det"), py::arg("dz").noconvert(), py::arg("dweights"), py::arg("n_threads") = 0);
+  }
+
+  void bind(py::module_& m) const {
+    const flow_api f = *this;
+    bind_map(m, "flow_forward", f, forward);
+    bind_map(m, "flow_inverse", f, inverse);
+    bind_vjp(m, "flow_vjp", size, vjp);
+    bind_vjp(m, "flow_inverse_vjp", inverse_size, inverse_vjp);
     m.def(
         "flow_loss",
         [f](int64_t volume, const array<lfq_layer>& layers, const array<double>& weights, const array<lfq_phi4>& theory,
@@ -119,10 +128,12 @@ struct flow_api {
 
 void bind_flow(py::module_& m) {
   flow_api<float>{lfq_flow_workspace_f32, lfq_flow_forward_f32, lfq_flow_inverse_f32,
-                  lfq_flow_vjp_f32,       lfq_flow_loss_f32,    lfq_pullback_force_f32}
+                  lfq_flow_vjp_f32,       lfq_flow_loss_f32,    lfq_pullback_force_f32,
+                  lfq_flow_inverse_vjp_workspace_f32, lfq_flow_inverse_vjp_f32}
       .bind(m);
   flow_api<double>{lfq_flow_workspace_f64, lfq_flow_forward_f64, lfq_flow_inverse_f64,
-                   lfq_flow_vjp_f64,       lfq_flow_loss_f64,    lfq_pullback_force_f64}
+                   lfq_flow_vjp_f64,       lfq_flow_loss_f64,    lfq_pullback_force_f64,
+                  lfq_flow_inverse_vjp_workspace_f64, lfq_flow_inverse_vjp_f64}
       .bind(m);
   m.def(
       "layer_n_weights",

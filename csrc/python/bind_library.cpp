@@ -73,15 +73,17 @@ void bind_library(py::module_& m) {
 
   PYBIND11_NUMPY_DTYPE(lfq_phi4, ndim, extent, beta, lam);
   PYBIND11_NUMPY_DTYPE(lfq_layer, kind, ndim, extent, parity, kernel_size, n_hidden, hidden, activation, bias, scale,
-                       weight_offset);
+                       n_features, reserved, weight_offset);
   PYBIND11_NUMPY_DTYPE(lfq_integrator, n_stages, reserved, kick, drift);
   PYBIND11_NUMPY_DTYPE(lfq_hmc, integrator, step_size, n_steps, thin, n_samples, seed, first_chain, first_trajectory,
                        n_steps_spread, reserved);
   PYBIND11_NUMPY_DTYPE(lfq_cluster, kind, n_updates);
+  PYBIND11_NUMPY_DTYPE(lfq_heat_bath, n_sweeps, thin, n_samples, seed, first_chain, first_trajectory);
   m.attr("theory_dtype") = py::dtype::of<lfq_phi4>();
   m.attr("layer_dtype") = py::dtype::of<lfq_layer>();
   m.attr("hmc_dtype") = py::dtype::of<lfq_hmc>();
   m.attr("cluster_dtype") = py::dtype::of<lfq_cluster>();
+  m.attr("heat_bath_dtype") = py::dtype::of<lfq_heat_bath>();
   m.attr("N_OBSERVABLES") = LFQ_N_OBSERVABLES;
   m.attr("MAX_HIDDEN") = LFQ_MAX_HIDDEN;
   m.attr("MAX_CHANNELS") = LFQ_MAX_CHANNELS;
@@ -92,6 +94,7 @@ void bind_library(py::module_& m) {
                                 py::arg("bond") = int(LFQ_PURPOSE_BOND), py::arg("cluster") = int(LFQ_PURPOSE_CLUSTER),
                                 py::arg("proposal") = int(LFQ_PURPOSE_PROPOSAL),
                                 py::arg("resample") = int(LFQ_PURPOSE_RESAMPLE),
+                                py::arg("heat_bath") = int(LFQ_PURPOSE_HEAT_BATH),
                                 py::arg("user") = int(LFQ_PURPOSE_USER));
   m.attr("CLUSTERS") = py::dict(py::arg("swendsen-wang") = int(LFQ_CLUSTER_SWENDSEN_WANG),
                                 py::arg("wolff") = int(LFQ_CLUSTER_WOLFF));

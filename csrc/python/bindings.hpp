@@ -45,15 +45,20 @@ inline int64_t chains_of(py::ssize_t size, int64_t volume, const char* name) {
   return size / volume;
 }
 
-// What a chain writes and smears with: sizes that follow from the settings.
-inline void check_measured(const lfq_phi4* t, const lfq_hmc* h, int64_t n, const array<double>& smear, const array<double>& dh,
-                           const array<uint8_t>& accepted, const array<double>& observables) {
+// What n measured fields write and smear with.
+inline void check_observables(const lfq_phi4* t, int64_t n, const array<double>& smear, const array<double>& observables) {
   int64_t extents = 0;
   for (int i = 0; i < t->ndim && i < LFQ_MAX_DIM; ++i) extents += t->extent[i];
   check_size(smear.size(), extents, "smear");
+  if (observables.size() > 0) check_size(observables.size(), n * LFQ_N_OBSERVABLES, "observables");
+}
+
+// What a chain writes and smears with: sizes that follow from the settings.
+inline void check_measured(const lfq_phi4* t, const lfq_hmc* h, int64_t n, const array<double>& smear, const array<double>& dh,
+                           const array<uint8_t>& accepted, const array<double>& observables) {
   check_size(dh.size(), n * h->n_samples * h->thin, "dh");
   check_size(accepted.size(), n * h->n_samples * h->thin, "accepted");
-  if (observables.size() > 0) check_size(observables.size(), n * h->n_samples * LFQ_N_OBSERVABLES, "observables");
+  check_observables(t, n * h->n_samples, smear, observables);
 }
 
 // A flow over arrays that the caller keeps alive during the call.
@@ -73,5 +78,7 @@ void bind_flow(py::module_& m);
 void bind_hmc(py::module_& m);
 void bind_fourier(py::module_& m);
 void bind_cluster(py::module_& m);
+void bind_heat_bath(py::module_& m);
+void bind_custom(py::module_& m);
 
 }  // namespace lfq_python

@@ -8,4 +8,6 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   lfq_python::bind_hmc(m);
   lfq_python::bind_fourier(m);
   lfq_python::bind_cluster(m);
+  lfq_python::bind_heat_bath(m);
+  lfq_python::bind_custom(m);
 }

@@ -42,6 +42,22 @@ struct stream {
   LFQ_HD uint32_t word3() const { return (uint32_t(trajectory >> 32) & 0xffffffu) | (purpose << 24); }
 };
 
+// A word plus 1/2 as a real: exact in double, rounded in single precision.
+template <class R>
+LFQ_HD R word_plus_half(typename real_traits<R>::bits word) {
+  using T = typename real_traits<R>::scalar;
+  using B = typename real_traits<R>::bits;
+  using U = typename real_traits<T>::bits;
+  if constexpr (sizeof(T) == 8) {
+    return from_bits<R>(word | to_bits(R(T(0x1p52)))) - R(T(0x1p52 - 0.5));
+  } else {
+    // 32 bits do not fit a float's mantissa: convert in two exact halves.
+    const R hi = from_bits<R>((word >> 16) | to_bits(R(T(0x1p23f)))) - R(T(0x1p23f));
+    const R lo = from_bits<R>((word & (B{} + U(0xffff))) | to_bits(R(T(0x1p23f)))) - R(T(0x1p23f));
+    return fma(hi, R(T(0x1p16f)), lo + R(T(0.5f)));
+  }
+}
+
 // Two normals from two random words; see ARCHITECTURE.md, "Random numbers".
 template <class R>
 LFQ_HD void box_muller(typename real_traits<R>::bits a, typename real_traits<R>::bits b, R& n0, R& n1) {
@@ -50,13 +66,9 @@ LFQ_HD void box_muller(typename real_traits<R>::bits a, typename real_traits<R>:
   using U = typename real_traits<T>::bits;
   R log_u;
   if constexpr (sizeof(T) == 8) {
-    const B k = (a << 8) | (b >> 24);
-    log_u = log(from_bits<R>(k | to_bits(R(T(0x1p52)))) - R(T(0x1p52 - 0.5)), 40);
+    log_u = log(word_plus_half<R>((a << 8) | (b >> 24)), 40);
   } else {
-    // 32 bits do not fit a float's mantissa: convert in two exact halves.
-    const R hi = from_bits<R>((a >> 16) | to_bits(R(T(0x1p23f)))) - R(T(0x1p23f));
-    const R lo = from_bits<R>((a & (B{} + U(0xffff))) | to_bits(R(T(0x1p23f)))) - R(T(0x1p23f));
-    log_u = log(fma(hi, R(T(0x1p16f)), lo + R(T(0.5f))), 32);
+    log_u = log(word_plus_half<R>(a), 32);
   }
   const R r = sqrt(-(log_u + log_u));
   R c, s;

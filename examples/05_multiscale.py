@@ -1,0 +1,189 @@
+"""Multiscale flow-HMC on the line of constant physics: the runs behind docs/multiscale.md.
+
+python examples/05_multiscale.py                    # half an hour on one core; leaves multiscale.json
+python examples/05_multiscale.py --draw --docs docs # tables and figure of docs/multiscale.md from it
+"""
+
+import argparse
+import json
+import platform
+import sys
+import time
+from pathlib import Path
+
+import lfq
+from lfq.analysis import estimate, fit_exponent
+from lfq.experiment import finite, machine
+
+BETA = {4: 0.49, 8: 0.576, 16: 0.634, 32: 0.6614, 64: 0.67435}
+STEPS = {4: 1600, 8: 2400, 16: 3200, 32: 3200, 64: 2400}
+BATCH = {4: 512, 8: 512, 16: 256, 32: 128, 64: 64}
+CHAINS = {8: 64, 16: 64, 32: 64, 64: 32}
+SECONDS = {8: 3, 16: 5, 32: 15, 64: 60}
+DTYPE, LENGTH_SPREAD = "float32", 0.3
+VARIANTS = {
+    "exp(-|s|), 1 block": dict(n_blocks=1, scale="exp(-|s|)"),
+    "even, 2 features, 1 block": dict(n_blocks=1, scale="even", features=2),
+    "even, 2 features, 4 blocks": dict(n_blocks=4, scale="even", features=2),
+    "even, 2 features, 1 hidden layer of 4, 1 block": dict(n_blocks=1, scale="even", features=2, hidden=(4,)),
+    "site, 1 block": dict(n_blocks=1),
+    "site, 2 blocks": dict(n_blocks=2),
+    "site, 4 blocks": dict(n_blocks=4),
+    "site, 8 blocks": dict(n_blocks=8),
+    "site, 2 blocks, 5 x 5": dict(n_blocks=2, kernel_size=5),
+    "site, 2 blocks, 1 hidden layer of 4": dict(n_blocks=2, hidden=(4,)),
+}
+
+
+def theory(extent):
+    return lfq.Phi4((extent, extent), beta=BETA[extent], lam=0.5)
+
+
+def ladder(extents, effort=1.0, **structure):
+    """A multiscale flow trained level by level, and the seconds it took, at each extent."""
+    flow, seconds, flows = lfq.MultiscaleFlow(n_levels=2, seed=1, **structure), 0.0, {}
+    for extent in extents:
+        fit = lfq.train(
+            flow, lfq.Gaussian((extent, extent)), theory(extent), n_steps=int(effort * STEPS[extent]),
+            batch_size=BATCH[extent], learning_rate=0.03 if extent < 16 else 0.015, seed=extent, dtype=DTYPE,
+            n_threads=1,
+        )  # fmt: skip
+        seconds += fit.seconds
+        flows[extent] = fit, seconds
+        flow = fit.flow.refined()
+    return flows
+
+
+def through(flow, extent, **options):
+    return lfq.HMC(theory(extent).pullback(flow), dtype=DTYPE, n_threads=1, **options)
+
+
+def measured(sampler, extent, n_samples=300):
+    """Acceptance and tau_int of tuned chains, and the force evaluations of an independent sample."""
+    state = sampler.advance(sampler.start(CHAINS[extent], seed=4), 1, 60, measure=False).state
+    block = sampler.advance(state, n_samples)
+    series = {"M2": block.observables["M"] ** 2, "abs_M": abs(block.observables["M"])}
+    series |= {name: block.observables[name] for name in ("phi2", "phi2_smeared", "G_pmin")}
+    tau_int = {name: estimate(values).tau_int for name, values in series.items()}
+    forces = sampler.force_evaluations_per_trajectory
+    return {
+        "tau": sampler.tau,
+        "n_steps": sampler.n_steps,
+        "acceptance": float(block.accepted.mean()),
+        "tau_int": tau_int,
+        "forces_per_independent_sample": 2 * max(tau_int.values()) * forces,
+    }
+
+
+def variants(extents):
+    found = []
+    for name, structure in VARIANTS.items():
+        record = {"name": name, "sizes": []}
+        for extent, (fit, seconds) in ladder(extents, 0.5, **structure).items():
+            if extent < 8:
+                continue
+            record["n_weights"] = fit.flow.n_weights
+            facts = {"L": extent, "training_s": seconds, "std_log_w": fit.std_log_w}
+            try:
+                sampler = through(fit.flow, extent, tau=2.0, n_steps=8).tune(0.9, CHAINS[extent], seed=3)
+                state = sampler.start(CHAINS[extent], seed=4)
+                plain = lfq.HMC(theory(extent), tau=1.0, n_steps=20, dtype=DTYPE, n_threads=1)
+                step = sampler.time_trajectory(state) / sampler.force_evaluations_per_trajectory
+                plain_state = plain.start(CHAINS[extent], seed=4)
+                step /= plain.time_trajectory(plain_state) / plain.force_evaluations_per_trajectory
+                facts |= measured(sampler, extent) | {"step_over_plain": step}
+            except (lfq.NotFiniteError, RuntimeError) as error:
+                facts["error"] = str(error)
+            record["sizes"].append(facts)
+            print(name, facts, file=sys.stderr, flush=True)
+        found.append(record)
+    return found
+
+
+def comparison(extents):
+    """Each sampler tuned to least cost in seconds on one core, and the same flow carried up without training."""
+    flows, sizes = ladder([4, *extents]), []
+    shared = flows[16][0].flow
+    for extent in extents:
+        fit, seconds = flows[extent]
+        target = theory(extent)
+        contenders = {
+            "HMC": lfq.HMC(target, tau=max(1.0, extent / 12), dtype=DTYPE, n_threads=1),
+            "Swendsen-Wang": lfq.ClusterHMC(target, dtype=DTYPE, n_threads=1),
+            "multiscale": lfq.Contender(
+                through(fit.flow, extent, tau=1.5, n_steps=8, length_spread=LENGTH_SPREAD), seconds
+            ),
+            "multiscale, OMF2": lfq.Contender(
+                through(fit.flow, extent, tau=1.5, n_steps=4, length_spread=LENGTH_SPREAD, integrator="omf2"),
+                seconds,
+            ),
+        }
+        found = lfq.compare(target, contenders, seconds=SECONDS[extent], n_chains=CHAINS[extent], seed=3)
+        print(f"L = {extent}\n\n{found}\n", flush=True)
+        fixed = measured(through(fit.flow, extent, tau=2.0, n_steps=8).tune(0.9, CHAINS[extent], seed=3), extent)
+        record = found.results | {"training_s": seconds, "std_log_w": fit.std_log_w, "tau_2": fixed}
+        if extent >= 16:
+            while shared.n_levels < fit.flow.n_levels:
+                shared = shared.refined()
+            record["shared_weights"] = measured(
+                through(shared, extent, tau=2.0, n_steps=8).tune(0.9, CHAINS[extent], seed=3), extent
+            )
+        print(json.dumps(finite({k: record[k] for k in ("tau_2", "shared_weights") if k in record})), flush=True)
+        sizes.append(record)
+    return sizes
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--extents", type=int, nargs="+", default=[8, 16, 32, 64])
+    parser.add_argument("--results", type=Path, default=Path("multiscale.json"))
+    parser.add_argument("--draw", action="store_true", help="draw from the results instead of making them")
+    parser.add_argument("--docs", type=Path, default=Path("."), help="where figures/multiscale.png goes")
+    parser.add_argument("--variants", action="store_true", help="only the comparison of blocks")
+    arguments = parser.parse_args()
+    if arguments.draw:
+        return draw(json.loads(arguments.results.read_text()), arguments.docs)
+    results = json.loads(arguments.results.read_text()) if arguments.results.exists() else {}
+    results |= {"machine": machine(), "lfq": lfq.__version__, "python": platform.python_version()}
+    begin = time.perf_counter()
+    if arguments.variants:
+        results["variants"] = variants([4, *[extent for extent in arguments.extents if extent <= 32]])
+    else:
+        results["sizes"] = comparison(arguments.extents)
+    results["seconds"] = time.perf_counter() - begin
+    arguments.results.write_text(json.dumps(finite(results), indent=1, allow_nan=False) + "\n")
+
+
+def draw(results, docs):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    clocks = {
+        "cost_per_independent_sample_s": "ns per site and independent sample",
+        "cost_per_independent_sample_force_evaluations": "force evaluations per independent sample",
+    }
+    for axis, (key, label) in zip(axes, clocks.items(), strict=True):
+        for name in [record["name"] for record in results["sizes"][0]["samplers"]]:
+            records = [next(s for s in size["samplers"] if s["name"] == name) for size in results["sizes"]]
+            extents = [r["L"] for r in records]
+            costs = [r[key] * (1e9 / r["L"] ** 2 if key.endswith("_s") else 1) for r in records]
+            axis.plot(extents, costs, "o-", label=name)
+            scaling = [n for n, extent in enumerate(extents) if extent >= 16]
+            if len(scaling) < 3:
+                continue
+            errors = [records[n]["cost_relative_error"] for n in scaling]
+            z, error = fit_exponent([extents[n] for n in scaling], [costs[n] for n in scaling], errors)
+            print(f"{name}, {label}: {', '.join(f'{c:.3g}' for c in costs)}; z = {z:.2f} +- {error:.2f}")
+        axis.set(xscale="log", yscale="log", xlabel="L", ylabel=label)
+        axis.set_xticks(extents, extents)
+        axis.minorticks_off()
+    axes[0].legend()
+    (docs / "figures").mkdir(parents=True, exist_ok=True)
+    figure.savefig(docs / "figures" / "multiscale.png", dpi=150)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+"""Every threaded kernel, called from several Python threads at once, gives the bits of one thread alone.
+
+Small enough for ThreadSanitizer: tests/sanitize.sh thread runs this file.
+"""
+
+import dataclasses
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+import lfq
+
+THEORY = lfq.Phi4((4, 4), beta=0.5, lam=0.5)
+SPLIT = lfq.Phi4((64, 64), beta=0.5, lam=0.5)
+FLOW = lfq.AffineFlow(3, 1, hidden=(2,), seed=1)
+FIELDS = np.random.default_rng(1).normal(size=(70, 4, 4))
+
+
+def advance(sampler, n_chains=70):
+    def call(n_threads):
+        threaded = dataclasses.replace(sampler, n_threads=n_threads)
+        block = threaded.advance(threaded.start(n_chains, 1), 2)
+        return block.state.latent, block.dh, block.observables["phi2"]
+
+    return call
+
+
+def train(n_threads):
+    prior = lfq.Interleave(lfq.Phi4((2, 2), beta=0.4, lam=0.5), n_warmup=2, n_between=1)
+    fit = lfq.train(lfq.AffineFlow(), prior, THEORY, 3, 70, n_threads=n_threads, n_evaluation=70)
+    return fit.flow.weights, fit.history["loss"]
+
+
+CALLS = {
+    "action": lambda n: (THEORY.action(FIELDS, n),),
+    "force": lambda n: (THEORY.force(FIELDS, n),),
+    "forward": lambda n: FLOW.forward(FIELDS, n),
+    "inverse": lambda n: FLOW.inverse(FIELDS, n),
+    "vjp": lambda n: FLOW.vjp(FIELDS, FIELDS, 1.0, weights=True, n_threads=n),
+    "pulled-back force": lambda n: (THEORY.pullback(FLOW).force(FIELDS, n),),
+    "hmc": advance(lfq.HMC(THEORY, n_steps=2)),
+    "hmc float32": advance(lfq.HMC(THEORY, n_steps=2, dtype="float32")),
+    "split chains": advance(lfq.HMC(SPLIT, n_steps=2), 3),
+    "flow-hmc": advance(lfq.HMC(THEORY.pullback(lfq.AffineFlow()), n_steps=2)),
+    "swendsen-wang": advance(lfq.ClusterHMC(THEORY, n_steps=2)),
+    "wolff": advance(lfq.ClusterHMC(THEORY, n_steps=2, cluster="wolff")),
+    "fourier": advance(lfq.FourierHMC(THEORY, n_steps=2)),
+    "training": train,
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_threads_within_threads(name):
+    alone = CALLS[name](1)
+    with ThreadPoolExecutor(3) as pool:
+        for together in pool.map(CALLS[name], (4, 3, 4, 2)):
+            for one, other in zip(alone, together, strict=True):
+                np.testing.assert_array_equal(one, other)
