@@ -53,6 +53,14 @@ class inverse_vjp {
         return k.vjp(one, n_, y, seed, dlog, image, weights, bad, p, threads_);
       };
       if (copy.kind == LFQ_LAYER_COUPLING) {
+        if (copy.scale == LFQ_SCALE_SITE) {
+          // Only here does the log-det depend on the active sites themselves.
+          std::fill(seed, seed + n_ * volume, T(0));
+          if (const int e = product(lambda, nullptr)) return e;
+          over(copy, [&](int64_t at, int64_t, int parity, int) {
+            if (parity == copy.parity) v[at] += image[at];
+          });
+        }
         over(copy, [&](int64_t at, int64_t, int parity, int) { seed[at] = T(parity == copy.parity ? 1 : 0); });
         if (const int e = product(zero, nullptr)) return e;
         over(copy, [&](int64_t at, int64_t, int parity, int) {
