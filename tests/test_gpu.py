@@ -63,8 +63,16 @@ def test_theory(cp, theory, dtype, rng, leading):
     assert theory.action(cp.asarray(np.ones((8, 6), dtype=np.int64))).dtype == np.float64
 
 
-def test_flow(cp, theory, dtype, rng):
-    flow = lfq.AffineFlow(hidden=(3,), n_blocks=2, seed=3)
+MAPS = {
+    "affine": lambda: lfq.AffineFlow(hidden=(3,), n_blocks=2, seed=3),
+    "even": lambda: lfq.AffineFlow(scale="even", features=4, seed=3),
+    "site": lambda: lfq.AffineFlow(scale="site", rescale=False, n_blocks=2, seed=3),
+}
+
+
+@pytest.mark.parametrize("name", MAPS)
+def test_flow(cp, theory, dtype, rng, name):
+    flow = MAPS[name]()
     z, dx = rng.normal(size=(2, 5, 8, 6)).astype(dtype)
     device = cp.asarray(z)
     for found, expected in zip(flow.forward(device), flow.forward(z), strict=True):
@@ -120,15 +128,23 @@ def test_a_diverging_chain_is_named(cp, theory):
     np.testing.assert_array_equal(_gpu.to_host(state.latent), before)
 
 
-@pytest.mark.parametrize("make", [lfq.Interleave, lfq.Upsample, lambda t: lfq.Gaussian((8, 8))], ids=str)
-def test_training(cp, make):
+TRAININGS = {
+    "interleave": (lfq.Interleave, lfq.AffineFlow),
+    "upsample": (lfq.Upsample, lfq.AffineFlow),
+    "multiscale": (lambda coarse: lfq.Gaussian((8, 8)), lambda seed: lfq.MultiscaleFlow(3, n_blocks=1, seed=seed)),
+}
+
+
+@pytest.mark.parametrize("name", TRAININGS)
+def test_training(cp, name):
     """Steps on the device are those of the CPU."""
     coarse, target = lfq.Phi4((4, 4), 0.5, 0.5), lfq.Phi4((8, 8), 0.55, 0.5)
     arguments = {"n_steps": 6, "batch_size": 8, "seed": 3, "n_evaluation": 16}
+    make, make_flow = TRAININGS[name]
     prior = make(coarse)
     if hasattr(prior, "coarse"):
         prior = make(coarse, n_between=2, n_warmup=5)
-    flow = lfq.AffineFlow(seed=2)
+    flow = make_flow(seed=2)
     expected = lfq.train(flow, prior, target, **arguments)
     found = lfq.train(flow, prior, target, device="cuda", **arguments)
     for name in ("loss", "ess", "std_log_w", "learning_rate"):
@@ -136,6 +152,43 @@ def test_training(cp, make):
     np.testing.assert_allclose(found.flow.weights, expected.flow.weights, rtol=0, atol=1e-8)
     assert found.ess == pytest.approx(expected.ess, abs=1e-8)
     assert found.acceptance == expected.acceptance
+
+
+def test_training_goes_on_from_a_checkpoint(cp, tmp_path):
+    """On the device, with what was stored in the middle, to the same bits."""
+    coarse, target = lfq.Phi4((4, 4), 0.5, 0.5), lfq.Phi4((8, 8), 0.55, 0.5)
+    prior = lfq.Interleave(coarse, n_between=1, n_warmup=2)
+
+    def fit(**more):
+        return lfq.train(
+            lfq.AffineFlow(seed=2), prior, target, 5, 2, seed=3, n_evaluation=2, device="cuda", **more
+        )  # fmt: skip
+
+    def interrupt(step, *_):
+        if step >= 2:
+            raise KeyboardInterrupt
+
+    expected, path = fit(), tmp_path / "checkpoint"
+    with pytest.raises(KeyboardInterrupt):
+        fit(checkpoint=path, progress=interrupt)
+    steps = []
+    found = fit(checkpoint=path, progress=lambda step, *_: steps.append(step))
+    assert steps[0] > 2
+    np.testing.assert_array_equal(found.flow.weights, expected.flow.weights)
+    np.testing.assert_array_equal(found.history["loss"], expected.history["loss"])
+    assert (found.ess, found.acceptance) == (expected.ess, expected.acceptance)
+
+
+def test_chains_go_on_from_a_file(cp, theory, tmp_path):
+    hmc = lfq.HMC(theory, device="cuda")
+    state = hmc.advance(hmc.start(3, seed=4), 2).state
+    hmc.save(state, tmp_path / "state")
+    again = hmc.advance(hmc.load(tmp_path / "state"), 3)
+    assert _gpu.is_gpu_array(again.phi)
+    expected = hmc.advance(state, 3)
+    np.testing.assert_array_equal(_gpu.to_host(again.phi), _gpu.to_host(expected.phi))
+    # A machine without a GPU may go on too.
+    np.testing.assert_array_equal(lfq.HMC(theory).load(tmp_path / "state").latent, _gpu.to_host(state.latent))
 
 
 def test_training_that_fails_names_its_step(cp):
@@ -153,6 +206,19 @@ def test_what_does_not_run_on_a_gpu_says_so(cp, theory):
             sampler(theory).advance(lfq.State(device, 0, 0), 1)
     with pytest.raises(TypeError, match="one of latent and momenta lies on a GPU"):
         lfq.HMC(theory).evolve(device, np.zeros((2, 8, 6)))
+    flow = lfq.AffineFlow()
+    with pytest.raises(TypeError, match="z: a GPU array was given, but this runs on the CPU only"):
+        flow.inverse_vjp(device, 0, 0)
+    with pytest.raises(TypeError, match="latent: a GPU array was given, but this runs on the CPU only"):
+        lfq.HeatBath(theory).advance(lfq.State(device, 0, 0), 1)
+    custom = lfq.CustomAction.from_sites((8, 6), lambda phi, forward: phi**2, lambda phi, around: -2 * phi)
+    for action in (custom, custom.pullback(flow)):
+        with pytest.raises(ValueError, match="device: must be one of cpu"):
+            lfq.HMC(action, device="cuda")
+        with pytest.raises(TypeError, match="a GPU array was given, but this runs on the CPU only"):
+            action.action(device)
+    with pytest.raises(ValueError, match="device: a CustomAction is trained for on the cpu only"):
+        lfq.train(flow, lfq.Gaussian((8, 6)), custom, device="cuda")
 
 
 def test_out_of_memory_names_the_bytes(monkeypatch, tmp_path_factory, theory):

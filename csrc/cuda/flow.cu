@@ -12,7 +12,8 @@ using lfq::n_buffers;
 constexpr size_t most_shared = 100 * 1024;
 constexpr int most_slots = 1024;
 constexpr int64_t most_slot_bytes = int64_t(2) << 30;
-constexpr int n_sums = 4 + 2 * LFQ_MAX_DIM;
+// Most that a block adds up at a time: for observables, or of the parameters of a coupling.
+constexpr int n_sums = 2 * LFQ_MAX_FEATURES > 4 + 2 * LFQ_MAX_DIM ? 2 * LFQ_MAX_FEATURES : 4 + 2 * LFQ_MAX_DIM;
 
 enum class work { forward, gradient, hmc };
 
@@ -42,7 +43,7 @@ lfq::buffer_plan plan_buffers(const lfq_flow& f, work what, int64_t n_chains) {
     cache += lfq::cache_of(l);
     resizing = resizing || lfq::resizes(l);
     if (l.kind != LFQ_LAYER_COUPLING) continue;
-    int64_t sum = 0, most = 2;
+    int64_t sum = 0, most = lfq::outputs_of(l);
     for (int i = 0; i < l.n_hidden; ++i) {
       sum += l.hidden[i];
       most = l.hidden[i] > most ? l.hidden[i] : most;

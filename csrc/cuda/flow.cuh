@@ -25,13 +25,28 @@ LFQ_HD int taps_of(const lfq_layer& l) {
   for (int i = 0; i < l.ndim; ++i) n *= l.kernel_size;
   return n;
 }
+// Of a coupling's net.
+LFQ_HD int outputs_of(const lfq_layer& l) { return l.scale == LFQ_SCALE_SITE ? 1 : l.scale == LFQ_SCALE_EVEN ? l.n_features : 2; }
 LFQ_HD int64_t cache_of(const lfq_layer& l) {
-  if (l.kind == LFQ_LAYER_COUPLING) return 2 * int64_t(sites_of(l));
+  if (l.kind == LFQ_LAYER_COUPLING) return (outputs_of(l) + 2) * int64_t(sites_of(l) / 2);
   return resizes(l) ? sites_of(l) >> l.ndim : 0;
 }
 
-// A flow with its weights in the type of the loops: those of couplings as they are; of a rescale its factor; of an
-// upsampling its scale, then coefficient and width for each number of odd coordinates.
+// A coupling's parameters, behind the weights of its net.
+LFQ_HD int parameters_of(const lfq_layer& l) { return l.scale == LFQ_SCALE_SITE ? 3 : l.scale == LFQ_SCALE_EVEN ? 2 * l.n_features : 0; }
+LFQ_HD int64_t net_weights_of(const lfq_layer& l) {
+  int64_t n = 0, n_in = 1;
+  for (int i = 0; i <= l.n_hidden; ++i) {
+    const int64_t n_out = i < l.n_hidden ? l.hidden[i] : outputs_of(l);
+    n += n_in * n_out * taps_of(l) + (l.bias ? n_out : 0);
+    n_in = n_out;
+  }
+  return n;
+}
+
+// A flow with its weights in the type of the loops: those of couplings as they are, but for the logarithms at the end of
+// a site map; of a rescale its factor; of an upsampling its scale, then coefficient and width for each number of odd
+// coordinates.
 template <class T>
 struct flow_program {
   int n_layers, first_volume;
@@ -51,6 +66,8 @@ __global__ void prepare_kernel(int n_layers, const lfq_layer* layers, int64_t n_
     const lfq_layer& l = layers[n];
     const double* w = raw + l.weight_offset;
     T* out = weights + l.weight_offset;
+    if (l.kind == LFQ_LAYER_COUPLING && l.scale == LFQ_SCALE_SITE)
+      for (int64_t at = net_weights_of(l), i = at; i < at + 3; ++i) out[i] = T(::exp(w[i]));
     if (l.kind == LFQ_LAYER_RESCALE) {
       out[0] = T(::exp(w[0]));
       sum[0] += double(sites_of(l)) * w[0];
@@ -234,7 +251,7 @@ struct flow_block {
     c.weight_at = l.weight_offset;
     c.n_in = 1;
     for (int i = 0;; ++i) {
-      c.n_out = i < l.n_hidden ? l.hidden[i] : 2;
+      c.n_out = i < l.n_hidden ? l.hidden[i] : outputs_of(l);
       if (i == number) break;
       c.weight_at += int64_t(c.n_in) * c.n_out * c.taps + (l.bias ? c.n_out : 0);
       c.n_in = c.n_out;
@@ -282,8 +299,8 @@ struct flow_block {
     return in;
   }
 
-  // Calls f(i, site, u_s, u_t) for the active sites, i = 0 .. V / 2 - 1.
-  template <class F>
+  // Calls f(i, site, outputs) for the active sites, i = 0 .. V / 2 - 1.
+  template <int N, class F>
   LFQ_DEVICE void net(const lfq_layer& l, const T* field, F&& f) const {
     const T* in = run_hidden(l, field);
     const convolution c = convolution_of(l, l.n_hidden);
@@ -291,51 +308,87 @@ struct flow_block {
     each_of(volume / 2, [&](int64_t i) {
       int site;
       const place at = place_of_parity(l, l.parity, int(i), site);
-      T u[2];
+      T u[N];
       convolve(l, c, at, l.n_hidden > 0 ? all_taps : odd_taps, in, volume, 0, u);
-      f(i, site, u[0], u[1]);
+      f(i, site, u);
     });
   }
 
   // ---- couplings -----------------------------------------------------------------------------
+  // Calls f(number of outputs); the net is compiled for each, the couplings of one number are told apart at each site.
   template <class F>
-  LFQ_DEVICE static void with_scale(const lfq_layer& l, F&& f) {
-    if (l.scale == LFQ_SCALE_NEG_ABS)
-      f(std::integral_constant<scale_kind, scale_kind::neg_abs>());
-    else
-      f(std::integral_constant<scale_kind, scale_kind::exp>());
+  LFQ_DEVICE static void with_outputs(const lfq_layer& l, F&& f) {
+    switch (outputs_of(l)) {
+      case 1: return f(std::integral_constant<int, 1>());
+      case 2: return f(std::integral_constant<int, 2>());
+      case 4: return f(std::integral_constant<int, 4>());
+      default: return f(std::integral_constant<int, 8>());
+    }
   }
+  template <int N, class F>
+  LFQ_DEVICE static void with_scale(int scale, F&& f) {
+    if constexpr (N == 1)
+      if (scale == LFQ_SCALE_SITE) return f(std::integral_constant<scale_kind, scale_kind::site>());
+    if constexpr (N == 2) {
+      if (scale == LFQ_SCALE_NEG_ABS) return f(std::integral_constant<scale_kind, scale_kind::neg_abs>());
+      if (scale == LFQ_SCALE_EXP) return f(std::integral_constant<scale_kind, scale_kind::exp>());
+    }
+    f(std::integral_constant<scale_kind, scale_kind::even>());
+  }
+  // As couple_site takes them.
+  template <int N>
+  struct parameters {
+    T p[N == 1 ? 4 : 2 * N];
+    LFQ_DEVICE parameters(const flow_program<T>& flow, const lfq_layer& l) : p() {
+      const int n = parameters_of(l);
+      if (n == 0) return;
+      const T* w = flow.weights + l.weight_offset + net_weights_of(l);
+      for (int i = 0; i < 2 * N + (N == 1); ++i)
+        if (i < n) p[i] = w[i];
+      if constexpr (N == 1)
+        if (l.scale == LFQ_SCALE_SITE) p[3] = T(1) / p[0];
+    }
+  };
 
+  // What `couple` keeps for backward: h of every output, the slope, and the field before.
   LFQ_CALLED void couple(const lfq_layer& l, T* keep, double& log_det) const {
     const int64_t half = sites_of(l) / 2;
+    const int scale = l.scale;
     T* const x = this->x;
     double sum = 0;
-    with_scale(l, [&](auto kind) {
-      constexpr scale_kind S = decltype(kind)::value;
-      net(l, x, [&](int64_t i, int site, T us, T ut) {
-        const affine_site<T> a = affine_parameters<S>(us, ut);
-        const T before = x[site];
-        if (keep) {
-          keep[i] = a.s;
-          keep[half + i] = a.t;
-          keep[2 * half + i] = a.e;
-          keep[3 * half + i] = before;
-        }
-        x[site] = fma(before, a.e, a.t);
-        sum += double(affine_log_det<S>(a.s));
+    with_outputs(l, [&](auto n) {
+      constexpr int N = decltype(n)::value;
+      const parameters<N> by(flow, l);
+      net<N>(l, x, [&](int64_t i, int site, const T(&u)[N]) {
+        with_scale<N>(scale, [&](auto kind) {
+          constexpr scale_kind S = decltype(kind)::value;
+          const T before = x[site];
+          const coupled_site<T, N> a = couple_site<S>(before, u, by.p);
+          if (keep) {
+            for (int c = 0; c < N; ++c) keep[c * half + i] = a.h[c];
+            keep[N * half + i] = a.slope;
+            keep[(N + 1) * half + i] = before;
+          }
+          x[site] = a.y;
+          sum += double(log_slope<S>(a, by.p));
+        });
       });
     });
     log_det += sum;
   }
   LFQ_CALLED void uncouple(const lfq_layer& l, double& log_det) const {
+    const int scale = l.scale;
     T* const x = this->x;
     double sum = 0;
-    with_scale(l, [&](auto kind) {
-      constexpr scale_kind S = decltype(kind)::value;
-      net(l, x, [&](int64_t, int site, T us, T ut) {
-        const affine_site<T> a = affine_parameters<S>(us, ut);
-        x[site] = (x[site] - a.t) / a.e;
-        sum -= double(affine_log_det<S>(a.s));
+    with_outputs(l, [&](auto n) {
+      constexpr int N = decltype(n)::value;
+      const parameters<N> by(flow, l);
+      net<N>(l, x, [&](int64_t, int site, const T(&u)[N]) {
+        with_scale<N>(scale, [&](auto kind) {
+          T log_dy;
+          x[site] = uncouple_site<decltype(kind)::value>(x[site], u, by.p, log_dy);
+          sum -= double(log_dy);
+        });
       });
     });
     log_det += sum;
@@ -393,19 +446,35 @@ struct flow_block {
 
   // Restores x to the layer's input and turns g from dL/dy into dL/dx.
   LFQ_CALLED void couple_backward(const lfq_layer& l, const T* kept, T dlog_det) const {
-    const int volume = sites_of(l);
+    const int volume = sites_of(l), scale = l.scale;
     const int64_t half = volume / 2;
     T *dout = du, *din = du2, *const x = this->x, *const g = this->g;
-    with_scale(l, [&](auto kind) {
-      constexpr scale_kind S = decltype(kind)::value;
+    with_outputs(l, [&](auto n) {
+      constexpr int N = decltype(n)::value;
+      const parameters<N> by(flow, l);
+      double terms[2 * N + (N == 1)] = {};
       each_of(half, [&](int64_t i) {
         const int site = site_of_parity(l, l.parity, int(i));
-        const affine_site<T> a = {kept[i], kept[half + i], kept[2 * half + i]};
-        const T before = kept[3 * half + i], dy = g[site];
-        affine_backward<S>(a, before * a.e, dy, dlog_det, dout[site], dout[volume + site]);
-        g[site] = dy * a.e;
+        const T slope = kept[N * half + i], before = kept[(N + 1) * half + i], dy = g[site];
+        T h[N], du[N];
+        for (int c = 0; c < N; ++c) h[c] = kept[c * half + i];
+        with_scale<N>(scale, [&](auto kind) {
+          constexpr scale_kind S = decltype(kind)::value;
+          if (dweights)
+            parameter_terms<S>(h, by.p, slope, before, x[site], dy, dlog_det,
+                               [&](int c, T a, T b) { terms[c] += double(a * b); });
+          g[site] = couple_site_backward<S>(h, by.p, slope, before, dy, dlog_det, du);
+        });
+        for (int c = 0; c < N; ++c) dout[int64_t(c) * volume + site] = du[c];
         x[site] = before;
       });
+      const int n_terms = dweights ? parameters_of(l) : 0;
+      if (n_terms == 0) return;
+      block_sum(terms);
+      if (threadIdx.x != 0) return;
+      double* dw = dweights + l.weight_offset + net_weights_of(l);
+      for (int c = 0; c < 2 * N + (N == 1); ++c)
+        if (c < n_terms) dw[c] += terms[c];
     });
     __syncthreads();
     const T* h = run_hidden(l, x);

@@ -256,6 +256,7 @@ LFQ_API int64_t lfq_layer_n_weights(const lfq_layer* layer);
 LFQ_API int lfq_flow_check(const lfq_flow* flow);
 /* The same without a look at the weights, which may lie elsewhere. */
 LFQ_API int lfq_flow_check_layers(const lfq_flow* flow);
+/* Whether dimensions, extents and couplings are in range; of hmc, numbers, seed and integrator for so many chains. */
 LFQ_API int lfq_phi4_check(const lfq_phi4* theory);
 LFQ_API int lfq_hmc_check(const lfq_hmc* hmc, int64_t n_chains);
 /* Bytes of workspace for forward, inverse, vjp, loss and pullback_force. */
