@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -186,6 +186,10 @@ class Phi4:
         values = empty((*leading, len(OBSERVABLES)))
         kernels.phi4_observables(self._record(), phi, self._smear(), values, check_threads(n_threads))
         return {name: values[..., i] for i, name in enumerate(OBSERVABLES)}
+
+    def describe(self) -> dict:
+        """Its parameters as plain data."""
+        return asdict(self)
 
     def pullback(self, flow: Flow) -> PulledBack:
         """The theory in the input space of `flow`; HMC of it is flow-HMC."""

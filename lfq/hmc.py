@@ -18,7 +18,6 @@ from . import _core, _gpu
 from ._kernels import backend, check_count, check_seed, check_threads, fields, is_finite, real_dtype
 from .actions import Phi4, PulledBack, check_theory
 from .custom import CustomAction
-from .flows import Flow
 from .io import FileFormatError, check_parameters, load_checkpoint, save_checkpoint
 from .observables import OBSERVABLES
 
@@ -179,8 +178,7 @@ class Sampler(ABC):
     @property
     def parameters(self) -> dict[str, Any]:
         """All that decides what a state becomes, as plain data; the number of threads and the device do not."""
-        physical = self.theory._physical
-        found = {"sampler": type(self).__name__, **asdict(physical)}
+        found = {"sampler": type(self).__name__, **self.theory._physical.describe()}
         if isinstance(self.theory, PulledBack):
             found["flow"] = self.theory.flow.describe()
         for field in dataclass_fields(self):
@@ -188,8 +186,10 @@ class Sampler(ABC):
             if field.name == "dtype":
                 found["dtype"] = str(real_dtype(value))
             elif field.name not in ("theory", "n_threads", "device"):
-                described = value.describe() if isinstance(value, Flow) else value
-                found[field.name] = asdict(value) if is_dataclass(value) else described
+                if hasattr(value, "describe"):
+                    found[field.name] = value.describe()
+                else:
+                    found[field.name] = asdict(value) if is_dataclass(value) else value
         return found
 
     def save(self, state: State, path) -> None:

@@ -146,6 +146,15 @@ class Prior(ABC):
     shape: tuple[int, ...]
     base: Base
 
+    def describe(self) -> dict:
+        """All that decides what its samples become, as plain data."""
+        found = {"prior": type(self).__name__}
+        if self.base.theory is not None:
+            found |= {f"prior {key}": value for key, value in self.base.theory.describe().items()}
+            chains = ("n_between", "tau", "n_steps", "n_warmup")
+            found |= {f"prior chains {key}": getattr(self.base, key) for key in chains}
+        return found | ({} if self.map is None else {"prior map": self.map.describe()})
+
     @property
     @abstractmethod
     def map(self) -> Flow | None:

@@ -12,7 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -451,15 +451,9 @@ def train(
 
 def _parameters(flow, prior, target, n_steps, batch_size, learning_rate, seed, dtype) -> dict[str, Any]:
     """All that decides what a training becomes, as plain data."""
-    base = prior.base
-    found = {f"target {key}": value for key, value in asdict(target).items()}
-    found |= {"flow": flow.describe(), "prior": type(prior).__name__}
-    if base.theory is not None:
-        found |= {f"prior {key}": value for key, value in asdict(base.theory).items()}
-        found |= {f"prior chains {key}": getattr(base, key) for key in ("n_between", "tau", "n_steps", "n_warmup")}
-    if prior.map is not None:
-        found["prior map"] = prior.map.describe()
+    found = {f"target {key}": value for key, value in target.describe().items()} | prior.describe()
     return found | {
+        "flow": flow.describe(),
         "n_steps": n_steps,
         "batch_size": batch_size,
         "learning_rate": learning_rate,

@@ -242,7 +242,7 @@ def test_a_training_that_diverges_keeps_its_last_good_state(tmp_path):
 
 LONG = """
 [target]
-shape = [8, 8]
+shape = [16, 16]
 beta = 0.576
 lam = 0.5
 [sampling]
@@ -296,7 +296,7 @@ def test_a_signal_ends_a_run_with_a_checkpoint(number, code, tmp_path):
     (tensors, record), *_ = io.load_checkpoint(tmp_path / "out" / "checkpoints" / "hmc.safetensors")
     # Far from a full block: the checkpoint was written for the signal.
     assert record["phase"] == "sample" and 0 < record["done"] < 200000 and record["done"] != 100000
-    assert tensors["latent"].shape == (8, 8, 8)
+    assert tensors["latent"].shape == (8, 16, 16)
     assert not [name for name in os.listdir(tmp_path / "out") if name.startswith(".")]
 
 
