@@ -41,7 +41,11 @@ def is_gpu_array(array) -> bool:
     """Whether an object offers device memory, by __cuda_array_interface__ or DLPack."""
     if hasattr(array, "__cuda_array_interface__"):
         return True
-    return hasattr(array, "__dlpack_device__") and array.__dlpack_device__()[0] in _CUDA_DEVICES
+    try:
+        return hasattr(array, "__dlpack_device__") and array.__dlpack_device__()[0] in _CUDA_DEVICES
+    except BufferError:
+        # JAX says so of arrays spread over several devices, which NumPy can read.
+        return False
 
 
 def missing() -> str | None:

@@ -7,7 +7,7 @@ import time
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from dataclasses import fields as dataclass_fields
 from functools import cached_property
 from typing import Any
@@ -181,15 +181,15 @@ class Sampler(ABC):
         found = {"sampler": type(self).__name__, **self.theory._physical.describe()}
         if isinstance(self.theory, PulledBack):
             found["flow"] = self.theory.flow.describe()
-        for field in dataclass_fields(self):
-            value = getattr(self, field.name)
-            if field.name == "dtype":
+        for entry in dataclass_fields(self):
+            value = getattr(self, entry.name)
+            if entry.name == "dtype":
                 found["dtype"] = str(real_dtype(value))
-            elif field.name not in ("theory", "n_threads", "device"):
+            elif entry.name not in ("theory", "n_threads", "device"):
                 if hasattr(value, "describe"):
-                    found[field.name] = value.describe()
+                    found[entry.name] = value.describe()
                 else:
-                    found[field.name] = asdict(value) if is_dataclass(value) else value
+                    found[entry.name] = asdict(value) if is_dataclass(value) else value
         return found
 
     def save(self, state: State, path) -> None:
@@ -485,7 +485,7 @@ class HMC(KernelSampler):
     dtype: str = "float64"
     n_threads: int | None = None
     length_spread: float = 0.0
-    device: str = "cpu"
+    device: str = field(default="cpu", kw_only=True)
 
     @property
     def _devices(self) -> tuple[str, ...]:
