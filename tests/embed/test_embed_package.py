@@ -67,6 +67,24 @@ int main() { return lfq::phi4_site<double>(0.5, 0.5).force(1.0, 2.0) == -1.0 ? 0
     assert "liblfq" not in needed
 
 
+def test_the_cuda_target_links_and_tells_of_devices(tmp_path):
+    if not (Path(lfq.__file__).parent / "liblfq_cuda.so").exists():
+        pytest.skip("built without CUDA")
+    main = """
+#include <cstdio>
+#include <lfq/lfq_cuda.h>
+int main() {
+  const int devices = lfq_cuda_device_count();
+  std::printf("%s|%d|%s", lfq_cuda_version(), devices, devices > 0 ? "" : lfq_cuda_last_error());
+}
+"""
+    result = consumer(tmp_path, main, targets="lfq::cuda lfq::lfq", components="COMPONENTS cuda")
+    assert result.returncode == 0, result.stderr
+    run(tool("cmake"), "--build", tmp_path / "build")
+    version, devices, error = run(tmp_path / "build" / "consumer").split("|")
+    assert version == lfq.__version__ and (int(devices) > 0 or "CUDA" in error)
+
+
 @pytest.mark.parametrize(
     "request_for, message",
     [({"version": "99.0"}, "99.0"), ({"components": "COMPONENTS telepathy"}, "telepathy")],
