@@ -1,6 +1,6 @@
 """Every sampler on the line of constant physics, L = 8 to 64: the runs behind docs/comparison.md.
 
-python examples/04_comparison.py                    # ten minutes on one core; leaves comparison.json
+python examples/04_comparison.py                    # a quarter of an hour on one core; leaves comparison.json
 python examples/04_comparison.py --draw --docs docs # tables and figure of docs/comparison.md from it
 """
 
