@@ -164,16 +164,16 @@ def test_training_goes_on_from_a_checkpoint(cp, tmp_path):
             lfq.AffineFlow(seed=2), prior, target, 5, 2, seed=3, n_evaluation=2, device="cuda", **more
         )  # fmt: skip
 
+    # The first report comes after one step; later ones after as many as a machine is fast.
     def interrupt(step, *_):
-        if step >= 2:
-            raise KeyboardInterrupt
+        raise KeyboardInterrupt
 
     expected, path = fit(), tmp_path / "checkpoint"
     with pytest.raises(KeyboardInterrupt):
         fit(checkpoint=path, progress=interrupt)
     steps = []
     found = fit(checkpoint=path, progress=lambda step, *_: steps.append(step))
-    assert steps[0] > 2
+    assert steps[0] > 1
     np.testing.assert_array_equal(found.flow.weights, expected.flow.weights)
     np.testing.assert_array_equal(found.history["loss"], expected.history["loss"])
     assert (found.ess, found.acceptance) == (expected.ess, expected.acceptance)
