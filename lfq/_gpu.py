@@ -198,54 +198,24 @@ def phi4_observables(theory, phi, smear, observables, n_threads=0):
     )
 
 
-def flow_forward(volume, layers, weights, z, x, log_det, n_threads=0):
+def _of_flow(name, volume, layers, weights, z, *arrays):
+    """A function of a flow alone, and of arrays that begin with its latents or fields."""
     flow, device_layers, _alive = flow_record(volume, layers, weights)
     n = z.size // volume
-    call(
-        "flow_forward",
-        z.dtype,
-        flow,
-        device_layers,
-        n,
-        _address(z),
-        _address(x),
-        _address(log_det),
-        workspace=("flow", flow, n),
-    )
+    addresses = [_address(array) for array in (z, *arrays)]
+    call(name, z.dtype, flow, device_layers, n, *addresses, workspace=("flow", flow, n))
+
+
+def flow_forward(volume, layers, weights, z, x, log_det, n_threads=0):
+    _of_flow("flow_forward", volume, layers, weights, z, x, log_det)
 
 
 def flow_inverse(volume, layers, weights, x, z, log_det, n_threads=0):
-    flow, device_layers, _alive = flow_record(volume, layers, weights)
-    n = x.size // volume
-    call(
-        "flow_inverse",
-        x.dtype,
-        flow,
-        device_layers,
-        n,
-        _address(x),
-        _address(z),
-        _address(log_det),
-        workspace=("flow", flow, n),
-    )
+    _of_flow("flow_inverse", volume, layers, weights, x, z, log_det)
 
 
 def flow_vjp(volume, layers, weights, z, dx, dlog_det, dz, dweights, n_threads=0):
-    flow, device_layers, _alive = flow_record(volume, layers, weights)
-    n = z.size // volume
-    call(
-        "flow_vjp",
-        z.dtype,
-        flow,
-        device_layers,
-        n,
-        _address(z),
-        _address(dx),
-        _address(dlog_det),
-        _address(dz),
-        _address(dweights),
-        workspace=("flow", flow, n),
-    )
+    _of_flow("flow_vjp", volume, layers, weights, z, dx, dlog_det, dz, dweights)
 
 
 def flow_loss(volume, layers, weights, theory, z, action, log_det, dweights, n_threads=0):

@@ -283,9 +283,7 @@ class AffineFlow(Flow):
             raise ValueError(f"features: must be 1, 2, 4 or 8, got {features}")
         self.rescale = bool(rescale)
         self.ndim = check_count(ndim, "ndim", 1, 4)
-        net = sum(c_out * (self.kernel_size**self.ndim * c_in + self.bias) for c_in, c_out in self._net_shapes())
-        parameters = len(_SITE_MAP) if scale == "site" else 2 * (features or 0)
-        self._n_weights = self.n_blocks * (2 * (net + parameters) + self.rescale)
+        self._n_weights = int(_core.layer_n_weights(self.program((2,) * self.ndim)).sum())
         if self._n_weights > MAX_WEIGHTS:
             raise ValueError(f"AffineFlow: {self._n_weights} weights, at most {MAX_WEIGHTS}")
         # Drawn when first asked for: a structure from a file must not allocate before its weights were counted.
