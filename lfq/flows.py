@@ -245,6 +245,9 @@ class AffineFlow(Flow):
         have f(-z) = -f(z). The force through "exp(-|s|)" jumps where s changes sign, the others are smooth.
     features : int
         1, 2, 4 or 8, with scale "even" only.
+    sublattices : bool
+        Whether each of the 2^(ndim-1) sublattices that a half-update changes, told apart by which coordinates are even,
+        has a net and a site map of its own, as suits fields which come from a coarser lattice. Without hidden layers.
     rescale : bool
         Whether a block ends in y = exp(a) x.
     seed : int
@@ -262,7 +265,7 @@ class AffineFlow(Flow):
 
     def __init__(
         self, kernel_size=3, n_blocks=1, hidden=(), activation="tanh", bias=False, scale="exp(-|s|)",
-        rescale=True, seed=0, ndim=2, features=None,
+        rescale=True, seed=0, ndim=2, features=None, sublattices=False,
     ):  # fmt: skip
         self.kernel_size = check_count(kernel_size, "kernel_size", 3, 9)
         if self.kernel_size % 2 == 0:
@@ -281,6 +284,9 @@ class AffineFlow(Flow):
         self.features = features
         if features is not None and check_count(features, "features", 1, 8) not in (1, 2, 4, 8):
             raise ValueError(f"features: must be 1, 2, 4 or 8, got {features}")
+        self.sublattices = bool(sublattices)
+        if self.sublattices and self.hidden:
+            raise ValueError(f"sublattices: goes without hidden layers, got hidden={self.hidden}")
         self.rescale = bool(rescale)
         self.ndim = check_count(ndim, "ndim", 1, 4)
         self._n_weights = int(_core.layer_n_weights(self.program((2,) * self.ndim)).sum())
@@ -310,6 +316,8 @@ class AffineFlow(Flow):
         if self.scale == "site":
             net.append(np.zeros(3))
             means = np.concatenate([means, _SITE_MAP])
+        classes = 2 ** (self.ndim - 1) if self.sublattices else 1
+        net, means = net * classes, np.tile(means, classes)
         rescale = np.zeros(int(self.rescale))
         widths = np.tile(np.concatenate([*net, *net, rescale]), self.n_blocks)
         means = np.tile(np.concatenate([means, means, rescale]), self.n_blocks)
@@ -348,10 +356,12 @@ class AffineFlow(Flow):
         layers["bias"] = np.where(couplings, self.bias, 0)
         layers["scale"] = np.where(couplings, _SCALES[self.scale], 0)
         layers["n_features"] = np.where(couplings, self.features or 0, 0)
+        layers["sublattices"] = np.where(couplings, self.sublattices, 0)
         layers["weight_offset"] = _offsets(layers)
         return layers
 
     def to_dict(self) -> dict:
+        options = {"features": self.features, "sublattices": self.sublattices}
         return {
             "kind": "affine",
             "kernel_size": self.kernel_size,
@@ -362,7 +372,7 @@ class AffineFlow(Flow):
             "scale": self.scale,
             "rescale": self.rescale,
             "ndim": self.ndim,
-        } | ({"features": self.features} if self.features else {})
+        } | {name: value for name, value in options.items() if value}
 
     @classmethod
     def from_dict(cls, structure: dict) -> AffineFlow:
@@ -524,20 +534,19 @@ class Compose(Flow):
 class MultiscaleFlow(Compose):
     """A field made from noise at every scale, from a lattice of a few sites to the finest.
 
-    The coarsest field is noise sent through blocks of couplings. Each further level puts the field so far on the even
-    sites of a lattice twice as fine, noise of its own elsewhere (`UpsampleMap`), and sends all of it through blocks
-    of that level. All noise is of unit width, and HMC moves that of all levels at once: a long mode of the field is
+    The coarsest field, best a single site, is noise. Each level puts the field so far on the even sites of a lattice
+    twice as fine, noise of its own elsewhere (`UpsampleMap`), and sends all of it through blocks of that level. All noise is of unit width, and HMC moves that of all levels at once: a long mode of the field is
     an ordinary direction of the latents, unlike where coarse fields serve as a prior only (arXiv:2310.03381). HMC in
     the latents of a hierarchical map goes back to arXiv:1802.02840.
 
     Parameters
     ----------
     n_levels : int
-        Lattices, the coarsest counted: fields of extents L begin as L / 2^(n_levels - 1), which must be even.
+        How often the lattice is made twice as fine: fields of extents L begin as noise on L / 2^n_levels.
     n_blocks : int
         Of each level.
-    scale, kernel_size, hidden, features
-        Of the couplings, see `AffineFlow`.
+    scale, kernel_size, hidden, features, sublattices
+        Of the couplings, see `AffineFlow`; sublattices by default where there are no hidden layers.
     seed : int
         Of the initial weights.
     ndim : int
@@ -549,15 +558,18 @@ class MultiscaleFlow(Compose):
     [2, 2]
     """
 
-    def __init__(self, n_levels, n_blocks=4, scale="site", kernel_size=3, hidden=(), features=None, seed=0, ndim=2):
+    def __init__(
+        self, n_levels, n_blocks=4, scale="site", kernel_size=3, hidden=(), features=None, seed=0, ndim=2,
+        sublattices=None,
+    ):  # fmt: skip
         self.n_levels = check_count(n_levels, "n_levels", 1, 16)
         self._blocks = dict(
-            n_blocks=n_blocks, scale=scale, kernel_size=kernel_size, hidden=list(hidden), features=features, ndim=ndim
-        )
+            n_blocks=n_blocks, scale=scale, kernel_size=kernel_size, hidden=list(hidden), features=features, ndim=ndim,
+            sublattices=not hidden if sublattices is None else bool(sublattices),
+        )  # fmt: skip
         seed, parts = check_seed(seed), []
         for level in range(self.n_levels):
-            if level:
-                parts.append(UpsampleMap(scale=1.0, width=0.8, interpolation=0.3, ndim=ndim))
+            parts.append(UpsampleMap(scale=1.0, width=0.8, interpolation=0.3, ndim=ndim))
             # A site map has a scale of its own.
             parts.append(AffineFlow(**self._blocks, rescale=scale != "site", seed=(seed + level) % 2**64))
         super().__init__(parts)
@@ -565,9 +577,7 @@ class MultiscaleFlow(Compose):
     def refined(self) -> MultiscaleFlow:
         """A flow of one more level, whose weights are those of the finest one here."""
         finer = MultiscaleFlow(self.n_levels + 1, **self._blocks)
-        # The coarsest level has no noise to add: the step from it is the one to copy when there is no other.
-        again = self.flows[-2:] if self.n_levels > 1 else (finer.flows[-2], self.flows[-1])
-        finer.weights = np.concatenate([self.weights, *(flow.weights for flow in again)])
+        finer.weights = np.concatenate([self.weights, *(flow.weights for flow in self.flows[-2:])])
         return finer
 
     def to_dict(self) -> dict:

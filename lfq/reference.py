@@ -266,7 +266,8 @@ class Coupling:
     t = sum_c a_c h_c. The derivative of |h_0| at 0 is 0. Kind "site": x = a v + b tanh(c v) of v = z + u.
 
     Weights, in order of the net's layers: kernel[out][in][k]..[k], then bias[out] if any. Behind them a and b of
-    "even", or log a, log b and log c of "site".
+    "even", or log a, log b and log c of "site". With `sublattices` such a set for each sublattice of active sites, in the
+    order of the parities of all coordinates but the last as binary digits.
 
     Parameters
     ----------
@@ -283,6 +284,7 @@ class Coupling:
     scale : "exp(-|s|)", "exp(s)", "even" or "site"
     features : int
         Of "even".
+    sublattices : bool
     """
 
     shape: tuple
@@ -293,6 +295,7 @@ class Coupling:
     bias: bool = False
     scale: str = "exp(-|s|)"
     features: int = 0
+    sublattices: bool = False
 
     @property
     def input_shape(self):
@@ -306,9 +309,22 @@ class Coupling:
         return [(c_out, c_in, *taps) for c_in, c_out in itertools.pairwise(channels)]
 
     @property
-    def n_weights(self):
+    def _set_size(self):
         parameters = 3 if self.scale == "site" else 2 * self.features
         return sum(math.prod(shape) + self.bias * shape[0] for shape in self.kernel_shapes) + parameters
+
+    @property
+    def n_weights(self):
+        return self._set_size * (2 ** (len(self.shape) - 1) if self.sublattices else 1)
+
+    def _sets(self, weights):
+        """(active sites, weights) of every set of weights."""
+        if not self.sublattices:
+            return [(self.active, weights)]
+        number = np.zeros(self.shape, dtype=int)
+        for coordinate in np.indices(self.shape)[:-1]:
+            number = 2 * number + coordinate % 2
+        return [(self.active & (number == i), part) for i, part in enumerate(weights.reshape(-1, self._set_size))]
 
     @property
     def active(self):
@@ -390,11 +406,21 @@ class Coupling:
         return dx * np.exp(q), dh, dparameters
 
     def forward(self, z, weights):
-        x, q = self._map(z, self._net(z, weights)[-1], weights)
-        return np.where(self.active, x, z), np.where(self.active, q, 0.0).sum(axis=_axes(len(self.shape)))
+        x, log_det = z, 0.0
+        for active, part in self._sets(weights):
+            moved, q = self._map(z, self._net(z, part)[-1], part)
+            x = np.where(active, moved, x)
+            log_det = log_det + np.where(active, q, 0.0).sum(axis=_axes(len(self.shape)))
+        return x, log_det
 
     def inverse(self, x, weights):
-        h = self._net(x, weights)[-1]
+        z = x
+        for active, part in self._sets(weights):
+            z = np.where(active, self._unmap(x, self._net(x, part)[-1], part), z)
+        return z, -self.forward(z, weights)[1]
+
+    def _unmap(self, x, h, weights):
+        """z at every site, as if all were active."""
         if self.scale == "site":
             # Bisection: the map is monotone, and no less steep than a.
             a, b, c = np.exp(weights[-3:])
@@ -403,19 +429,22 @@ class Coupling:
                 v = (low + high) / 2
                 above = a * v + b * np.tanh(c * v) > x
                 low, high = np.where(above, low, v), np.where(above, v, high)
-            z = v - h[0]
-        else:
-            q, t = self._affine(h, weights)
-            z = (x - t) * np.exp(-q)
-        z = np.where(self.active, z, x)
-        return z, -self.forward(z, weights)[1]
+            return v - h[0]
+        q, t = self._affine(h, weights)
+        return (x - t) * np.exp(-q)
 
     def vjp(self, z, weights, dx, dlog_det):
-        values = self._net(z, weights)
-        dlog_det = np.where(self.active, np.expand_dims(dlog_det, _axes(len(self.shape))), 0.0)
-        dz, dh, dparameters = self._map_vjp(z, values[-1], weights, np.where(self.active, dx, 0.0), dlog_det)
-        dz_net, dweights = self._net_vjp(values, weights, dh)
-        return np.where(self.active, dz, dx) + dz_net, np.concatenate([dweights, dparameters])
+        dz, dweights = np.where(self.active, 0.0, dx), []
+        dlog_det = np.expand_dims(dlog_det, _axes(len(self.shape)))
+        for active, part in self._sets(weights):
+            values = self._net(z, part)
+            moved, dh, dparameters = self._map_vjp(
+                z, values[-1], part, np.where(active, dx, 0.0), np.where(active, dlog_det, 0.0)
+            )
+            dz_net, dnet = self._net_vjp(values, part, dh)
+            dz = dz + np.where(active, moved, 0.0) + dz_net
+            dweights += [dnet, dparameters]
+        return dz, np.concatenate(dweights)
 
 
 @dataclass(frozen=True)

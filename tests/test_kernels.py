@@ -31,6 +31,11 @@ FLOWS = {
         kernel_size=5, n_blocks=1, hidden=(3,), bias=True, scale="even", features=4
     ),
     "site": dict(kernel_size=3, n_blocks=2, scale="site", rescale=False),
+    "site, sublattices": dict(kernel_size=3, n_blocks=2, scale="site", rescale=False, sublattices=True),
+    "even 2, bias, sublattices, kernel 5": dict(
+        kernel_size=5, n_blocks=1, bias=True, scale="even", features=2, sublattices=True
+    ),
+    "sublattices": dict(kernel_size=3, n_blocks=1, sublattices=True),
     "site, rescale, hidden, kernel 5": dict(kernel_size=5, n_blocks=1, hidden=(3,), bias=True, scale="site"),
 }
 
@@ -56,6 +61,7 @@ def reference_layers(flow, shape):
                     bias=flow.bias,
                     scale=flow.scale,
                     features=flow.features or 0,
+                    sublattices=flow.sublattices,
                 )  # fmt: skip
             )
         if flow.rescale:

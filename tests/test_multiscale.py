@@ -18,12 +18,13 @@ def fits():
 def test_structure():
     flow = lfq.MultiscaleFlow(n_levels=4, n_blocks=3)
     program = flow.program((16, 16))
-    # Each half-update: 9 taps and three parameters of the site map; each step between levels 5 weights.
-    assert flow.n_weights == 4 * 3 * 2 * 12 + 3 * 5
+    # Each half-update: 9 taps and three parameters of the site map on two sublattices; each step between levels 5 weights.
+    assert flow.n_weights == 4 * (3 * 2 * 2 * 12 + 5)
     assert program["extent"][0, :2].tolist() == [2, 2] and program["extent"][-1, :2].tolist() == [16, 16]
     assert lfq.MultiscaleFlow(n_levels=2, ndim=3).program((4, 4, 8))["extent"][0, :3].tolist() == [2, 2, 4]
     with pytest.raises(ValueError, match="odd extent"):
         flow.program((8, 8))
+    assert lfq.MultiscaleFlow(n_levels=1, hidden=(2,)).flows[1].sublattices is False
 
 
 @pytest.mark.parametrize("shape", [(8,), (8, 16), (4, 4, 8)], ids=str)
@@ -52,9 +53,9 @@ def test_refined_copies_the_finest_level():
     flow = lfq.MultiscaleFlow(n_levels=3, n_blocks=1, seed=6)
     finer = flow.refined()
     assert finer.n_levels == 4
-    for a, b in zip(finer.flows[:5], flow.flows, strict=True):
+    for a, b in zip(finer.flows[:6], flow.flows, strict=True):
         np.testing.assert_array_equal(a.weights, b.weights)
-    for a, b in zip(finer.flows[5:], flow.flows[3:], strict=True):
+    for a, b in zip(finer.flows[6:], flow.flows[4:], strict=True):
         np.testing.assert_array_equal(a.weights, b.weights)
     assert lfq.MultiscaleFlow(n_levels=1).refined().program((4, 4))["extent"][0, :2].tolist() == [2, 2]
 

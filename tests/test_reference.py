@@ -34,6 +34,9 @@ COUPLINGS = [
     Coupling((4,), 1, 5, (3,), bias=True, scale="even", features=2),
     *[Coupling(shape, 1, 3, scale="site") for shape in SHAPES],
     Coupling((4, 6), 0, 5, (3, 2), "leaky_relu", True, "site"),
+    *[Coupling(shape, len(shape) % 2, 3, scale="site", sublattices=True) for shape in SHAPES],
+    Coupling((4, 6), 1, 5, bias=True, sublattices=True),
+    Coupling((2, 4, 2), 0, 3, scale="even", features=2, sublattices=True),
 ]
 OTHERS = [layer(shape) for layer in (Rescale, Interleave, Upsample) for shape in [*SHAPES, (2, 2, 4, 2)]]
 
@@ -323,6 +326,19 @@ def correlate_by_scipy(field, kernel):
 
 def coupling_by_scipy(layer, z, weights):
     """The forward pass on one field, from scipy.ndimage and a loop over sites."""
+    if not layer.sublattices:
+        return sites_by_scipy(layer, z, weights, lambda site: True)
+    x, log_det = z.copy(), 0.0
+    odd_ones = list(itertools.product((0, 1), repeat=len(layer.shape) - 1))
+    for odd, part in zip(odd_ones, np.split(weights, len(odd_ones)), strict=True):
+        moved, share = sites_by_scipy(layer, z, part, lambda site, odd=odd: tuple(i % 2 for i in site[:-1]) == odd)
+        x += moved - z
+        log_det += share
+    return x, log_det
+
+
+def sites_by_scipy(layer, z, weights, moves):
+    """The same of the active sites for which `moves` is true."""
     ndim, weights = len(layer.shape), list(weights)
     taps = (layer.kernel_size,) * ndim
 
@@ -352,7 +368,7 @@ def coupling_by_scipy(layer, z, weights):
     a, b, c = map(math.exp, take(3)) if layer.scale == "site" else (0, 0, 0)
     assert not weights
     x, log_det = z.copy(), 0.0
-    for site in active:
+    for site in filter(moves, active):
         h = [value[site] for value in maps]
         if layer.scale == "site":
             v = z[site] + h[0]

@@ -85,6 +85,9 @@ int check_layer(int index, const lfq_layer& l) {
   if (l.scale == LFQ_SCALE_EVEN ? n != 1 && n != 2 && n != 4 && n != LFQ_MAX_FEATURES : n != 0)
     return fail(LFQ_ERR_ARGUMENT, "%s: n_features is %d, must be %s", what, n,
                 l.scale == LFQ_SCALE_EVEN ? "1, 2, 4 or 8" : "0 with this scale");
+  if (l.sublattices != 0 && (l.sublattices != 1 || l.n_hidden > 0))
+    return fail(LFQ_ERR_ARGUMENT, "%s: sublattices is %d, must be 0 or 1, and 0 with hidden layers", what,
+                int(l.sublattices));
   if (l.bias != 0 && l.bias != 1) return fail(LFQ_ERR_ARGUMENT, "%s: bias is %d, must be 0 or 1", what, int(l.bias));
   return LFQ_OK;
 }
@@ -608,14 +611,7 @@ int64_t lfq_layer_n_weights(const lfq_layer* l) {
   if (l->kind == LFQ_LAYER_RESCALE) return 1;
   if (l->kind == LFQ_LAYER_UPSAMPLE) return 1 + 2 * l->ndim;
   if (l->kind != LFQ_LAYER_COUPLING || l->n_hidden < 0 || l->n_hidden > LFQ_MAX_HIDDEN) return 0;
-  int64_t taps = 1, n = 0, channels = 1;
-  for (int i = 0; i < l->ndim; ++i) taps *= l->kernel_size;
-  for (int i = 0; i <= l->n_hidden; ++i) {
-    const int64_t out = i < l->n_hidden ? l->hidden[i] : lfq_internal::net_outputs(*l);
-    n += taps * channels * out + (l->bias ? out : 0);
-    channels = out;
-  }
-  return n + lfq_internal::coupling_parameters(*l);
+  return lfq_internal::coupling_classes(*l) * lfq_internal::class_weights(*l);
 }
 int lfq_flow_check(const lfq_flow* flow) { return check_flow(flow); }
 int lfq_flow_check_layers(const lfq_flow* flow) { return check_layers(flow); }

@@ -29,10 +29,10 @@ struct fused_block {
 
   struct net {
     V w[N][4], bias[N];
-    net(const layer_plan<T>& l) {
+    net(const layer_plan<T>& l, int q) {
       for (int c = 0; c < N; ++c) {
-        for (int i = 0; i < 4; ++i) w[c][i] = V(l.weight[0][N * l.win.taps[1][i] + c]);
-        bias[c] = V(l.bias[0] ? l.bias[0][c] : T(0));
+        for (int i = 0; i < 4; ++i) w[c][i] = V(l.class_weight(q)[N * l.win.taps[1][i] + c]);
+        bias[c] = V(l.class_bias(q, c));
       }
     }
     template <class R>
@@ -65,11 +65,11 @@ struct fused_block {
         if (has_bias) bias[c] = span<R>::sum(du[c], bias[c]);
       }
     }
-    void store(const layer_plan<T>& l, lane_mask<T> keep, V* dweights) const {
-      V* dw = dweights + l.weight_at[0];
+    void store(const layer_plan<T>& l, int q, lane_mask<T> keep, V* dweights) const {
+      V *dw = dweights + l.weight_at[0] + q * l.class_size, *db = dweights + l.bias_at[0] + q * l.class_size;
       for (int c = 0; c < N; ++c) {
         for (int i = 0; i < 4; ++i) dw[N * l.win.taps[1][i] + c] += masked<T>(keep, w[c][i]);
-        if (l.bias[0]) dweights[l.bias_at[0] + c] += masked<T>(keep, bias[c]);
+        if (l.bias[0]) db[c] += masked<T>(keep, bias[c]);
       }
     }
   };
@@ -84,11 +84,11 @@ struct fused_block {
   phi4_site<T> site;
   T factor;
   V dlog_det;
-  net net_a, net_b;
+  net net_a[2], net_b[2];  // of even rows and of odd ones
   int n, n_rows;
   site_sum<T> action, log_det;
-  net_gradient grad_a, grad_b;
-  parameter_gradient<T, S, N> parameters_a, parameters_b;
+  net_gradient grad_a[2], grad_b[2];
+  parameter_gradient<T, S, N> parameters_a[2], parameters_b[2];
   V phi4_sum;              // of y^4
   V *moved = nullptr, *momenta = nullptr;  // STEP: the input and its momenta, changed in place
   V kick = V(T(0)), drift = V(T(0));
@@ -106,12 +106,12 @@ struct fused_block {
         phi(field),
         factor(plan.fused_at + 2 < plan.n_layers ? plan.layers[plan.fused_at + 2].factor : T(1)),
         dlog_det(dld),
-        net_a(first),
-        net_b(second),
+        net_a{net(first, 0), net(first, first.n_classes - 1)},
+        net_b{net(second, 0), net(second, second.n_classes - 1)},
         n(first.lat.length),
         n_rows(int(first.lat.n_rows)),
-        grad_a(first),
-        grad_b(second),
+        grad_a{net_gradient(first), net_gradient(first)},
+        grad_b{net_gradient(second), net_gradient(second)},
         phi4_sum(T(0)) {
     const T f2 = factor * factor;
     site.beta = theory.beta * f2;
@@ -159,52 +159,58 @@ struct fused_block {
 
   template <bool ENERGY>
   void stage_a(int r) {
+    const net& row_net = net_a[r & 1];
+    const T* parameters = first.parameters[r & (first.n_classes - 1)];
     sites(r, first.spec.parity, [&](auto real, int64_t s, int c) LFQ_LAMBDA_INLINE {
       using R = decltype(real);
       R tap[4], u[N];
       neighbours(r, c, tap, [&](int row, int k) LFQ_LAMBDA_INLINE { return x[int64_t(row) * n + k]; });
-      net_a(tap, u);
-      const coupled_site<R, N> a = couple_site<S>(span<R>::at(x + s, 2), u, first.parameters);
+      row_net(tap, u);
+      const coupled_site<R, N> a = couple_site<S>(span<R>::at(x + s, 2), u, parameters);
       V* k = kept + stride * (s >> 1);
       for (int i = 0; i < N; ++i) span<R>::put(k + i, stride, a.h[i]);
       span<R>::put(k + N, stride, a.slope);
       span<R>::put(k + N + 1, stride, a.y);
       if constexpr (ENERGY) {
         int64_t i = s >> 1;
-        span<R>::each(log_slope<S>(a, first.parameters), [&](V v) LFQ_LAMBDA_INLINE { log_det.add(i++, v); });
+        span<R>::each(log_slope<S>(a, parameters), [&](V v) LFQ_LAMBDA_INLINE { log_det.add(i++, v); });
       }
     });
   }
   template <bool ENERGY>
   void stage_b(int r) {
+    const net& row_net = net_b[r & 1];
+    const T* parameters = second.parameters[r & (second.n_classes - 1)];
     sites(r, second.spec.parity, [&](auto real, int64_t s, int c) LFQ_LAMBDA_INLINE {
       using R = decltype(real);
       R tap[4], u[N], cotangent[N];
       neighbours(r, c, tap, [&](int row, int k) LFQ_LAMBDA_INLINE { return kept_y(row, k); });
-      net_b(tap, u);
+      row_net(tap, u);
       const R before = span<R>::at(x + s, 2);
-      const coupled_site<R, N> a = couple_site<S>(before, u, second.parameters);
+      const coupled_site<R, N> a = couple_site<S>(before, u, parameters);
       const R around = (tap[up] + tap[down]) + (tap[left] + tap[right]);
       const R dy = -site.force(a.y, around);
-      span<R>::put(g + s, 2, couple_site_backward<S>(a.h, second.parameters, a.slope, before, dy, R(dlog_det), cotangent));
+      span<R>::put(g + s, 2, couple_site_backward<S>(a.h, parameters, a.slope, before, dy, R(dlog_det), cotangent));
       const R hopping = -(R(site.beta) * a.y);
-      for (int i = 0; i < 4; ++i) span<R>::put(parts_b + 4 * (s >> 1) + i, 4, net_b.part(i, cotangent, hopping));
+      for (int i = 0; i < 4; ++i) span<R>::put(parts_b + 4 * (s >> 1) + i, 4, row_net.part(i, cotangent, hopping));
       if constexpr (WEIGHTS) {
         for (int i = 0; i < N; ++i) span<R>::put(du + N * (s >> 1) + i, N, cotangent[i]);
-        parameters_b.add(second, a.h, a.slope, before, a.y, dy, R(dlog_det));
+        parameters_b[r & 1].add(parameters, a.h, a.slope, before, a.y, dy, R(dlog_det));
         phi4_sum = span<R>::dot(a.y * a.y, a.y * a.y, phi4_sum);
       }
       if constexpr (ENERGY) {
         int64_t i = s >> 1;
         span<R>::each(site.action(a.y, around), [&](V v) LFQ_LAMBDA_INLINE { action.add(i++, v); });
         i = s >> 1;
-        span<R>::each(log_slope<S>(a, second.parameters), [&](V v) LFQ_LAMBDA_INLINE { log_det.add(i++, v); });
+        span<R>::each(log_slope<S>(a, parameters), [&](V v) LFQ_LAMBDA_INLINE { log_det.add(i++, v); });
         if (phi) span<R>::put(phi + s, 2, R(factor) * a.y);
       }
     });
   }
   template <bool ENERGY>
   void stage_c(int r) {
+    const net& row_net = net_a[r & 1];
+    const T* parameters = first.parameters[r & (first.n_classes - 1)];
     sites(r, first.spec.parity, [&](auto real, int64_t s, int c) LFQ_LAMBDA_INLINE {
       using R = decltype(real);
       const V* k = kept + stride * (s >> 1);
@@ -212,11 +218,11 @@ struct fused_block {
       for (int i = 0; i < N; ++i) h[i] = span<R>::at(k + i, stride);
       const R slope = span<R>::at(k + N, stride), y = span<R>::at(k + N + 1, stride), before = span<R>::at(x + s, 2);
       const R dy = received(r, c, parts_b, -site.force_alone(y));
-      finish(s, couple_site_backward<S>(h, first.parameters, slope, before, dy, R(dlog_det), cotangent));
-      for (int i = 0; i < 4; ++i) span<R>::put(parts_c + 4 * (s >> 1) + i, 4, net_a.part(i, cotangent, R(T(0))));
+      finish(s, couple_site_backward<S>(h, parameters, slope, before, dy, R(dlog_det), cotangent));
+      for (int i = 0; i < 4; ++i) span<R>::put(parts_c + 4 * (s >> 1) + i, 4, row_net.part(i, cotangent, R(T(0))));
       if constexpr (WEIGHTS) {
         for (int i = 0; i < N; ++i) span<R>::put(du + N * (s >> 1) + i, N, cotangent[i]);
-        parameters_a.add(first, h, slope, before, y, dy, R(dlog_det));
+        parameters_a[r & 1].add(parameters, h, slope, before, y, dy, R(dlog_det));
         phi4_sum = span<R>::dot(y * y, y * y, phi4_sum);
       }
       if constexpr (ENERGY) {
@@ -226,17 +232,24 @@ struct fused_block {
       }
     });
   }
-  // The weights' gradients of a row, apart from its stage so that they stay in registers.
+  // The weights' gradients of rows, apart from their stage so that they stay in registers.
   template <class F>
-  void add_weights(int r, int parity, net_gradient& grad, F&& at) const {
-    sites(r, parity, [&](auto real, int64_t s, int c) LFQ_LAMBDA_INLINE {
-      using R = decltype(real);
-      R tap[4];
-      neighbours(r, c, tap, at);
-      R cotangent[N];
-      for (int i = 0; i < N; ++i) cotangent[i] = span<R>::at(du + N * (s >> 1) + i, N);
-      grad.add(tap, cotangent);
-    });
+  void add_weights(int begin, int end, int parity, net_gradient (&grad)[2], F&& at) const {
+    for (int q = 0; q < 2; ++q) {
+      net_gradient sum = grad[q];
+      for (int row = begin + ((begin ^ q) & 1); row < end; row += 2) {
+        const int r = row % n_rows;
+        sites(r, parity, [&](auto real, int64_t s, int c) LFQ_LAMBDA_INLINE {
+          using R = decltype(real);
+          R tap[4];
+          neighbours(r, c, tap, at);
+          R cotangent[N];
+          for (int i = 0; i < N; ++i) cotangent[i] = span<R>::at(du + N * (s >> 1) + i, N);
+          sum.add(tap, cotangent);
+        });
+      }
+      grad[q] = sum;
+    }
   }
   void stage_d(int r) {
     sites(r, second.spec.parity, [&](auto real, int64_t s, int c) LFQ_LAMBDA_INLINE {
@@ -272,30 +285,27 @@ struct fused_block {
       int row = done[1];
       advance(1, [&](int r) LFQ_LAMBDA_INLINE { stage_b<ENERGY>(r); });
       if constexpr (WEIGHTS) {
-        net_gradient sum = grad_b;
-        for (; row < done[1]; ++row)
-          add_weights(row % n_rows, second.spec.parity, sum,
-                      [&](int r, int k) LFQ_LAMBDA_INLINE { return kept_y(r, k); });
-        grad_b = sum;
+        add_weights(row, done[1], second.spec.parity, grad_b,
+                    [&](int r, int k) LFQ_LAMBDA_INLINE { return kept_y(r, k); });
       }
       row = done[2];
       advance(2, [&](int r) LFQ_LAMBDA_INLINE { stage_c<ENERGY>(r); });
       if constexpr (WEIGHTS) {
-        net_gradient sum = grad_a;
-        for (; row < done[2]; ++row)
-          add_weights(row % n_rows, first.spec.parity, sum,
-                      [&](int r, int k) LFQ_LAMBDA_INLINE { return x[int64_t(r) * n + k]; });
-        grad_a = sum;
+        add_weights(row, done[2], first.spec.parity, grad_a,
+                    [&](int r, int k) LFQ_LAMBDA_INLINE { return x[int64_t(r) * n + k]; });
       }
       advance(3, [&](int r) LFQ_LAMBDA_INLINE { stage_d(r); });
     }
   }
 
   void store_weights(const flow_plan<T>& plan, lane_mask<T> keep, V* dweights) {
-    grad_a.store(first, keep, dweights);
-    grad_b.store(second, keep, dweights);
-    parameters_a.store(first, keep, dweights);
-    parameters_b.store(second, keep, dweights);
+    for (int q = 0; q < 2; ++q) {
+      const int a = q & (first.n_classes - 1), b = q & (second.n_classes - 1);
+      grad_a[q].store(first, a, keep, dweights);
+      grad_b[q].store(second, b, keep, dweights);
+      parameters_a[q].store(first, a, keep, dweights);
+      parameters_b[q].store(second, b, keep, dweights);
+    }
     if (plan.fused_at + 2 == plan.n_layers) return;
     // sum of y dS/dy = 2 S + 2 lam sum of y^4
     V twice_action;

@@ -14,6 +14,7 @@ struct window {
   int32_t* taps[3];    // tap numbers with an even offset (taken by sites of the same parity), odd, all
   int n[3];
   int32_t* wrap;       // [length + 2 radius]: wrap[x + radius + offset] = (x + offset) mod length
+  int32_t* flip;       // [k^(D-1)] what to XOR a row's class with for that of a neighbouring row
   int64_t* starts;     // [row][k^(D-1)] first sites of the rows around each row
 
   void plan(arena& mem, const lattice& l, int k) {
@@ -26,6 +27,7 @@ struct window {
     dx = mem.take<int32_t>(n_taps);
     for (auto& t : taps) t = mem.take<int32_t>(n_taps);
     wrap = mem.take<int32_t>(l.length + 2 * radius);
+    flip = mem.take<int32_t>(n_rows);
     starts = mem.take<int64_t>(l.n_rows * n_rows);
     n[0] = n[1] = n[2] = 0;
     for (int tap = 0; tap < n_taps; ++tap) {
@@ -46,6 +48,10 @@ struct window {
     }
     if (!mem.base) return;
     for (int x = 0; x < l.length + 2 * radius; ++x) wrap[x] = ((x - radius) % l.length + l.length) % l.length;
+    for (int j = 0; j < n_rows; ++j) {
+      flip[j] = 0;
+      for (int i = 0, rest = j; i < l.ndim - 1; ++i, rest /= k) flip[j] |= ((rest % k - radius) & 1) << i;
+    }
     for (int64_t r = 0; r < l.n_rows; ++r) find_rows(r, starts + r * n_rows);
   }
   int opposite(int tap) const { return n_taps - 1 - tap; }

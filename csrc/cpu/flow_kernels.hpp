@@ -21,7 +21,10 @@ struct layer_plan {
   T* weight[max_convolutions];      // [tap][in][out]
   T* transposed[max_convolutions];  // [opposite tap][out][in]: the convolution that goes backward
   T* bias[max_convolutions];        // null without biases
-  T parameters[2 * LFQ_MAX_FEATURES];
+  int n_classes;        // sets of weights; of a net without hidden layers one behind the other in weight, transposed, bias
+  int64_t class_taps;   // of the first convolution in each
+  int64_t class_size;   // of a set in the flow's weight vector
+  T parameters[1 << (LFQ_MAX_DIM - 1)][2 * LFQ_MAX_FEATURES];
   int64_t parameters_at;
   int64_t cache_at;
   // rescale and upsample
@@ -29,6 +32,11 @@ struct layer_plan {
   T factor, coefficient[LFQ_MAX_DIM + 1], width[LFQ_MAX_DIM + 1];
 
   int outputs() const { return channels[n_convolutions]; }
+  // Which set of weights the active sites of a row have.
+  int row_class(int64_t row) const { return n_classes > 1 ? lat.row_class(row) : 0; }
+  const T* class_weight(int q) const { return weight[0] + q * class_taps; }
+  const T* class_transposed(int q) const { return transposed[0] + q * class_taps; }
+  T class_bias(int q, int output) const { return bias[0] ? bias[0][q * outputs() + output] : T(0); }
   int64_t cache_size() const {
     if (spec.kind == LFQ_LAYER_COUPLING)
       return ((outputs() > 2 ? outputs() : 2) + 2) * (lat.volume / 2) + (n_convolutions > 1 ? lat.volume : 0);
@@ -86,7 +94,7 @@ struct flow_plan {
     const auto plain = [](const lfq_layer& l) {
       return l.kind == LFQ_LAYER_COUPLING && l.ndim == 2 && l.kernel_size == 3 && l.n_hidden == 0;
     };
-    const bool pair = a.parity != b.parity && a.scale == b.scale && a.bias == b.bias;
+    const bool pair = a.parity != b.parity && a.scale == b.scale && a.bias == b.bias && a.sublattices == b.sublattices;
     return plain(a) && plain(b) && pair && a.scale != LFQ_SCALE_EVEN ? at : -1;
   }
 
@@ -106,34 +114,40 @@ struct flow_plan {
     if (outputs * (l.lat.volume / 2) > cotangent_size) cotangent_size = outputs * (l.lat.volume / 2);
     if (hidden * l.lat.volume > hidden_size) hidden_size = hidden * l.lat.volume;
     if (widest * l.lat.volume > channel_size) channel_size = widest * l.lat.volume;
+    l.n_classes = lfq_internal::coupling_classes(s);
+    l.class_size = lfq_internal::class_weights(s);
     int64_t at = 0;
     const int taps = l.win.n_taps;
     for (int c = 0; c < l.n_convolutions; ++c) {
       const int ni = l.channels[c], no = l.channels[c + 1];
       const int64_t n = int64_t(taps) * ni * no;
-      l.weight[c] = mem.take<T>(n);
-      l.transposed[c] = mem.take<T>(n);
-      l.bias[c] = s.bias ? mem.take<T>(no) : nullptr;
+      if (c == 0) l.class_taps = n;
+      l.weight[c] = mem.take<T>(n * l.n_classes);
+      l.transposed[c] = mem.take<T>(n * l.n_classes);
+      l.bias[c] = s.bias ? mem.take<T>(int64_t(no) * l.n_classes) : nullptr;
       l.weight_at[c] = s.weight_offset + at;
       l.bias_at[c] = l.weight_at[c] + n;
-      if (fill) {
+      for (int q = 0; fill && q < l.n_classes; ++q) {
+        const double* from = w + q * l.class_size + at;
         for (int co = 0; co < no; ++co)
           for (int ci = 0; ci < ni; ++ci)
             for (int tap = 0; tap < taps; ++tap) {
-              const T v = T(w[at + (int64_t(co) * ni + ci) * taps + tap]);
-              l.weight[c][(int64_t(tap) * ni + ci) * no + co] = v;
-              l.transposed[c][(int64_t(l.win.opposite(tap)) * no + co) * ni + ci] = v;
+              const T v = T(from[(int64_t(co) * ni + ci) * taps + tap]);
+              l.weight[c][q * n + (int64_t(tap) * ni + ci) * no + co] = v;
+              l.transposed[c][q * n + (int64_t(l.win.opposite(tap)) * no + co) * ni + ci] = v;
             }
         if (s.bias)
-          for (int co = 0; co < no; ++co) l.bias[c][co] = T(w[at + n + co]);
+          for (int co = 0; co < no; ++co) l.bias[c][q * no + co] = T(from[n + co]);
       }
       at += n + (s.bias ? no : 0);
     }
     l.parameters_at = s.weight_offset + at;
-    if (fill)
+    for (int q = 0; fill && q < l.n_classes; ++q) {
+      const double* from = w + q * l.class_size + at;
       for (int i = 0; i < lfq_internal::coupling_parameters(s); ++i)
-        l.parameters[i] = T(s.scale == LFQ_SCALE_SITE ? ::exp(w[at + i]) : w[at + i]);
-    if (fill && s.scale == LFQ_SCALE_SITE) l.parameters[3] = T(1) / l.parameters[0];
+        l.parameters[q][i] = T(s.scale == LFQ_SCALE_SITE ? ::exp(from[i]) : from[i]);
+      if (s.scale == LFQ_SCALE_SITE) l.parameters[q][3] = T(1) / l.parameters[q][0];
+    }
   }
 
   void plan_upsample(layer_plan<T>& l, const double* w, bool fill) {
@@ -218,14 +232,18 @@ struct row_cotangents {
   int run_time_n;
   const simd<T>* row[capacity];
   const int32_t* wrap[capacity];
-  int32_t number[capacity];
+  const T* weight[capacity];
   LFQ_HD int n() const { return NT ? NT : run_time_n; }
-  LFQ_HD row_cotangents(const window& w, const simd<T>* du, const int64_t* rows) {
+  LFQ_HD row_cotangents(const layer_plan<T>& l, const simd<T>* du, int64_t r) {
+    const window& w = l.win;
+    const int64_t* rows = w.rows(r);
+    const int here = l.row_class(r);
     run_time_n = w.n[1];
     for (int i = 0; i < n(); ++i) {
-      number[i] = w.taps[1][i];
-      row[i] = du + N * (rows[w.row_of[number[i]]] / 2);
-      wrap[i] = w.wrap + w.dx[number[i]];
+      const int tap = w.taps[1][i];
+      row[i] = du + N * (rows[w.row_of[tap]] / 2);
+      wrap[i] = w.wrap + w.dx[tap];
+      weight[i] = l.class_transposed(l.n_classes > 1 ? here ^ w.flip[w.row_of[tap]] : 0) + N * tap;
     }
   }
   LFQ_HD const simd<T>* at(int i, int x) const { return row[i] + N * (wrap[i][x] >> 1); }
@@ -278,12 +296,12 @@ struct parameter_gradient {
     for (auto& s : sum) s = simd<T>(T(0));
   }
   template <class R>
-  LFQ_HD void add(const layer_plan<T>& l, const R (&h)[N], R slope, R x, R y, R dy, R dlog_det) {
-    parameter_terms<S>(h, l.parameters, slope, x, y, dy, dlog_det,
+  LFQ_HD void add(const T* parameters, const R (&h)[N], R slope, R x, R y, R dy, R dlog_det) {
+    parameter_terms<S>(h, parameters, slope, x, y, dy, dlog_det,
                        [&](int i, R a, R b) LFQ_LAMBDA_INLINE { sum[i] = span<R>::dot(a, b, sum[i]); });
   }
-  void store(const layer_plan<T>& l, lane_mask<T> keep, simd<T>* dweights) const {
-    for (int i = 0; i < n; ++i) dweights[l.parameters_at + i] += masked<T>(keep, sum[i]);
+  void store(const layer_plan<T>& l, int q, lane_mask<T> keep, simd<T>* dweights) const {
+    for (int i = 0; i < n; ++i) dweights[l.parameters_at + q * l.class_size + i] += masked<T>(keep, sum[i]);
   }
 };
 
@@ -322,7 +340,7 @@ struct flow_group {
     }
   }
 
-  // Calls f(first site, outputs) for the active sites, two at a time (see span) where a row has them.
+  // Calls f(first site, outputs, parameters) for the active sites, two at a time (see span) where a row has them.
   template <int N, class F>
   void net(const layer_plan<T>& l, const V* x, F&& f) const {
     const int active = l.spec.parity, last = l.n_convolutions - 1;
@@ -339,27 +357,29 @@ struct flow_group {
           const int64_t site = r * l.lat.length + c;
           decltype(real) out[N];
           for (int i = 0; i < N; ++i) out[i] = S::at(u + N * site + i, 2 * N);
-          f(site, out);
+          f(site, out, l.parameters[0]);
         });
       return;
     }
     with_taps(l.win.n[1], [&](auto nt) {
       constexpr int NT = decltype(nt)::value;
-      V bias[N];
-      for (int i = 0; i < N; ++i) bias[i] = V(l.bias[0] ? l.bias[0][i] : T(0));
       for (int64_t r = 0; r < l.lat.n_rows; ++r) {
         const int64_t* rows = l.win.rows(r);
         const row_taps<T, NT> taps(l.win, x, rows);
+        const int q = l.row_class(r);
+        const T* weight = l.class_weight(q);
+        V bias[N];
+        for (int i = 0; i < N; ++i) bias[i] = V(l.class_bias(q, i));
         every_other(l.lat.row_parity(r) ^ active, l.lat.length, [&](auto real, int c) LFQ_LAMBDA_INLINE {
           using R = decltype(real);
           R out[N];
           for (int k = 0; k < N; ++k) out[k] = R(bias[k]);
           for (int i = 0; i < taps.n(); ++i) {
             const R v = taps.template at<R>(i, c);
-            const T* w = l.weight[0] + N * taps.number[i];
+            const T* w = weight + N * taps.number[i];
             for (int k = 0; k < N; ++k) out[k] = fma(R(w[k]), v, out[k]);
           }
-          f(r * l.lat.length + c, out);
+          f(r * l.lat.length + c, out, l.parameters[q]);
         });
       }
     });
@@ -374,10 +394,10 @@ struct flow_group {
     with_scale(l.spec, [&](auto kind, auto n) {
       constexpr scale_kind S = scale_kind(decltype(kind)::value);
       constexpr int N = decltype(n)::value;
-      net<N>(l, x, [&](int64_t site, const auto& u) LFQ_LAMBDA_INLINE {
+      net<N>(l, x, [&](int64_t site, const auto& u, const T* parameters) LFQ_LAMBDA_INLINE {
         using R = std::decay_t<decltype(u[0])>;
         const R before = span<R>::at(x + site, 2);
-        const coupled_site<R, N> a = couple_site<S>(before, u, l.parameters);
+        const coupled_site<R, N> a = couple_site<S>(before, u, parameters);
         if constexpr (M == memory::latents && S == scale_kind::site) {
           span<R>::put(cache + (site >> 1), 1, a.h[0]);
         } else if constexpr (M != memory::none) {
@@ -388,7 +408,7 @@ struct flow_group {
         span<R>::put(x + site, 2, a.y);
         int64_t i = site >> 1;
         if constexpr (LOG_DET)
-          span<R>::each(log_slope<S>(a, l.parameters), [&](V v) LFQ_LAMBDA_INLINE { log_det.add(i++, v); });
+          span<R>::each(log_slope<S>(a, parameters), [&](V v) LFQ_LAMBDA_INLINE { log_det.add(i++, v); });
       });
     });
   }
@@ -396,10 +416,10 @@ struct flow_group {
     with_scale(l.spec, [&](auto kind, auto n) {
       constexpr scale_kind S = scale_kind(decltype(kind)::value);
       constexpr int N = decltype(n)::value;
-      net<N>(l, x, [&](int64_t site, const auto& u) LFQ_LAMBDA_INLINE {
+      net<N>(l, x, [&](int64_t site, const auto& u, const T* parameters) LFQ_LAMBDA_INLINE {
         using R = std::decay_t<decltype(u[0])>;
         R log_dy;
-        span<R>::put(x + site, 2, uncouple_site<S>(span<R>::at(x + site, 2), u, l.parameters, log_dy));
+        span<R>::put(x + site, 2, uncouple_site<S>(span<R>::at(x + site, 2), u, parameters, log_dy));
         int64_t i = site >> 1;
         span<R>::each(log_dy, [&](V v) LFQ_LAMBDA_INLINE { log_det.add(i++, -v); });
       });
@@ -421,46 +441,66 @@ struct flow_group {
   }
 
   template <bool WEIGHTS, scale_kind S, int N, class R>
-  LFQ_HD void site_backward(const layer_plan<T>& l, V* x, V* g, int64_t site, V dlog_det, R (&du)[N],
+  LFQ_HD void site_backward(const layer_plan<T>& l, const T* parameters, V* x, V* g, int64_t site, V dlog_det, R (&du)[N],
                             parameter_gradient<T, S, N>& grad) const {
     using P = span<R>;
     const R dy = P::at(g + site, 2);
     if constexpr (!WEIGHTS && S == scale_kind::site) {
       const R h[1] = {P::at(work.cache + l.cache_at + (site >> 1), 1)};
-      P::put(g + site, 2, couple_site_backward<S>(h, l.parameters, site_slope(h[0], l.parameters), dy, dy, R(dlog_det), du));
+      P::put(g + site, 2, couple_site_backward<S>(h, parameters, site_slope(h[0], parameters), dy, dy, R(dlog_det), du));
       return;
     }
     const V* c = work.cache + l.cache_at + (N + 2) * (site >> 1);
     R h[N];
     for (int i = 0; i < N; ++i) h[i] = P::at(c + i, N + 2);
     const R slope = P::at(c + N, N + 2), before = P::at(c + N + 1, N + 2);
-    P::put(g + site, 2, couple_site_backward<S>(h, l.parameters, slope, before, dy, R(dlog_det), du));
+    P::put(g + site, 2, couple_site_backward<S>(h, parameters, slope, before, dy, R(dlog_det), du));
     if constexpr (!WEIGHTS) return;
-    grad.add(l, h, slope, before, P::at(x + site, 2), dy, R(dlog_det));
+    grad.add(parameters, h, slope, before, P::at(x + site, 2), dy, R(dlog_det));
     P::put(x + site, 2, before);
   }
 
   template <bool WEIGHTS, scale_kind S, int N, int NT>
   void direct_backward(const layer_plan<T>& l, V* x, V* g, V dlog_det) const {
+    V* du = work.du;
+    for (int q = 0; q < l.n_classes; ++q) active_backward<WEIGHTS, S, N, NT>(l, q, x, g, dlog_det);
+    for (int64_t r = 0; r < l.lat.n_rows; ++r) {
+      const row_cotangents<T, NT, N> taps(l, du, r);
+      every_other(l.lat.row_parity(r) ^ l.spec.parity ^ 1, l.lat.length, [&](auto real, int c) LFQ_LAMBDA_INLINE {
+        using R = decltype(real);
+        using P = span<R>;
+        V* target = g + r * l.lat.length + c;
+        R sum = P::at(target, 2);
+        for (int i = 0; i < taps.n(); ++i)
+          for (int k = 0; k < N; ++k) sum = fma(R(taps.weight[i][k]), taps.template get<R>(i, c, k), sum);
+        P::put(target, 2, sum);
+      });
+    }
+  }
+  // The active sites of rows of class q: their own gradient, the cotangents of their nets' outputs, in work.du, and with
+  // WEIGHTS the gradient of the class's weights.
+  template <bool WEIGHTS, scale_kind S, int N, int NT>
+  void active_backward(const layer_plan<T>& l, int q, V* x, V* g, V dlog_det) const {
     const int active = l.spec.parity, L = l.lat.length;
     V* du = work.du;
     V bias[N], acc[NT ? N * NT : 1];
     parameter_gradient<T, S, N> parameters;
     V* dw = nullptr;
     if constexpr (WEIGHTS) {
-      dw = work.dweights + l.weight_at[0];
+      dw = work.dweights + l.weight_at[0] + q * l.class_size;
       for (V& b : bias) b = V(T(0));
       if constexpr (NT > 0)
         for (V& a : acc) a = V(T(0));
     }
     for (int64_t r = 0; r < l.lat.n_rows; ++r) {
+      if (l.row_class(r) != q) continue;
       const row_taps<T, NT> taps(l.win, x, l.win.rows(r));
       every_other(l.lat.row_parity(r) ^ active, L, [&](auto real, int c) LFQ_LAMBDA_INLINE {
         using R = decltype(real);
         using P = span<R>;
         const int64_t site = r * L + c;
         R u[N];
-        site_backward<WEIGHTS>(l, x, g, site, dlog_det, u, parameters);
+        site_backward<WEIGHTS>(l, l.parameters[q], x, g, site, dlog_det, u, parameters);
         for (int k = 0; k < N; ++k) P::put(du + N * (site >> 1) + k, N, u[k]);
         if constexpr (WEIGHTS) {
           for (int k = 0; k < N; ++k) bias[k] = P::sum(u[k], bias[k]);
@@ -477,22 +517,8 @@ struct flow_group {
         for (int i = 0; i < NT; ++i)
           for (int k = 0; k < N; ++k) dw[N * l.win.taps[1][i] + k] += acc[N * i + k];
       if (l.bias[0])
-        for (int k = 0; k < N; ++k) work.dweights[l.bias_at[0] + k] += bias[k];
-      parameters.store(l, ~lane_mask<T>{}, work.dweights);
-    }
-    for (int64_t r = 0; r < l.lat.n_rows; ++r) {
-      const row_cotangents<T, NT, N> taps(l.win, du, l.win.rows(r));
-      every_other(l.lat.row_parity(r) ^ active ^ 1, L, [&](auto real, int c) LFQ_LAMBDA_INLINE {
-        using R = decltype(real);
-        using P = span<R>;
-        V* target = g + r * L + c;
-        R sum = P::at(target, 2);
-        for (int i = 0; i < taps.n(); ++i) {
-          const T* w = l.transposed[0] + N * taps.number[i];
-          for (int k = 0; k < N; ++k) sum = fma(R(w[k]), taps.template get<R>(i, c, k), sum);
-        }
-        P::put(target, 2, sum);
-      });
+        for (int k = 0; k < N; ++k) work.dweights[l.bias_at[0] + q * l.class_size + k] += bias[k];
+      parameters.store(l, q, ~lane_mask<T>{}, work.dweights);
     }
   }
 
@@ -507,10 +533,10 @@ struct flow_group {
         using R = decltype(real);
         const int64_t site = r * L + c;
         R u[N];
-        site_backward<WEIGHTS>(l, x, g, site, dlog_det, u, parameters);
+        site_backward<WEIGHTS>(l, l.parameters[0], x, g, site, dlog_det, u, parameters);
         for (int k = 0; k < N; ++k) span<R>::put(dout + N * site + k, 2 * N, u[k]);
       });
-    if constexpr (WEIGHTS) parameters.store(l, ~lane_mask<T>{}, work.dweights);
+    if constexpr (WEIGHTS) parameters.store(l, 0, ~lane_mask<T>{}, work.dweights);
     const V* input = net_input(l);
     run_hidden(l, input);
     const V* h = work.hidden;
@@ -756,18 +782,20 @@ struct flow_group {
         for (int64_t i = l.spec.weight_offset; i < l.spec.weight_offset + m; ++i) grad[i] = lanes(i);
         continue;
       }
-      for (int c = 0; c < l.n_convolutions; ++c) {
-        const int ni = l.channels[c], no = l.channels[c + 1], taps = l.win.n_taps;
-        for (int co = 0; co < no; ++co)
-          for (int ci = 0; ci < ni; ++ci)
-            for (int tap = 0; tap < taps; ++tap)
-              grad[l.weight_at[c] + (int64_t(co) * ni + ci) * taps + tap] =
-                  lanes(l.weight_at[c] + (int64_t(tap) * ni + ci) * no + co);
-        if (l.bias[c])
-          for (int co = 0; co < no; ++co) grad[l.bias_at[c] + co] = lanes(l.bias_at[c] + co);
+      for (int64_t at = 0; at < l.n_classes * l.class_size; at += l.class_size) {
+        for (int c = 0; c < l.n_convolutions; ++c) {
+          const int ni = l.channels[c], no = l.channels[c + 1], taps = l.win.n_taps;
+          const int64_t first = l.weight_at[c] + at;
+          for (int co = 0; co < no; ++co)
+            for (int ci = 0; ci < ni; ++ci)
+              for (int tap = 0; tap < taps; ++tap)
+                grad[first + (int64_t(co) * ni + ci) * taps + tap] = lanes(first + (int64_t(tap) * ni + ci) * no + co);
+          if (l.bias[c])
+            for (int co = 0; co < no; ++co) grad[l.bias_at[c] + at + co] = lanes(l.bias_at[c] + at + co);
+        }
+        for (int i = 0; i < lfq_internal::coupling_parameters(l.spec); ++i)
+          grad[l.parameters_at + at + i] = lanes(l.parameters_at + at + i);
       }
-      for (int i = 0; i < lfq_internal::coupling_parameters(l.spec); ++i)
-        grad[l.parameters_at + i] = lanes(l.parameters_at + i);
     }
   }
 };

@@ -31,6 +31,13 @@ struct lattice {
     for (int i = 0; i < ndim - 1; ++i) p ^= c[i] & 1;
     return p;
   }
+  // The parities of a row's coordinates, the last one in the lowest bit.
+  LFQ_HD int row_class(int64_t row) const {
+    int c[LFQ_MAX_DIM], k = 0;
+    coordinates(row, c);
+    for (int i = 0; i < ndim - 1; ++i) k = 2 * k | (c[i] & 1);
+    return k;
+  }
   // The first site of the row at coordinates c (leading axes), each taken modulo its extent.
   LFQ_HD int64_t row_start(const int* c) const {
     int64_t r = 0;

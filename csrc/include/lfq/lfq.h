@@ -102,7 +102,9 @@ typedef struct lfq_layer {
   int32_t bias;                 /* 0 or 1 */
   int32_t scale;
   int32_t n_features;           /* LFQ_SCALE_EVEN: outputs of the net, 1, 2, 4 or 8; else 0 */
-  int32_t reserved;
+  int32_t sublattices;          /* coupling, without hidden layers: 1 if each of the 2^(ndim-1) sublattices of sites it
+                                 * changes has weights of its own, one set after the other, in the order of the parities
+                                 * of all coordinates but the last as binary digits; else 0 */
   int64_t weight_offset;        /* where this layer's weights begin in the flow's weight vector */
 } lfq_layer;
 
