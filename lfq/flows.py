@@ -535,9 +535,10 @@ class MultiscaleFlow(Compose):
     """A field made from noise at every scale, from a lattice of a few sites to the finest.
 
     The coarsest field, best a single site, is noise. Each level puts the field so far on the even sites of a lattice
-    twice as fine, noise of its own elsewhere (`UpsampleMap`), and sends all of it through blocks of that level. All noise is of unit width, and HMC moves that of all levels at once: a long mode of the field is
-    an ordinary direction of the latents, unlike where coarse fields serve as a prior only (arXiv:2310.03381). HMC in
-    the latents of a hierarchical map goes back to arXiv:1802.02840.
+    twice as fine, noise of its own elsewhere (`UpsampleMap`), and sends all of it through blocks of that level. All
+    noise is of unit width, and HMC moves that of all levels at once: a long mode of the field is an ordinary direction
+    of the latents, unlike where coarse fields serve as a prior only (arXiv:2310.03381). HMC in the latents of a
+    hierarchical map goes back to arXiv:1802.02840.
 
     Parameters
     ----------

@@ -266,8 +266,8 @@ class Coupling:
     t = sum_c a_c h_c. The derivative of |h_0| at 0 is 0. Kind "site": x = a v + b tanh(c v) of v = z + u.
 
     Weights, in order of the net's layers: kernel[out][in][k]..[k], then bias[out] if any. Behind them a and b of
-    "even", or log a, log b and log c of "site". With `sublattices` such a set for each sublattice of active sites, in the
-    order of the parities of all coordinates but the last as binary digits.
+    "even", or log a, log b and log c of "site". With `sublattices` such a set for each sublattice of active sites, in
+    the order of the parities of all coordinates but the last as binary digits.
 
     Parameters
     ----------

@@ -18,7 +18,7 @@ def fits():
 def test_structure():
     flow = lfq.MultiscaleFlow(n_levels=4, n_blocks=3)
     program = flow.program((16, 16))
-    # Each half-update: 9 taps and three parameters of the site map on two sublattices; each step between levels 5 weights.
+    # Each half-update: 9 taps and three parameters of the site map on two sublattices; each step between levels: 5.
     assert flow.n_weights == 4 * (3 * 2 * 2 * 12 + 5)
     assert program["extent"][0, :2].tolist() == [2, 2] and program["extent"][-1, :2].tolist() == [16, 16]
     assert lfq.MultiscaleFlow(n_levels=2, ndim=3).program((4, 4, 8))["extent"][0, :3].tolist() == [2, 2, 4]
