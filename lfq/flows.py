@@ -239,10 +239,11 @@ class AffineFlow(Flow):
     scale : {"exp(-|s|)", "exp(s)", "even", "site"}
         How a site changes. The first two: y = x exp(-\\|s\\|) + t or x exp(s) + t with (s, t) = tanh of the net's
         outputs. "even": from h_c = tanh of `features` outputs, y = x exp(sum_c b_c h_c^2) + sum_c a_c h_c with trained
-        a and b. "site" is not affine: y = a v + b tanh(c v), v = x + the one output (no tanh), with trained a, b and c;
-        the conditional density of a site given its neighbours, exp(-V(phi) + beta h phi), is close to a Gaussian
-        shifted by a multiple of h and seen through such a function. All but "exp(s)", with odd activations and no bias,
-        have f(-z) = -f(z). The force through "exp(-|s|)" jumps where s changes sign, the others are smooth.
+        a and b. "site" is not affine: y = a v + b tanh(c v) + w, v = x + u, with (u, w) the net's outputs (no tanh) and
+        trained a, b and c; the conditional density of a site given its neighbours, exp(-V(phi) + beta h phi), is close
+        to a Gaussian shifted by a multiple of h, seen through such a function, and shifted again. All but "exp(s)",
+        with odd activations and no bias, have f(-z) = -f(z). The force through "exp(-|s|)" jumps where s changes sign,
+        the others are smooth.
     features : int
         1, 2, 4 or 8, with scale "even" only.
     sublattices : bool
@@ -296,7 +297,7 @@ class AffineFlow(Flow):
         self._seed, self._weights = check_seed(seed), None
 
     def _net_shapes(self) -> list[tuple[int, int]]:
-        channels = (1, *self.hidden, 1 if self.scale == "site" else self.features or 2)
+        channels = (1, *self.hidden, self.features or 2)
         return list(zip(channels[:-1], channels[1:], strict=True))
 
     def _initial_weights(self, seed: int) -> np.ndarray:

@@ -263,7 +263,7 @@ class Coupling:
     Active sites, sum(coordinates) % 2 == parity, change from z to x given u, the output of a convolutional net that
     sees the field with active sites set to zero; frozen sites stay. Affine kinds: x = z e^q + t and log-det sum q over
     the active sites, where with h = tanh(u) q = -|h_0| or q = h_0 and t = h_1, or (even) q = sum_c b_c h_c^2 and
-    t = sum_c a_c h_c. The derivative of |h_0| at 0 is 0. Kind "site": x = a v + b tanh(c v) of v = z + u.
+    t = sum_c a_c h_c. The derivative of |h_0| at 0 is 0. Kind "site": x = a v + b tanh(c v) + u_1 of v = z + u_0.
 
     Weights, in order of the net's layers: kernel[out][in][k]..[k], then bias[out] if any. Behind them a and b of
     "even", or log a, log b and log c of "site". With `sublattices` such a set for each sublattice of active sites, in
@@ -277,7 +277,7 @@ class Coupling:
     kernel_size : int
         Odd.
     hidden : tuple of int
-        Channels of the hidden layers; the last layer has 2 channels, or `features`, or 1 ("site").
+        Channels of the hidden layers; the last layer has 2 channels, or `features`.
     activation : "tanh" or "leaky_relu"
         Of the hidden layers.
     bias : bool
@@ -304,7 +304,7 @@ class Coupling:
     @property
     def kernel_shapes(self):
         """(c_out, c_in, k, ..., k) of every layer of the net."""
-        channels = (1, *self.hidden, 1 if self.scale == "site" else self.features or 2)
+        channels = (1, *self.hidden, self.features or 2)
         taps = (self.kernel_size,) * len(self.shape)
         return [(c_out, c_in, *taps) for c_in, c_out in itertools.pairwise(channels)]
 
@@ -382,7 +382,7 @@ class Coupling:
         if self.scale == "site":
             a, b, c = np.exp(weights[-3:])
             v = z + h[0]
-            return a * v + b * np.tanh(c * v), np.log(a + b * c / np.cosh(c * v) ** 2)
+            return a * v + b * np.tanh(c * v) + h[1], np.log(a + b * c / np.cosh(c * v) ** 2)
         q, t = self._affine(h, weights)
         return z * np.exp(q) + t, q
 
@@ -400,7 +400,7 @@ class Coupling:
                 (b * (dx * th + dslope * c * sech2)).sum(),
                 (c * b * sech2 * (dx * v + dslope * (1 - 2 * c * v * th))).sum(),
             ]
-            return dv, dv[np.newaxis], np.array(dparameters)
+            return dv, np.stack([dv, dx]), np.array(dparameters)
         q, _ = self._affine(h, weights)
         dh, dparameters = self._affine_vjp(h, weights, dx * z * np.exp(q) + dlog_det, dx)
         return dx * np.exp(q), dh, dparameters
@@ -424,10 +424,11 @@ class Coupling:
         if self.scale == "site":
             # Bisection: the map is monotone, and no less steep than a.
             a, b, c = np.exp(weights[-3:])
-            low, high = (x - b) / a, (x + b) / a
+            bent = x - h[1]
+            low, high = (bent - b) / a, (bent + b) / a
             for _ in range(200):
                 v = (low + high) / 2
-                above = a * v + b * np.tanh(c * v) > x
+                above = a * v + b * np.tanh(c * v) > bent
                 low, high = np.where(above, low, v), np.where(above, v, high)
             return v - h[0]
         q, t = self._affine(h, weights)

@@ -520,7 +520,8 @@ def train_ladder(
 
     Level i maps configurations of theories[i] (made by HMC) to theories[i + 1], starting from the
     weights of the level below. A `MultiscaleFlow` maps noise alone: it is trained for theories[0], then, refined by
-    one level each time, for the others, all its levels together.
+    one level each time, for the others, all its levels together. It learns best from small lattices at the coupling of
+    the largest one, whose short distances it then knows.
 
     Parameters
     ----------
@@ -535,7 +536,8 @@ def train_ladder(
     checkpoint : path-like, optional
         As of `train`, level i in a file whose name ends in ``-i``: complete levels are not trained again.
     progress, **training
-        Passed to `train`. The seed of level i is seed + i.
+        Passed to `train`; n_steps, batch_size and learning_rate may be sequences with a value for each level. The seed
+        of level i is seed + i.
 
     Returns
     -------
@@ -557,15 +559,28 @@ def train_ladder(
                 f"theories: {target.shape} does not follow from the level below, which makes {below.shape}"
             )
     seed, fits = check_seed(training.pop("seed", 0)), []
+    each = _of_levels(training, checkpoint, len(priors))
     for level, (below, target) in enumerate(zip(priors, theories[1:], strict=True)):
-        training["checkpoint"] = _of_level(checkpoint, level)
-        fits.append(train(flow, below, target, seed=seed + level, progress=progress, **training))
+        fits.append(train(flow, below, target, seed=seed + level, progress=progress, **each[level]))
         flow = fits[-1].flow
     return fits
 
 
-def _of_level(checkpoint, level: int) -> str | None:
-    return None if checkpoint is None else f"{os.fspath(checkpoint)}-{level}"
+def _of_levels(training: dict, checkpoint, n_levels: int) -> list[dict]:
+    """The arguments of `train` for each level."""
+    each = []
+    for level in range(n_levels):
+        each.append(dict(training))
+        if checkpoint is not None:
+            each[-1]["checkpoint"] = f"{os.fspath(checkpoint)}-{level}"
+    for name in ("n_steps", "batch_size", "learning_rate"):
+        values = training.get(name)
+        if isinstance(values, list | tuple | np.ndarray):
+            if len(values) != n_levels:
+                raise ValueError(f"{name}: {len(values)} values for {n_levels} levels")
+            for arguments, value in zip(each, values, strict=True):
+                arguments[name] = value
+    return each
 
 
 def _train_levels(flow: MultiscaleFlow, theories, progress, checkpoint, seed=0, **training) -> list[Fit]:
@@ -573,9 +588,9 @@ def _train_levels(flow: MultiscaleFlow, theories, progress, checkpoint, seed=0, 
         if tuple(2 * extent for extent in coarse.shape) != fine.shape:
             raise ValueError(f"theories: {fine.shape} is not twice the extents of the level below, {coarse.shape}")
     seed, fits = check_seed(seed), []
+    each = _of_levels(training, checkpoint, len(theories))
     for level, theory in enumerate(theories):
         if fits:
             flow = fits[-1].flow.refined()
-        training["checkpoint"] = _of_level(checkpoint, level)
-        fits.append(train(flow, Gaussian(theory.shape), theory, seed=seed + level, progress=progress, **training))
+        fits.append(train(flow, Gaussian(theory.shape), theory, seed=seed + level, progress=progress, **each[level]))
     return fits

@@ -18,8 +18,8 @@ def fits():
 def test_structure():
     flow = lfq.MultiscaleFlow(n_levels=4, n_blocks=3)
     program = flow.program((16, 16))
-    # Each half-update: 9 taps and three parameters of the site map on two sublattices; each step between levels: 5.
-    assert flow.n_weights == 4 * (3 * 2 * 2 * 12 + 5)
+    # Each half-update: 2 x 9 taps and three parameters of the site map on two sublattices; each step between levels: 5.
+    assert flow.n_weights == 4 * (3 * 2 * 2 * 21 + 5)
     assert program["extent"][0, :2].tolist() == [2, 2] and program["extent"][-1, :2].tolist() == [16, 16]
     assert lfq.MultiscaleFlow(n_levels=2, ndim=3).program((4, 4, 8))["extent"][0, :3].tolist() == [2, 2, 4]
     with pytest.raises(ValueError, match="odd extent"):
@@ -43,7 +43,7 @@ def test_site_map_inverts_far_out():
     """Newton's method from one side has to reach values far in the linear tails and in the steep middle."""
     flow = lfq.AffineFlow(scale="site", rescale=False)
     weights = flow.weights
-    weights[[-3, -2, -1, -15, -14, -13]] = np.log([0.05, 3.0, 2.0] * 2)  # slope between 0.05 and 6.05
+    weights[[-3, -2, -1, -24, -23, -22]] = np.log([0.05, 3.0, 2.0] * 2)  # slope between 0.05 and 6.05
     flow.weights = weights
     z = np.array([1e-3, 0.3, 2.0, 30.0])[:, None, None] * np.random.default_rng(5).normal(size=(4, 8, 8))
     np.testing.assert_allclose(flow.inverse(flow.forward(z)[0])[0], z, rtol=1e-9, atol=1e-12)

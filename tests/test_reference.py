@@ -350,7 +350,7 @@ def sites_by_scipy(layer, z, weights, moves):
     maps = [z.copy()]
     for site in active:
         maps[0][site] = 0.0
-    last = {"even": layer.features, "site": 1}.get(layer.scale, 2)
+    last = layer.features or 2
     for i, channels in enumerate([*layer.hidden, last]):
         u = []
         for _ in range(channels):
@@ -372,7 +372,7 @@ def sites_by_scipy(layer, z, weights, moves):
         h = [value[site] for value in maps]
         if layer.scale == "site":
             v = z[site] + h[0]
-            x[site] = a * v + b * math.tanh(c * v)
+            x[site] = a * v + b * math.tanh(c * v) + h[1]
             log_det += math.log(a + b * c * (1 - math.tanh(c * v) ** 2))
             continue
         if layer.scale == "even":

@@ -275,7 +275,7 @@ template <class F>
 LFQ_HD void with_fused_scale(const lfq_layer& l, F&& f) {
   if (l.scale == LFQ_SCALE_NEG_ABS) return f(constant<int(scale_kind::neg_abs)>(), constant<2>());
   if (l.scale == LFQ_SCALE_EXP) return f(constant<int(scale_kind::exp)>(), constant<2>());
-  f(constant<int(scale_kind::site)>(), constant<1>());
+  f(constant<int(scale_kind::site)>(), constant<2>());
 }
 template <class F>
 LFQ_HD void with_scale(const lfq_layer& l, F&& f) {
@@ -446,7 +446,7 @@ struct flow_group {
     using P = span<R>;
     const R dy = P::at(g + site, 2);
     if constexpr (!WEIGHTS && S == scale_kind::site) {
-      const R h[1] = {P::at(work.cache + l.cache_at + (site >> 1), 1)};
+      const R h[2] = {P::at(work.cache + l.cache_at + (site >> 1), 1)};
       P::put(g + site, 2, couple_site_backward<S>(h, parameters, site_slope(h[0], parameters), dy, dy, R(dlog_det), du));
       return;
     }

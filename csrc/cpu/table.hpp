@@ -7,7 +7,7 @@ namespace lfq_internal {
 
 // What the last layer of a coupling's net puts out, and the weights behind the net's.
 inline int net_outputs(const lfq_layer& l) {
-  return l.scale == LFQ_SCALE_SITE ? 1 : l.scale == LFQ_SCALE_EVEN ? l.n_features : 2;
+  return l.scale == LFQ_SCALE_EVEN ? l.n_features : 2;
 }
 inline int coupling_parameters(const lfq_layer& l) {
   return l.scale == LFQ_SCALE_SITE ? 3 : l.scale == LFQ_SCALE_EVEN ? 2 * l.n_features : 0;

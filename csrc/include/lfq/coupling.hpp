@@ -3,8 +3,8 @@
 //   neg_abs  (s, t) = h, y = x exp(-|s|) + t
 //   exp      (s, t) = h, y = x exp(s) + t
 //   even     y = x e + t, t = sum_c a_c h_c, e = exp(sum_c b_c h_c^2): odd and even in h, both smooth
-//   site     y = a v + b tanh(c v) of v = x + u, a, b, c > 0
-// Backward needs h (of `site` tanh(c v)) and the slope dy/dx besides x and y.
+//   site     y = a v + b tanh(c v) + w of v = x + u, with (u, w) the net's outputs and a, b, c > 0
+// Backward needs h (of `site` tanh(c v) and w) and the slope dy/dx besides x and y.
 #pragma once
 #include "lfq/elementary.hpp"
 
@@ -47,7 +47,8 @@ LFQ_HD coupled_site<R, N> couple_site(R x, const R (&u)[N], const typename real_
     const R v = x + u[0];
     r.h[0] = tanh(R(parameters[2]) * v);
     r.slope = site_slope(r.h[0], parameters);
-    r.y = fma(R(parameters[0]), v, R(parameters[1]) * r.h[0]);
+    r.h[1] = u[1];
+    r.y = fma(R(parameters[0]), v, fma(R(parameters[1]), r.h[0], u[1]));
   } else {
     R t, log_e;
     for (int c = 0; c < N; ++c) r.h[c] = tanh(u[c]);
@@ -74,6 +75,7 @@ LFQ_HD R uncouple_site(R y, const R (&u)[N], const typename real_traits<R>::scal
     // The map is odd and concave to the right of zero, so that Newton's method started on the side of zero, at
     // y / largest slope, never oversteps.
     const T a = parameters[0], b = parameters[1], c = parameters[2];
+    y = y - u[1];
     R v = y * R(T(1) / fma(b, c, a)), slope;
     for (int i = 0; i < 40; ++i) {
       const R th = tanh(R(c) * v);
@@ -98,6 +100,7 @@ LFQ_HD R couple_site_backward(const R (&h)[N], const typename real_traits<R>::sc
     // dslope/dv = -2 c h (slope - a)
     const R bend = R(T(-2) * parameters[2]) * h[0] * (slope - R(parameters[0])) / slope;
     du[0] = fma(dy, slope, dlog_det * bend);
+    du[1] = dy;
     return du[0];
   } else {
     const R ds = fma(dy, x * slope, dlog_det);
@@ -129,7 +132,7 @@ LFQ_HD void parameter_terms(const R (&h)[N], const typename real_traits<R>::scal
       add(N + c, ds, h[c] * h[c]);
     }
   } else if constexpr (S == scale_kind::site) {
-    const R a(parameters[0]), bent = slope - a, bh = R(parameters[1]) * h[0], av = y - bh, v = av * R(parameters[3]);
+    const R a(parameters[0]), bent = slope - a, bh = R(parameters[1]) * h[0], av = (y - h[1]) - bh, v = av * R(parameters[3]);
     const R share = dlog_det / slope;
     add(0, R(T(1)), fma(dy, av, share * a));
     add(1, R(T(1)), fma(dy, bh, share * bent));

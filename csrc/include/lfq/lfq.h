@@ -79,7 +79,7 @@ enum lfq_scale {
   LFQ_SCALE_NEG_ABS = 0,  /* (s, t) = h, e = exp(-|s|) */
   LFQ_SCALE_EXP = 1,      /* (s, t) = h, e = exp(s) */
   LFQ_SCALE_EVEN = 2,     /* t = sum_c a_c h_c, e = exp(sum_c b_c h_c^2); the layer's weights end in a, b */
-  LFQ_SCALE_SITE = 3      /* not affine: y = a v + b tanh(c v), v = x + the net's one output;
+  LFQ_SCALE_SITE = 3      /* not affine: y = a v + b tanh(c v) + w, v = x + u, (u, w) the net's outputs;
                            * the layer's weights end in log a, log b, log c */
 };
 
