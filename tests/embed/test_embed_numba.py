@@ -346,7 +346,7 @@ def test_compiled_code_is_cached_across_processes(tmp_path):
     (tmp_path / "cached.py").write_text(
         textwrap.dedent("""
             import numpy as np
-            from numba import njit
+            from numba import njit, prange
             import lfq
             from lfq import native
 
@@ -358,13 +358,21 @@ def test_compiled_code_is_cached_across_processes(tmp_path):
             def method(theory, phi):
                 return theory.action(phi)
 
+            @njit(cache=True, parallel=True)
+            def loop(theory, phi, action, spaces):
+                for i in prange(len(phi)):
+                    space = spaces[i]
+                    native.lfq_phi4_action_f64(theory, 1, phi[i], action[i : i + 1], space, space.size, 1)
+
             theory = lfq.Phi4((4, 6), 0.5, 0.3)
             phi = np.linspace(-1, 1, 48).reshape(2, 4, 6)
-            action = np.empty(2)
+            action, again = np.empty(2), np.empty(2)
             space = native.workspace("phi4", "float64", theory._record(), 2, 1)
             assert kernel(theory._record(), phi, action, space) == 0
             assert (action == theory.action(phi)).all() and (method(theory, phi) == action).all()
-            print([sum(f.stats.cache_hits.values()) for f in (kernel, method)], *action)
+            loop(theory._record(), phi, again, np.empty((2, space.size), np.uint8))
+            assert (action == again).all()
+            print([sum(f.stats.cache_hits.values()) for f in (kernel, method, loop)], *action)
         """)
     )
     environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path / "cache")}
@@ -377,7 +385,7 @@ def test_compiled_code_is_cached_across_processes(tmp_path):
         return done.stdout
 
     first, second = output(), output()
-    assert first.startswith("[0, 0]") and second.startswith("[1, 1]")
+    assert first.startswith("[0, 0, 0]") and second.startswith("[1, 1, 1]")
     assert first.split("]")[1] == second.split("]")[1]
 
 
