@@ -170,8 +170,9 @@ class CustomAction:
             if self._compile is None:
                 known = ", ".join(str(known) for known in self._addresses)
                 raise TypeError(f"evaluate: compiled for {known}, not for {dtype} fields")
-            self._functions[dtype] = self._compile(dtype)
-            self._addresses[dtype] = self._address(self._functions[dtype])
+            # Of several threads that compile at once the first one's function stays, also while another runs it.
+            function = self._functions.setdefault(dtype, self._compile(dtype))
+            self._addresses[dtype] = self._address(function)
         record = np.zeros(1, dtype=_RECORD)
         record["ndim"], record["evaluate"] = self.ndim, self._addresses[dtype]
         record["extent"][0, : self.ndim] = self.shape

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-__all__ = ["OPTIONS", "cmake_dir", "include_dir", "library", "pkgconfig_dir"]
+__all__ = ["OPTIONS", "cmake_dir", "cuda_library", "include_dir", "library", "pkgconfig_dir"]
 
 _PACKAGE = Path(__file__).resolve().parent
 
@@ -18,6 +18,14 @@ def _installed(path: Path) -> Path:
 def library() -> Path:
     """liblfq itself."""
     return _installed(next(_PACKAGE.glob("liblfq.*"), _PACKAGE / "liblfq.so"))
+
+
+def cuda_library() -> Path:
+    """liblfq_cuda, of lfq_cuda.h."""
+    path = _PACKAGE / "liblfq_cuda.so"
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing: this copy of lfq was built without CUDA")
+    return path
 
 
 def include_dir() -> Path:
@@ -39,6 +47,7 @@ OPTIONS = {
     "--cmakedir": lambda: str(cmake_dir()),
     "--includes": lambda: f"-I{include_dir()}",
     "--libs": lambda: f"-L{library().parent} -llfq -Wl,-rpath,{library().parent}",
+    "--cuda-libs": lambda: f"-L{cuda_library().parent} -llfq_cuda -llfq -Xlinker=-rpath,{library().parent}",
     "--pkgconfigdir": lambda: str(pkgconfig_dir()),
 }
 """What each option of the command line prints."""

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import jaxlib
 import numpy as np
 
 from . import embedding
@@ -41,17 +42,23 @@ def _compiler() -> str:
     raise ImportError("lfq.jax compiles its XLA handlers on first import and found no C++ compiler; set CXX")
 
 
-def _handlers() -> Path:
-    """The compiled handlers, for this JAX and this liblfq."""
+def _build() -> tuple[list[str], Path]:
+    """How the handlers are compiled, and the file that holds what this makes of these sources."""
     includes = [f"-isystem{jax.ffi.include_dir()}", f"-I{embedding.include_dir()}"]
     options = ["-std=c++17", "-O2", "-shared", "-fPIC", *includes, str(_SOURCE), *embedding.OPTIONS["--libs"]().split()]
-    made_of = [_SOURCE.read_text(), jax.__version__, __version__, *options]
+    header = embedding.include_dir() / "lfq" / "lfq.h"
+    made_of = [_SOURCE.read_text(), header.read_text(), jax.__version__, jaxlib.__version__, __version__, *options]
     key = hashlib.sha256("\0".join(made_of).encode()).hexdigest()[:16]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lfq"
-    library = cache / f"jax-{key}.so"
+    return options, cache / f"jax-{key}.so"
+
+
+def _handlers() -> Path:
+    """The compiled handlers, for this JAX and this liblfq."""
+    options, library = _build()
     if not library.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as directory:
+        library.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=library.parent) as directory:
             made = Path(directory) / library.name
             done = subprocess.run([_compiler(), *options, "-o", str(made)], capture_output=True, text=True)
             if done.returncode != 0:

@@ -21,7 +21,7 @@ SANITIZE = os.environ.get("LFQ_EMULATOR_SANITIZE")  # what -fsanitize= takes
 GXX = shutil.which("g++")
 
 
-def _compile(directory: Path) -> None:
+def _flags() -> list[str]:
     flags = [
         "-std=c++17", "-O1", "-fPIC", "-march=native", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror",
         "-Wno-unknown-pragmas", "-Wno-uninitialized", "-Wno-maybe-uninitialized", "-DLFQ_ISA=cuda",
@@ -30,17 +30,33 @@ def _compile(directory: Path) -> None:
     ]  # fmt: skip
     if SANITIZE:
         flags += [f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=all", "-g1"]
-    objects = [directory / f"{source.stem}.o" for source in SOURCES]
+    return flags
 
-    def run(command):
-        done = subprocess.run([GXX, *map(str, command)], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-5000:]
 
-    with ThreadPoolExecutor(2) as pool:
-        list(pool.map(lambda p: run([*flags, "-x", "c++", "-c", p[0], "-o", p[1]]), zip(SOURCES, objects, strict=True)))
+def _run(*command) -> None:
+    done = subprocess.run([GXX, *map(str, command)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-5000:]
+
+
+def _liblfq() -> list[str]:
     package = Path(lfq.__file__).parent
-    run(["-shared", *(f for f in flags if "sanitize" in f), *objects, "-o", directory / "liblfq_cuda_emulated.so",
-         f"-L{package}", "-llfq", f"-Wl,-rpath,{package}"])  # fmt: skip
+    return [f"-L{package}", "-llfq", f"-Wl,-rpath,{package}"]
+
+
+def _compile(directory: Path) -> None:
+    flags = _flags()
+    objects = [directory / f"{source.stem}.o" for source in SOURCES]
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda p: _run(*flags, "-x", "c++", "-c", p[0], "-o", p[1]), zip(SOURCES, objects, strict=True)))
+    sanitizers = [flag for flag in flags if "sanitize" in flag]
+    _run("-shared", *sanitizers, *objects, "-o", directory / "liblfq_cuda_emulated.so", *_liblfq())
+
+
+def program(source: Path, executable: Path, tmp_path_factory) -> None:
+    """Compiles a CUDA program that uses lfq_cuda.h."""
+    flags = [*_flags(), "-Wno-missing-field-initializers"]
+    libraries = [library(tmp_path_factory).path, *_liblfq()]
+    _run(*flags, "-x", "c++", source, "-x", "none", *libraries, "-o", executable)
 
 
 def library(tmp_path_factory) -> _cuda.Library:

@@ -20,6 +20,7 @@ case $kind in
   *) echo "sanitize.sh: $kind is none of address, undefined, thread" >&2; exit 2 ;;
 esac
 cmake -S "$root" -B "$build" -DCMAKE_BUILD_TYPE=None "-DLFQ_OPTIMIZE=${OPTIMIZE:--O0}" "-DLFQ_ISAS=${LFQ_ISAS:-v3}" \
+  -DLFQ_CUDA=OFF \
   "-DCMAKE_CXX_FLAGS=-fsanitize=$kind -fno-omit-frame-pointer -g1" \
   "-DPython_EXECUTABLE=$python" "-Dpybind11_DIR=$("$python" -m pybind11 --cmakedir)"
 cmake --build "$build" --parallel "${JOBS:-1}"

@@ -46,6 +46,7 @@ CALLS = {
     "swendsen-wang": advance(lfq.ClusterHMC(THEORY, n_steps=2)),
     "wolff": advance(lfq.ClusterHMC(THEORY, n_steps=2, cluster="wolff")),
     "fourier": advance(lfq.FourierHMC(THEORY, n_steps=2)),
+    "heat bath": advance(lfq.HeatBath(THEORY, cluster="swendsen-wang")),
     "training": train,
 }
 

@@ -165,12 +165,27 @@ inline void sincospi(double x, double* s, double* c) {
   *c = std::cos(3.14159265358979323846 * x);
 }
 
-// ---- the parts of the runtime that lfq calls ------------------------------------------------
+// ---- the parts of the runtime that lfq calls, and the programs that embed it -----------------
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9 };
 inline const char* cudaGetErrorString(cudaError_t e) { return e == cudaSuccess ? "no error" : "invalid configuration"; }
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline cudaError_t cudaGetDeviceCount(int* n) { return *n = 1, cudaSuccess; }
 inline cudaError_t cudaGetDevice(int* n) { return *n = 0, cudaSuccess; }
+// Device memory is the host's, and whatever is queued is done at once.
+template <class T>
+cudaError_t cudaMalloc(T** data, size_t bytes) {
+  *data = static_cast<T*>(std::malloc(bytes));
+  return *data || bytes == 0 ? cudaSuccess : cudaErrorInvalidValue;
+}
+inline cudaError_t cudaFree(void* data) { return std::free(data), cudaSuccess; }
+enum cudaMemcpyKind { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost };
+inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind, cudaStream_t) {
+  return std::memcpy(to, from, bytes), cudaSuccess;
+}
+inline cudaError_t cudaStreamCreate(cudaStream_t* stream) { return *stream = nullptr, cudaSuccess; }
+inline cudaError_t cudaStreamDestroy(cudaStream_t) { return cudaSuccess; }
+inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
 enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin };
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
   return *value = int(emulator::shared_bytes), cudaSuccess;

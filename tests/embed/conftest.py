@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import lfq
 from lfq import embedding
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,15 +41,24 @@ def programs():
 def compiled(programs, tmp_path):
     """Compiles a program of the guide with what `python -m lfq` prints; returns the executable."""
 
-    def build(name, *compiler, sources=(), suffix):
+    def build(name, *compiler, sources=(), suffix, libraries="--libs"):
         source = tmp_path / f"{name}{suffix}"
         source.write_text(programs[name])
         executable = tmp_path / name
-        flags = run(sys.executable, "-m", "lfq", "--includes", "--libs").split()
+        flags = run(sys.executable, "-m", "lfq", "--includes", libraries).split()
         run(*compiler, *sources, source, *flags, "-o", executable, cwd=tmp_path)
         return executable
 
     return build
+
+
+@pytest.fixture(scope="module")
+def flow_file(tmp_path_factory):
+    """A flow with weights that do something."""
+    flow = lfq.AffineFlow(kernel_size=3, n_blocks=2, hidden=(4,), bias=True, scale="exp(s)", seed=3)
+    path = tmp_path_factory.mktemp("flow") / "flow.safetensors"
+    flow.save(path)
+    return path
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import pytest
 import lfq
 from lfq import embedding
 
-from .conftest import run, tool
+from .conftest import GUIDE, run, tool
 
 THEORY = lfq.Phi4((16, 16), 0.634, 0.5)
 
@@ -20,15 +20,6 @@ def numbers(text):
 def actions_of_200_trajectories():
     hmc = lfq.HMC(THEORY, tau=1.0, n_steps=10)
     return THEORY.action(hmc.advance(hmc.start(16, seed=1), 200, measure=False).phi)
-
-
-@pytest.fixture(scope="module")
-def flow_file(tmp_path_factory):
-    """A flow with weights that do something."""
-    flow = lfq.AffineFlow(kernel_size=3, n_blocks=2, hidden=(4,), bias=True, scale="exp(s)", seed=3)
-    path = tmp_path_factory.mktemp("flow") / "flow.safetensors"
-    flow.save(path)
-    return path
 
 
 def test_c(compiled):
@@ -126,6 +117,10 @@ FLOWS = {
     "paper": lfq.AffineFlow(seed=1),
     "deep": lfq.AffineFlow(5, 2, hidden=(3, 2), activation="leaky_relu", bias=True, scale="exp(s)", rescale=False),
     "ladder": lfq.Compose([lfq.UpsampleMap(1.1, (0.2, 0.3), 0.9), lfq.Compose([lfq.AffineFlow(seed=2)])]),
+    "even": lfq.AffineFlow(n_blocks=2, scale="even", features=4, seed=5),
+    "site": lfq.AffineFlow(scale="site", hidden=(2,), rescale=False, seed=6),
+    "multiscale": lfq.MultiscaleFlow(3, n_blocks=2, seed=7),
+    "even multiscale": lfq.MultiscaleFlow(2, scale="even", features=2, seed=8),
     "interleaved": lfq.Compose([lfq.InterleaveMap(), lfq.AffineFlow(seed=4), lfq.InterleaveMap()]),
 }
 
@@ -138,6 +133,18 @@ def test_the_cpp_reader_reads_every_flow(reader, tmp_path, name):
     x, log_det = flow.forward(z.reshape(8, 8))
     found = numbers(run(reader, tmp_path / "flow", 8, 8))
     np.testing.assert_array_equal(found, [log_det, *x.ravel()])
+
+
+def test_the_guide_names_all_that_is_in_a_structure():
+    def words(structure):
+        yield structure["kind"]
+        yield from structure
+        for part in structure.get("flows", ()):
+            yield from words(part)
+
+    found = {word for flow in FLOWS.values() for word in words(flow.to_dict())}
+    guide = GUIDE.read_text()
+    assert len(found) > 15 and [word for word in found if f'`"{word}"`' not in guide] == []
 
 
 def test_the_cpp_reader_refuses_damaged_files(reader, tmp_path):

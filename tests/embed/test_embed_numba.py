@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import numba
 import numpy as np
@@ -13,6 +14,8 @@ from numba import njit, prange
 
 import lfq
 from lfq import _core, embedding, native
+
+from .conftest import ROOT, run
 
 THEORY = lfq.Phi4((4, 6), 0.5, 0.3)
 FLOW = lfq.AffineFlow(seed=1)
@@ -104,6 +107,172 @@ def test_flow_hmc_with_null_for_what_is_not_wanted(phi, dtype):
     np.testing.assert_array_equal(dh, block.dh)
 
 
+# ---- every other kernel, with what Python makes of the same input --------------------------------
+
+PHI, OTHER = np.random.default_rng(1).normal(size=(2, 5, 4, 6)) / 2
+COTANGENT = np.linspace(-1, 1, 5)
+OWN = lfq.CustomAction.from_sites(
+    (4, 6), lambda p, forward: p * (p - 0.3 * forward), lambda p, neighbours: 0.3 * neighbours - 2 * p
+)
+PROGRAM = FLOW.program((4, 6)), FLOW.weights
+
+
+def outputs(*shapes):
+    return [np.full(shape, np.nan) for shape in shapes]
+
+
+def observables_case(theory, flow):
+    (values,) = outputs((5, 6))
+    expected = np.stack(list(THEORY.measure(PHI).values()), axis=-1)
+    return ("phi4", theory), (theory, 5, PHI, THEORY._smear(), values), [(values, expected)]
+
+
+def vjp_case(theory, flow):
+    dz, dweights = outputs(PHI.shape, FLOW.n_weights)
+    expected = FLOW.vjp(PHI, OTHER, COTANGENT, weights=True)
+    return ("flow", flow), (flow, 5, PHI, OTHER, COTANGENT, dz, dweights), zip((dz, dweights), expected, strict=True)
+
+
+def inverse_vjp_case(theory, flow):
+    dx, dweights = outputs(PHI.shape, FLOW.n_weights)
+    expected = FLOW.inverse_vjp(PHI, OTHER, COTANGENT, weights=True)
+    arguments = flow, 5, PHI, OTHER, COTANGENT, dx, dweights
+    return ("flow_inverse_vjp", flow), arguments, zip((dx, dweights), expected, strict=True)
+
+
+def loss_case(theory, flow):
+    found, expected = (outputs(5, 5, FLOW.n_weights) for _ in range(2))
+    _core.flow_loss(24, *PROGRAM, theory, PHI, *expected, 1)
+    return ("flow", flow), (flow, theory, 5, PHI, *found), zip(found, expected, strict=True)
+
+
+def pullback_case(theory, flow):
+    action, force = outputs(5, PHI.shape)
+    pulled = THEORY.pullback(FLOW)
+    expected = pulled.action(PHI), pulled.force(PHI)
+    return ("flow", flow), (flow, theory, 5, PHI, action, force), zip((action, force), expected, strict=True)
+
+
+def evolve_case(theory, flow):
+    z, momenta, hmc = PHI.copy(), OTHER.copy(), lfq.HMC(THEORY.pullback(FLOW), n_steps=3)
+    expected = hmc.evolve(PHI, OTHER)
+    arguments = flow, theory, native.hmc_record(hmc, 0), 5, z, momenta
+    return ("hmc", flow, theory), arguments, zip((z, momenta), expected, strict=True)
+
+
+def fourier_evolve_case(theory, flow):
+    phi, momenta, hmc = PHI.copy(), OTHER.copy(), lfq.FourierHMC(THEORY, n_steps=3, mass=1.5)
+    expected = hmc.evolve(PHI, OTHER)
+    arguments = theory, native.hmc_record(hmc, 0), 1.5, 5, phi, momenta
+    return ("fourier", theory), arguments, zip((phi, momenta), expected, strict=True)
+
+
+def chain(sampler):
+    """What two trajectories of a sampler give, and empty arrays for the same."""
+    block = sampler.advance(lfq.State(PHI, 0, 3), 2)
+    values = np.stack(list(block.observables.values()), axis=-1)
+    found = PHI.copy(), *outputs((2, 5)), np.empty((2, 5), np.uint8), *outputs((2, 5, 6))
+    return sampler._settings(2, 1, 3), found, (block.phi, block.dh, block.accepted, values), block.flipped
+
+
+def fourier_case(theory, flow):
+    settings, found, expected, _ = chain(lfq.FourierHMC(THEORY, n_steps=3, mass=1.5))
+    arguments = theory, settings, 1.5, 5, *found[:3], THEORY._smear(), found[3], None
+    return ("fourier", theory), arguments, zip(found, expected, strict=True)
+
+
+def cluster_case(theory, flow):
+    sampler, flipped = lfq.ClusterHMC(THEORY, n_steps=3), np.zeros((2, 5), dtype=np.int64)
+    settings, found, expected, flips = chain(sampler)
+    arguments = theory, settings, sampler._record(), 5, *found[:3], flipped, THEORY._smear(), found[3], None
+    return ("cluster_hmc", theory), arguments, zip((*found, flipped), (*expected, flips), strict=True)
+
+
+def cluster_update_case(theory, flow):
+    sampler, phi, flipped = lfq.ClusterHMC(THEORY), PHI.copy(), np.zeros(5, dtype=np.int64)
+    expected = sampler.update(PHI, seed=3, trajectory=2)
+    arguments = theory, sampler._record(), 3, 0, 2, 5, phi, flipped
+    return ("cluster", theory), arguments, zip((phi, flipped), expected, strict=True)
+
+
+def heat_bath_case(theory, flow):
+    sampler, (changed, flipped) = lfq.HeatBath(THEORY, cluster="wolff"), np.zeros((2, 2, 5), dtype=np.int64)
+    settings, found, expected, flips = chain(sampler)
+    phi, _, _, values = found
+    arguments = theory, settings, sampler._record(), 5, phi, changed, flipped, THEORY._smear(), values, None
+    results = (phi, expected[0]), (values, expected[3]), (flipped, flips), (changed, np.rint(24 * expected[2]))
+    return ("heat_bath", theory), arguments, results
+
+
+def custom_force_case(theory, flow):
+    value, force = outputs(5, PHI.shape)
+    record = OWN._record(PHI.dtype)
+    return ("custom", None, record), (None, record, 5, PHI, value, force), [
+        (value, OWN.action(PHI)), (force, OWN.force(PHI))
+    ]  # fmt: skip
+
+
+def custom_evolve_case(theory, flow):
+    z, momenta, hmc = PHI.copy(), OTHER.copy(), lfq.HMC(OWN.pullback(FLOW), n_steps=3)
+    expected, record = hmc.evolve(PHI, OTHER), OWN._record(PHI.dtype)
+    arguments = flow, record, native.hmc_record(hmc, 0), 5, z, momenta
+    return ("custom", flow, record), arguments, zip((z, momenta), expected, strict=True)
+
+
+def custom_hmc_case(theory, flow):
+    settings, found, expected, _ = chain(lfq.HMC(OWN, n_steps=3))
+    record, (phi,) = OWN._record(PHI.dtype), outputs(PHI.shape)
+    arguments = None, record, settings, 5, found[0], phi, *found[1:3], OWN._smear(), found[3], None
+    return ("custom", None, record), arguments, zip((phi, *found), (expected[0], *expected), strict=True)
+
+
+def custom_loss_case(theory, flow):
+    found, expected = (outputs(5, 5, FLOW.n_weights) for _ in range(2))
+    record = OWN._record(PHI.dtype)
+    _core.custom_loss(*PROGRAM, record.view(np.uint8), PHI, *expected, 1)
+    return ("custom", flow, record), (flow, record, 5, PHI, *found), zip(found, expected, strict=True)
+
+
+CASES = {
+    "phi4_observables": observables_case,
+    "flow_vjp": vjp_case,
+    "flow_inverse_vjp": inverse_vjp_case,
+    "flow_loss": loss_case,
+    "pullback_force": pullback_case,
+    "evolve": evolve_case,
+    "fourier_evolve": fourier_evolve_case,
+    "fourier_hmc": fourier_case,
+    "cluster_hmc": cluster_case,
+    "cluster_update": cluster_update_case,
+    "heat_bath": heat_bath_case,
+    "custom_force": custom_force_case,
+    "custom_evolve": custom_evolve_case,
+    "custom_hmc": custom_hmc_case,
+    "custom_loss": custom_loss_case,
+}
+# Those that have tests of their own here.
+TESTED = {"normal", "phi4_action", "phi4_force", "flow_forward", "flow_inverse", "hmc"}
+
+
+def test_no_kernel_is_left_out():
+    kernels = {name[4:-4] for name, (_, real) in native.SIGNATURES.items() if real}
+    assert {name for name in kernels if "workspace" not in name} == TESTED | set(CASES)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_kernel_gives_the_bits_of_python(name):
+    size, arguments, results = CASES[name](native.theory_record(THEORY), native.flow_record(FLOW, (4, 6)))
+    kernel, space = of(PHI.dtype, name), native.workspace(size[0], "float64", *size[1:], 5, 2)
+
+    @njit(nogil=True)
+    def inside(arguments, space):
+        return kernel(*arguments, space, space.size, 2)
+
+    assert inside(arguments, space) == 0, native.last_error()
+    for found, expected in results:
+        np.testing.assert_array_equal(found, expected)
+
+
 def test_parallel_loops_give_the_same_bits():
     normal, purpose = native.lfq_normal_f64, _core.PURPOSES["user"]
 
@@ -177,7 +346,7 @@ def test_compiled_code_is_cached_across_processes(tmp_path):
     (tmp_path / "cached.py").write_text(
         textwrap.dedent("""
             import numpy as np
-            from numba import njit
+            from numba import njit, prange
             import lfq
             from lfq import native
 
@@ -189,13 +358,21 @@ def test_compiled_code_is_cached_across_processes(tmp_path):
             def method(theory, phi):
                 return theory.action(phi)
 
+            @njit(cache=True, parallel=True)
+            def loop(theory, phi, action, spaces):
+                for i in prange(len(phi)):
+                    space = spaces[i]
+                    native.lfq_phi4_action_f64(theory, 1, phi[i], action[i : i + 1], space, space.size, 1)
+
             theory = lfq.Phi4((4, 6), 0.5, 0.3)
             phi = np.linspace(-1, 1, 48).reshape(2, 4, 6)
-            action = np.empty(2)
+            action, again = np.empty(2), np.empty(2)
             space = native.workspace("phi4", "float64", theory._record(), 2, 1)
             assert kernel(theory._record(), phi, action, space) == 0
             assert (action == theory.action(phi)).all() and (method(theory, phi) == action).all()
-            print([sum(f.stats.cache_hits.values()) for f in (kernel, method)], *action)
+            loop(theory._record(), phi, again, np.empty((2, space.size), np.uint8))
+            assert (action == again).all()
+            print([sum(f.stats.cache_hits.values()) for f in (kernel, method, loop)], *action)
         """)
     )
     environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path / "cache")}
@@ -208,15 +385,29 @@ def test_compiled_code_is_cached_across_processes(tmp_path):
         return done.stdout
 
     first, second = output(), output()
-    assert first.startswith("[0, 0]") and second.startswith("[1, 1]")
+    assert first.startswith("[0, 0, 0]") and second.startswith("[1, 1, 1]")
     assert first.split("]")[1] == second.split("]")[1]
 
 
-def test_the_entry_point_names_what_exists():
+def test_numba_finds_the_symbols_by_the_entry_point(tmp_path):
+    """A program that does not import lfq, beside metadata with the entry point of pyproject.toml."""
     tomllib = pytest.importorskip("tomllib")
-    from importlib import import_module
-    from pathlib import Path
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    metadata = tmp_path / "entry" / "lfq_entry-1.dist-info"
+    metadata.mkdir(parents=True)
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: lfq-entry\nVersion: 1\n")
+    (metadata / "entry_points.txt").write_text(
+        f"[numba_extensions]\ninit = {project['entry-points']['numba_extensions']['init']}\n"
+    )
+    program = """
+        import sys
+        from llvmlite import binding
+        from numba import njit
 
-    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
-    module, function = project["project"]["entry-points"]["numba_extensions"]["init"].split(":")
-    assert getattr(import_module(module), function)() is None
+        assert binding.address_of_symbol("lfq_phi4_action_f64") is None
+        assert njit(lambda: 7)() == 7
+        assert "lfq.native" in sys.modules and binding.address_of_symbol("lfq_phi4_action_f64")
+    """
+    package = str(Path(lfq.__file__).parents[1])
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path / "entry"), package])}
+    run(sys.executable, "-c", textwrap.dedent(program), env=environment)

@@ -52,6 +52,8 @@ def test_a_copy_that_is_not_whole_is_one_clear_error(monkeypatch, capsys, tmp_pa
     monkeypatch.setattr(embedding, "_PACKAGE", tmp_path)
     assert cli.main(["--cmakedir"]) == 2
     assert "lfqConfig.cmake is missing" in capsys.readouterr().err
+    assert cli.main(["--cuda-libs"]) == 2
+    assert "built without CUDA" in capsys.readouterr().err
 
 
 def test_the_header_only_target_links_nothing(tmp_path):
@@ -145,5 +147,5 @@ def test_the_programs_of_the_guide_are_short(programs):
     assert len(programs) >= 4
     for name, program in programs.items():
         assert len(program.splitlines()) <= 30, name
-    blocks = re.findall(r"^```(c|cpp|fortran|python)$", GUIDE.read_text(), flags=re.MULTILINE)
+    blocks = re.findall(r"^```(c|cpp|cuda|fortran|python)$", GUIDE.read_text(), flags=re.MULTILINE)
     assert len(blocks) == len(programs), "every block of code in the guide is run"

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import lfq
+from lfq import _core
 
 THEORY = lfq.Phi4((4, 6), 0.5, 0.3)
 FLOW = lfq.AffineFlow(seed=1)
@@ -100,13 +101,13 @@ def test_other_arrays_are_errors_that_name_the_argument(name):
             FUNCTIONS[name](OnlyDLPack(phi, device=(2, 0)))
 
 
-def test_tensors_of_torch_and_jax_are_arrays():
-    phi = np.random.default_rng(2).normal(size=(3, 4, 6))
-    for package, make in (("torch", lambda m: m.from_numpy(phi)), ("jax.numpy", lambda m: m.asarray(phi))):
-        module = sys.modules.get(package)
-        if module is not None:  # not worth an import of seconds
-            other = make(module)
-            np.testing.assert_array_equal(THEORY.action(other), THEORY.action(np.asarray(other)))
+@pytest.mark.parametrize("package, maker", [("torch", "from_numpy"), ("jax.numpy", "asarray")])
+def test_tensors_of_torch_and_jax_are_arrays(package, maker):
+    phi = np.random.default_rng(2).normal(size=(3, 4, 6)).astype(np.float32)  # what JAX takes without being asked
+    tensor = getattr(pytest.importorskip(package), maker)(phi)
+    np.testing.assert_array_equal(THEORY.action(tensor), THEORY.action(phi))
+    force = THEORY.force(tensor)
+    assert isinstance(force, np.ndarray) and force.dtype == np.float32
 
 
 # ---- threads ----------------------------------------------------------------------------------
@@ -140,10 +141,32 @@ def test_errors_of_two_threads_do_not_mix():
         list(pool.map(fail, (3, 17)))
 
 
+def test_threads_that_compile_an_action_at_once_share_it():
+    """The function that one of them runs is not thrown away by the other."""
+    own = lfq.CustomAction.from_sites((4, 6), lambda p, f: p * (p - 0.4 * f), lambda p, n: 0.4 * n - 2 * p)
+    both_are_there, compiled, compile_one = threading.Barrier(2), [], own._compile
+
+    def compile_and_wait(dtype):
+        both_are_there.wait(60)
+        function = compile_one(dtype)
+        compiled.append(function)
+        both_are_there.wait(60)
+        return function
+
+    own._compile = compile_and_wait
+    with ThreadPoolExecutor(2) as pool:
+        used = {record["evaluate"].item() for record in pool.map(own._record, ("float64", "float64"))}
+    assert len(compiled) == 2 and used == {own._functions[np.dtype("float64")].address}
+
+
 LARGE = lfq.Phi4((64, 64), 0.6, 0.5)
 FIELDS = np.random.default_rng(3).normal(size=(48, 64, 64)) / 2
 MANY = np.tile(FIELDS, (8, 1, 1))
+PROGRAM = FLOW.program((64, 64)), FLOW.weights
+OWN = lfq.CustomAction.from_sites((64, 64), lambda p, f: p * (p - 0.4 * f), lambda p, n: 0.4 * n - 2 * p)
 SAMPLERS = {
+    "heat bath": lfq.HeatBath(LARGE, n_threads=1),
+    "custom": lfq.HMC(OWN, n_steps=10, n_threads=1),
     "hmc": lfq.HMC(LARGE, n_steps=30, n_threads=1),
     "flow-hmc": lfq.HMC(LARGE.pullback(FLOW), n_steps=2, n_threads=1),
     "cluster": lfq.ClusterHMC(LARGE, n_steps=1, n_threads=1),
@@ -158,8 +181,36 @@ LONG_CALLS = {
     "measure": lambda: LARGE.measure(FIELDS, n_threads=1),
     "action": lambda: LARGE.action(MANY, n_threads=1),
     "force": lambda: LARGE.force(MANY, n_threads=1),
+    "evolve": lambda: SAMPLERS["hmc"].evolve(FIELDS, FIELDS),
+    "fourier evolve": lambda: SAMPLERS["fourier"].evolve(FIELDS, FIELDS),
+    "custom force": lambda: OWN.force(MANY, n_threads=1),
+    "custom evolve": lambda: SAMPLERS["custom"].evolve(FIELDS, FIELDS),
+    "cluster update": lambda: SAMPLERS["cluster"].update(FIELDS, seed=1),
+    "normal": lambda: _core.normal(1, _core.PURPOSES["user"], 0, 0, len(MANY), np.empty_like(MANY), 1),
+    "loss": lambda: _core.flow_loss(
+        LARGE.volume, *PROGRAM, LARGE._record(), FIELDS, np.empty(48), np.empty(48), np.empty(FLOW.n_weights), 1
+    ),
+    "custom loss": lambda: _core.custom_loss(
+        *PROGRAM, OWN._record("float64").view(np.uint8), FIELDS, np.empty(48), np.empty(48), np.empty(FLOW.n_weights), 1
+    ),
     **{name: functools.partial(s.advance, lfq.State(FIELDS, 0, 1), 1) for name, s in SAMPLERS.items()},
 }
+
+
+def test_no_kernel_is_left_out(monkeypatch):
+    """Among the calls above is every function of the module that takes a number of threads."""
+    kernels = {name for name in dir(_core) if "n_threads" in (getattr(_core, name).__doc__ or "")}
+    called = set()
+
+    def record(name, kernel, *arguments):
+        called.add(name)
+        return kernel(*arguments)
+
+    for name in kernels:
+        monkeypatch.setattr(_core, name, functools.partial(record, name, getattr(_core, name)))
+    for call in LONG_CALLS.values():
+        call()
+    assert len(kernels) > 20 and called == kernels
 
 
 @pytest.mark.parametrize("name", LONG_CALLS)

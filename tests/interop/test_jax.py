@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import lfq
+from lfq import embedding
 
 jax = pytest.importorskip("jax")
 if not any(map(shutil.which, ("c++", "g++", "clang++"))):
@@ -99,6 +100,18 @@ def test_single_precision():
     x, log_det = lfq_jax.forward(FLOWS["paper"], phi)
     assert x.dtype == log_det.dtype == np.float32
     np.testing.assert_allclose(x, FLOWS["paper"].forward(phi)[0], rtol=1e-5, atol=1e-5)
+
+
+def test_handlers_are_compiled_anew_for_another_interface(tmp_path, monkeypatch):
+    """Records of another layout would be read beyond their ends."""
+    shutil.copytree(embedding.include_dir() / "lfq", tmp_path / "lfq")
+    monkeypatch.setattr(embedding, "include_dir", lambda: tmp_path)
+    before = lfq_jax._build()
+    assert before == lfq_jax._build()
+    header = tmp_path / "lfq" / "lfq.h"
+    header.write_text(header.read_text().replace("int32_t reserved;", "int64_t reserved;"))
+    options, library = lfq_jax._build()
+    assert options == before[0] and library != before[1]
 
 
 def test_bad_arrays_are_named():

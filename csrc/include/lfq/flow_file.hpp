@@ -2,6 +2,7 @@
 // JSON header, raw little-endian data; an lfq flow holds one tensor "weights" of doubles and, in the header's
 // __metadata__, "lfq_flow", the JSON of its structure. Nothing in the file is trusted.
 #pragma once
+#include <algorithm>
 #include <cerrno>
 #include <cstdlib>
 #include <cstring>
@@ -49,6 +50,13 @@ struct json {
   const std::string& word(const char* what) const {
     if (kind != string) throw file_error(std::string(what) + " must be a string");
     return text;
+  }
+  // Which of the words this is, from 0.
+  int32_t one_of(std::initializer_list<const char*> words, const char* what) const {
+    const std::string& given = word(what);
+    const auto found = std::find(words.begin(), words.end(), given);
+    if (found == words.end()) throw file_error("unknown " + std::string(what) + " " + given);
+    return int32_t(found - words.begin());
   }
   bool flag(const char* what) const {
     if (kind != boolean) throw file_error(std::string(what) + " must be true or false");
@@ -184,8 +192,42 @@ inline lfq_layer layer_on(const std::vector<int32_t>& extent, int32_t kind) {
   return l;
 }
 
+// The couplings of a structure, n_blocks of them one behind the other on a lattice.
+inline std::vector<lfq_layer> blocks_on(const std::vector<int32_t>& extent, const json& structure, int32_t activation, bool bias,
+                                        bool rescale) {
+  lfq_layer coupling = layer_on(extent, LFQ_LAYER_COUPLING);
+  coupling.kernel_size = int32_t(structure["kernel_size"].integer(3, 9, "kernel_size"));
+  const json& hidden = structure["hidden"];
+  if (hidden.kind != json::array || hidden.items.size() > LFQ_MAX_HIDDEN) throw file_error("hidden must be a list of at most 4");
+  coupling.n_hidden = int32_t(hidden.items.size());
+  for (size_t i = 0; i < hidden.items.size(); ++i)
+    coupling.hidden[i] = int32_t(hidden.items[i].integer(1, LFQ_MAX_CHANNELS, "hidden"));
+  coupling.activation = activation;
+  coupling.bias = bias;
+  coupling.scale = structure["scale"].one_of({"exp(-|s|)", "exp(s)", "even", "site"}, "scale");  // as in lfq_scale
+  if (coupling.scale == LFQ_SCALE_EVEN)
+    coupling.n_features = int32_t(structure["features"].integer(1, LFQ_MAX_FEATURES, "features"));
+  std::vector<lfq_layer> made;
+  for (int64_t block = structure["n_blocks"].integer(1, 10000, "n_blocks"); block > 0; --block) {
+    for (coupling.parity = 0; coupling.parity < 2; ++coupling.parity) made.push_back(coupling);
+    if (rescale) made.push_back(layer_on(extent, LFQ_LAYER_RESCALE));
+  }
+  return made;
+}
+
 // Puts the layers of a structure in front of `layers`; on return `extent` is the lattice that the first one reads.
 inline void prepend_layers(const json& structure, std::vector<int32_t>& extent, std::vector<lfq_layer>& layers, int depth = 0) {
+  const auto prepend = [&](const std::vector<lfq_layer>& made) {
+    layers.insert(layers.begin(), made.begin(), made.end());
+    if (layers.size() > 65536) throw file_error("more than 65536 layers");
+  };
+  const auto prepend_enlarging = [&](int32_t kind) {
+    prepend({layer_on(extent, kind)});
+    for (int32_t& n : extent) {
+      if (n % 2) throw file_error("an extent of " + std::to_string(n) + " cannot be halved");
+      n /= 2;
+    }
+  };
   const std::string& kind = structure["kind"].word("kind");
   if (kind == "compose") {
     const json& parts = structure["flows"];
@@ -196,37 +238,22 @@ inline void prepend_layers(const json& structure, std::vector<int32_t>& extent, 
   const int64_t ndim = structure["ndim"].integer(1, LFQ_MAX_DIM, "ndim");
   if (ndim != int64_t(extent.size()))
     throw file_error("the flow has " + std::to_string(ndim) + " axes, the lattice " + std::to_string(extent.size()));
-  std::vector<lfq_layer> made;
-  if (kind == "interleave" || kind == "upsample") {
-    made.push_back(layer_on(extent, kind == "upsample" ? LFQ_LAYER_UPSAMPLE : LFQ_LAYER_INTERLEAVE));
-    for (int32_t& n : extent) {
-      if (n % 2) throw file_error("an extent of " + std::to_string(n) + " cannot be halved");
-      n /= 2;
-    }
+  if (kind == "interleave") {
+    prepend_enlarging(LFQ_LAYER_INTERLEAVE);
+  } else if (kind == "upsample") {
+    prepend_enlarging(LFQ_LAYER_UPSAMPLE);
   } else if (kind == "affine") {
-    lfq_layer coupling = layer_on(extent, LFQ_LAYER_COUPLING);
-    coupling.kernel_size = int32_t(structure["kernel_size"].integer(3, 9, "kernel_size"));
-    const json& hidden = structure["hidden"];
-    if (hidden.kind != json::array || hidden.items.size() > LFQ_MAX_HIDDEN) throw file_error("hidden must be a list of at most 4");
-    coupling.n_hidden = int32_t(hidden.items.size());
-    for (size_t i = 0; i < hidden.items.size(); ++i)
-      coupling.hidden[i] = int32_t(hidden.items[i].integer(1, LFQ_MAX_CHANNELS, "hidden"));
-    const std::string &activation = structure["activation"].word("activation"), &scale = structure["scale"].word("scale");
-    if (activation != "tanh" && activation != "leaky_relu") throw file_error("unknown activation " + activation);
-    if (scale != "exp(-|s|)" && scale != "exp(s)") throw file_error("unknown scale " + scale);
-    coupling.activation = activation == "tanh" ? LFQ_TANH : LFQ_LEAKY_RELU;
-    coupling.scale = scale == "exp(s)" ? LFQ_SCALE_EXP : LFQ_SCALE_NEG_ABS;
-    coupling.bias = structure["bias"].flag("bias");
-    const bool rescale = structure["rescale"].flag("rescale");
-    for (int64_t block = structure["n_blocks"].integer(1, 10000, "n_blocks"); block > 0; --block) {
-      for (coupling.parity = 0; coupling.parity < 2; ++coupling.parity) made.push_back(coupling);
-      if (rescale) made.push_back(layer_on(extent, LFQ_LAYER_RESCALE));
+    const int32_t activation = structure["activation"].one_of({"tanh", "leaky_relu"}, "activation");  // as in lfq_activation
+    prepend(blocks_on(extent, structure, activation, structure["bias"].flag("bias"), structure["rescale"].flag("rescale")));
+  } else if (kind == "multiscale") {
+    for (int64_t level = structure["n_levels"].integer(1, 16, "n_levels"); level > 0; --level) {
+      // A site map has a scale of its own.
+      prepend(blocks_on(extent, structure, LFQ_TANH, false, structure["scale"].word("scale") != "site"));
+      if (level > 1) prepend_enlarging(LFQ_LAYER_UPSAMPLE);
     }
   } else {
     throw file_error("unknown kind of flow " + kind);
   }
-  layers.insert(layers.begin(), made.begin(), made.end());
-  if (layers.size() > 65536) throw file_error("more than 65536 layers");
 }
 
 }  // namespace detail
