@@ -15,43 +15,40 @@ import lfq
 from lfq.analysis import estimate, fit_exponent
 from lfq.experiment import finite, machine
 
-BETA = {4: 0.49, 8: 0.576, 16: 0.634, 32: 0.6614, 64: 0.67435}
-STEPS = {4: 1600, 8: 2400, 16: 3200, 32: 3200, 64: 2400}
-BATCH = {4: 512, 8: 512, 16: 256, 32: 128, 64: 64}
-CHAINS = {8: 64, 16: 64, 32: 64, 64: 32}
-SECONDS = {8: 3, 16: 5, 32: 15, 64: 60}
+BETA = {8: 0.576, 16: 0.634, 32: 0.6614, 64: 0.67435, 128: 0.6806}
+STEPS = {2: 2000, 4: 4000, 8: 6000, 16: 6000, 32: 3000, 64: 2000, 128: 1000}
+BATCH = {2: 512, 4: 512, 8: 512, 16: 256, 32: 128, 64: 64, 128: 32}
+CHAINS = {8: 64, 16: 64, 32: 64, 64: 32, 128: 16}
+SECONDS = {8: 3, 16: 5, 32: 15, 64: 60, 128: 150}
 DTYPE, LENGTH_SPREAD = "float32", 0.3
 VARIANTS = {
     "exp(-|s|), 1 block": dict(n_blocks=1, scale="exp(-|s|)"),
     "even, 2 features, 1 block": dict(n_blocks=1, scale="even", features=2),
+    "even, 2 features, 2 blocks": dict(n_blocks=2, scale="even", features=2),
     "even, 2 features, 4 blocks": dict(n_blocks=4, scale="even", features=2),
-    "even, 2 features, 1 hidden layer of 4, 1 block": dict(n_blocks=1, scale="even", features=2, hidden=(4,)),
     "site, 1 block": dict(n_blocks=1),
     "site, 2 blocks": dict(n_blocks=2),
+    "site, 2 blocks, one set of weights": dict(n_blocks=2, sublattices=False),
+    "site, 3 blocks": dict(n_blocks=3),
     "site, 4 blocks": dict(n_blocks=4),
-    "site, 8 blocks": dict(n_blocks=8),
+    "site, 4 blocks, one set of weights": dict(n_blocks=4, sublattices=False),
     "site, 2 blocks, 5 x 5": dict(n_blocks=2, kernel_size=5),
-    "site, 2 blocks, 1 hidden layer of 4": dict(n_blocks=2, hidden=(4,)),
+    "site, 2 blocks, a hidden layer of 4": dict(n_blocks=2, hidden=(4,)),
 }
 
 
-def theory(extent):
-    return lfq.Phi4((extent, extent), beta=BETA[extent], lam=0.5)
+def theory(extent, beta=None):
+    return lfq.Phi4((extent, extent), beta=beta or BETA[extent], lam=0.5)
 
 
-def ladder(extents, effort=1.0, **structure):
-    """A multiscale flow trained level by level, and the seconds it took, at each extent."""
-    flow, seconds, flows = lfq.MultiscaleFlow(n_levels=2, seed=1, **structure), 0.0, {}
-    for extent in extents:
-        fit = lfq.train(
-            flow, lfq.Gaussian((extent, extent)), theory(extent), n_steps=int(effort * STEPS[extent]),
-            batch_size=BATCH[extent], learning_rate=0.03 if extent < 16 else 0.015, seed=extent, dtype=DTYPE,
-            n_threads=1,
-        )  # fmt: skip
-        seconds += fit.seconds
-        flows[extent] = fit, seconds
-        flow = fit.flow.refined()
-    return flows
+def trained(extent, effort=1.0, n_blocks=2, **structure):
+    """Flows of 2 x 2, 4 x 4, ... at the coupling of `extent`, each level trained with all below it."""
+    extents = [2**n for n in range(1, extent.bit_length())]
+    return lfq.train_ladder(
+        lfq.MultiscaleFlow(1, n_blocks, seed=1, **structure), [theory(n, BETA[extent]) for n in extents],
+        n_steps=[int(effort * STEPS[n]) for n in extents], batch_size=[BATCH[n] for n in extents], learning_rate=0.015,
+        seed=extent, dtype=DTYPE, n_threads=1,
+    )  # fmt: skip
 
 
 def through(flow, extent, **options):
@@ -79,13 +76,12 @@ def variants(extents):
     found = []
     for name, structure in VARIANTS.items():
         record = {"name": name, "sizes": []}
-        for extent, (fit, seconds) in ladder(extents, 0.5, **structure).items():
-            if extent < 8:
-                continue
-            record["n_weights"] = fit.flow.n_weights
-            facts = {"L": extent, "training_s": seconds, "std_log_w": fit.std_log_w}
+        for extent in extents:
+            fits = trained(extent, 0.5, **structure)
+            record["n_weights"] = fits[-1].flow.n_weights
+            facts = {"L": extent, "training_s": sum(fit.seconds for fit in fits), "std_log_w": fits[-1].std_log_w}
             try:
-                sampler = through(fit.flow, extent, tau=2.0, n_steps=8).tune(0.9, CHAINS[extent], seed=3)
+                sampler = through(fits[-1].flow, extent, tau=2.0, n_steps=8).tune(0.9, CHAINS[extent], seed=3)
                 state = sampler.start(CHAINS[extent], seed=4)
                 plain = lfq.HMC(theory(extent), tau=1.0, n_steps=20, dtype=DTYPE, n_threads=1)
                 step = sampler.time_trajectory(state) / sampler.force_evaluations_per_trajectory
@@ -100,37 +96,40 @@ def variants(extents):
     return found
 
 
-def comparison(extents):
-    """Each sampler tuned to least cost in seconds on one core, and the same flow carried up without training."""
-    flows, sizes = ladder([4, *extents]), []
-    shared = flows[16][0].flow
-    for extent in extents:
-        fit, seconds = flows[extent]
-        target = theory(extent)
-        contenders = {
-            "HMC": lfq.HMC(target, tau=max(1.0, extent / 12), dtype=DTYPE, n_threads=1),
-            "Swendsen-Wang": lfq.ClusterHMC(target, dtype=DTYPE, n_threads=1),
-            "multiscale": lfq.Contender(
-                through(fit.flow, extent, tau=1.5, n_steps=8, length_spread=LENGTH_SPREAD), seconds
-            ),
-            "multiscale, OMF2": lfq.Contender(
-                through(fit.flow, extent, tau=1.5, n_steps=4, length_spread=LENGTH_SPREAD, integrator="omf2"),
-                seconds,
-            ),
-        }
-        found = lfq.compare(target, contenders, seconds=SECONDS[extent], n_chains=CHAINS[extent], seed=3)
-        print(f"L = {extent}\n\n{found}\n", flush=True)
-        fixed = measured(through(fit.flow, extent, tau=2.0, n_steps=8).tune(0.9, CHAINS[extent], seed=3), extent)
-        record = found.results | {"training_s": seconds, "std_log_w": fit.std_log_w, "tau_2": fixed}
-        if extent >= 16:
-            while shared.n_levels < fit.flow.n_levels:
-                shared = shared.refined()
-            record["shared_weights"] = measured(
-                through(shared, extent, tau=2.0, n_steps=8).tune(0.9, CHAINS[extent], seed=3), extent
-            )
-        print(json.dumps(finite({k: record[k] for k in ("tau_2", "shared_weights") if k in record})), flush=True)
-        sizes.append(record)
-    return sizes
+def of_flow(flow, extent):
+    """<M^2> of a flow's own fields."""
+    z = lfq.Gaussian((extent, extent)).sample(2048, seed=6, dtype=DTYPE, n_threads=1)
+    return float((flow.forward(z, n_threads=1)[0].mean(axis=(1, 2), dtype=float) ** 2).mean())
+
+
+def comparison(extent):
+    """Each sampler tuned to least cost in seconds on one core."""
+    target, fits = theory(extent), trained(extent)
+    flow, seconds = fits[-1].flow, sum(fit.seconds for fit in fits)
+    contenders = {
+        "HMC": lfq.HMC(target, tau=max(1.0, min(extent, 64) / 12), dtype=DTYPE, n_threads=1),
+        "Swendsen-Wang": lfq.ClusterHMC(target, dtype=DTYPE, n_threads=1),
+        "multiscale": lfq.Contender(
+            through(flow, extent, tau=1.5, n_steps=8, length_spread=LENGTH_SPREAD), seconds
+        ),
+        "multiscale, OMF2": lfq.Contender(
+            through(flow, extent, tau=1.5, n_steps=4, length_spread=LENGTH_SPREAD, integrator="omf2"), seconds
+        ),
+    }  # fmt: skip
+    found = lfq.compare(target, contenders, seconds=SECONDS[extent], n_chains=CHAINS[extent], seed=3)
+    print(f"L = {extent}\n\n{found}\n", flush=True)
+    record = found.results | {"training_s": seconds, "std_log_w": fits[-1].std_log_w, "ess": fits[-1].ess}
+    record["acceptance_of_proposals"] = fits[-1].acceptance
+    record["M2_of_flow"] = of_flow(flow, extent)
+    record["tau_2"] = measured(through(flow, extent, tau=2.0, n_steps=8).tune(0.9, CHAINS[extent], seed=3), extent)
+    if extent >= 16:
+        carried = fits[2].flow
+        while carried.n_levels < flow.n_levels:
+            carried = carried.refined()
+        carried = through(carried, extent, tau=2.0, n_steps=8).tune(0.9, CHAINS[extent], seed=3)
+        record["carried_from_8"] = measured(carried, extent)
+    print(json.dumps(finite({k: record[k] for k in ("tau_2", "carried_from_8") if k in record})), flush=True)
+    return record
 
 
 def cubic(extents):
@@ -139,17 +138,16 @@ def cubic(extents):
     def target(extent):
         return lfq.Phi4((extent,) * 3, beta=0.3750966, lam=1.1)
 
-    found, flow, seconds = [], lfq.MultiscaleFlow(n_levels=2, ndim=3, seed=1), 0.0
-    for extent in [4, *extents]:
-        fit = lfq.train(
-            flow, lfq.Gaussian((extent,) * 3), target(extent), n_steps=1500 if extent < 16 else 800,
-            batch_size=256 if extent < 8 else 96 if extent < 16 else 48, learning_rate=0.03 if extent < 16 else 0.015,
-            seed=extent, dtype=DTYPE, n_threads=1,
-        )  # fmt: skip
-        flow, seconds = fit.flow.refined(), seconds + fit.seconds
+    found, seconds, options = [], 0.0, dict(dtype=DTYPE, n_threads=1)
+    fits = lfq.train_ladder(
+        lfq.MultiscaleFlow(n_levels=1, n_blocks=2, ndim=3, seed=1), [target(n) for n in (2, 4, *extents)],
+        n_steps=[2000, 3000, 2000, 800, 300][: 2 + len(extents)], batch_size=[512, 256, 96, 48, 16][: 2 + len(extents)],
+        learning_rate=0.015, **options,
+    )  # fmt: skip
+    for extent, fit in zip((2, 4, *extents), fits, strict=True):
+        seconds += fit.seconds
         if extent < 8:
             continue
-        options = dict(dtype=DTYPE, n_threads=1)
         through_flow = lfq.HMC(target(extent).pullback(fit.flow), tau=2.2, n_steps=8, **options).tune(0.85, seed=3)
         warm = through_flow.advance(through_flow.start(32, seed=4), 1, 300, measure=False)
         samplers = {"multiscale": (through_flow, warm.state, 400)}
@@ -171,11 +169,11 @@ def cubic(extents):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--extents", type=int, nargs="+", default=[8, 16, 32, 64])
+    parser.add_argument("--extents", type=int, nargs="+", default=[8, 16, 32, 64, 128])
     parser.add_argument("--results", type=Path, default=Path("multiscale.json"))
     parser.add_argument("--draw", action="store_true", help="draw from the results instead of making them")
     parser.add_argument("--docs", type=Path, default=Path("."), help="where figures/multiscale.png goes")
-    parser.add_argument("--cubic", action="store_true", help="only three dimensions, L = 8 and 16")
+    parser.add_argument("--cubic", action="store_true", help="only three dimensions, L = 8, 16 and 32")
     parser.add_argument("--variants", action="store_true", help="only the comparison of blocks")
     arguments = parser.parse_args()
     if arguments.draw:
@@ -184,11 +182,15 @@ def main():
     results |= {"machine": machine(), "lfq": lfq.__version__, "python": platform.python_version()}
     begin = time.perf_counter()
     if arguments.variants:
-        results["variants"] = variants([4, *[extent for extent in arguments.extents if extent <= 32]])
+        results["variants"] = variants([extent for extent in arguments.extents if 16 <= extent <= 32])
     elif arguments.cubic:
-        results["cubic"] = cubic([8, 16])
+        results["cubic"] = cubic([8, 16, 32])
     else:
-        results["sizes"] = comparison(arguments.extents)
+        kept = [size for size in results.get("sizes", []) if size["theory"]["shape"][0] not in arguments.extents]
+        for extent in arguments.extents:
+            kept.append(comparison(extent))
+            results["sizes"] = sorted(kept, key=lambda size: size["theory"]["shape"][0])
+            arguments.results.write_text(json.dumps(finite(results), indent=1, allow_nan=False) + "\n")
     results["seconds"] = time.perf_counter() - begin
     arguments.results.write_text(json.dumps(finite(results), indent=1, allow_nan=False) + "\n")
 
