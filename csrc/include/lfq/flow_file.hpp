@@ -36,10 +36,15 @@ struct json {
     if (r.at != r.end) throw file_error("text after the JSON value");
     return v;
   }
-  const json& operator[](const std::string& key) const {
+  // Null where there is none.
+  const json* find(const std::string& key) const {
     const auto found = members.find(key);
-    if (kind != object || found == members.end()) throw file_error("\"" + key + "\" is missing");
-    return found->second;
+    return found == members.end() ? nullptr : &found->second;
+  }
+  const json& operator[](const std::string& key) const {
+    const json* found = find(key);
+    if (!found) throw file_error("\"" + key + "\" is missing");
+    return *found;
   }
   int64_t integer(int64_t least, int64_t most, const char* what) const {
     if (kind != number || value < double(least) || value > double(most) || value != std::floor(value))
@@ -184,6 +189,45 @@ inline lfq_layer layer_on(const std::vector<int32_t>& extent, int32_t kind) {
   return l;
 }
 
+// A coupling of the keys that all flows with couplings have.
+inline lfq_layer coupling_on(const std::vector<int32_t>& extent, const json& structure) {
+  lfq_layer l = layer_on(extent, LFQ_LAYER_COUPLING);
+  l.kernel_size = int32_t(structure["kernel_size"].integer(3, 9, "kernel_size"));
+  const json& hidden = structure["hidden"];
+  if (hidden.kind != json::array || hidden.items.size() > LFQ_MAX_HIDDEN) throw file_error("hidden must be a list of at most 4");
+  l.n_hidden = int32_t(hidden.items.size());
+  for (size_t i = 0; i < hidden.items.size(); ++i) l.hidden[i] = int32_t(hidden.items[i].integer(1, LFQ_MAX_CHANNELS, "hidden"));
+  const std::string& scale = structure["scale"].word("scale");
+  const char* const scales[] = {"exp(-|s|)", "exp(s)", "even", "site"};  // numbered as lfq_scale
+  while (l.scale < 4 && scale != scales[l.scale]) ++l.scale;
+  if (l.scale == 4) throw file_error("unknown scale " + scale);
+  // Affine flows write these only where they are set.
+  const json *features = structure.find("features"), *sublattices = structure.find("sublattices");
+  if (features && features->kind != json::null) l.n_features = int32_t(features->integer(1, LFQ_MAX_FEATURES, "features"));
+  l.sublattices = sublattices && sublattices->flag("sublattices");
+  return l;
+}
+
+inline void append_blocks(std::vector<lfq_layer>& layers, lfq_layer coupling, const json& structure, bool rescale,
+                          const std::vector<int32_t>& extent) {
+  for (int64_t block = structure["n_blocks"].integer(1, 10000, "n_blocks"); block > 0; --block) {
+    for (coupling.parity = 0; coupling.parity < 2; ++coupling.parity) layers.push_back(coupling);
+    if (rescale) layers.push_back(layer_on(extent, LFQ_LAYER_RESCALE));
+  }
+}
+
+inline void halve(std::vector<int32_t>& extent) {
+  for (int32_t& n : extent) {
+    if (n % 2) throw file_error("an extent of " + std::to_string(n) + " cannot be halved");
+    n /= 2;
+  }
+}
+
+inline void prepend(const std::vector<lfq_layer>& made, std::vector<lfq_layer>& layers) {
+  layers.insert(layers.begin(), made.begin(), made.end());
+  if (layers.size() > 65536) throw file_error("more than 65536 layers");
+}
+
 // Puts the layers of a structure in front of `layers`; on return `extent` is the lattice that the first one reads.
 inline void prepend_layers(const json& structure, std::vector<int32_t>& extent, std::vector<lfq_layer>& layers, int depth = 0) {
   const std::string& kind = structure["kind"].word("kind");
@@ -196,37 +240,30 @@ inline void prepend_layers(const json& structure, std::vector<int32_t>& extent, 
   const int64_t ndim = structure["ndim"].integer(1, LFQ_MAX_DIM, "ndim");
   if (ndim != int64_t(extent.size()))
     throw file_error("the flow has " + std::to_string(ndim) + " axes, the lattice " + std::to_string(extent.size()));
-  std::vector<lfq_layer> made;
   if (kind == "interleave" || kind == "upsample") {
-    made.push_back(layer_on(extent, kind == "upsample" ? LFQ_LAYER_UPSAMPLE : LFQ_LAYER_INTERLEAVE));
-    for (int32_t& n : extent) {
-      if (n % 2) throw file_error("an extent of " + std::to_string(n) + " cannot be halved");
-      n /= 2;
-    }
+    prepend({layer_on(extent, kind == "upsample" ? LFQ_LAYER_UPSAMPLE : LFQ_LAYER_INTERLEAVE)}, layers);
+    halve(extent);
   } else if (kind == "affine") {
-    lfq_layer coupling = layer_on(extent, LFQ_LAYER_COUPLING);
-    coupling.kernel_size = int32_t(structure["kernel_size"].integer(3, 9, "kernel_size"));
-    const json& hidden = structure["hidden"];
-    if (hidden.kind != json::array || hidden.items.size() > LFQ_MAX_HIDDEN) throw file_error("hidden must be a list of at most 4");
-    coupling.n_hidden = int32_t(hidden.items.size());
-    for (size_t i = 0; i < hidden.items.size(); ++i)
-      coupling.hidden[i] = int32_t(hidden.items[i].integer(1, LFQ_MAX_CHANNELS, "hidden"));
-    const std::string &activation = structure["activation"].word("activation"), &scale = structure["scale"].word("scale");
+    lfq_layer coupling = coupling_on(extent, structure);
+    const std::string& activation = structure["activation"].word("activation");
     if (activation != "tanh" && activation != "leaky_relu") throw file_error("unknown activation " + activation);
-    if (scale != "exp(-|s|)" && scale != "exp(s)") throw file_error("unknown scale " + scale);
     coupling.activation = activation == "tanh" ? LFQ_TANH : LFQ_LEAKY_RELU;
-    coupling.scale = scale == "exp(s)" ? LFQ_SCALE_EXP : LFQ_SCALE_NEG_ABS;
     coupling.bias = structure["bias"].flag("bias");
-    const bool rescale = structure["rescale"].flag("rescale");
-    for (int64_t block = structure["n_blocks"].integer(1, 10000, "n_blocks"); block > 0; --block) {
-      for (coupling.parity = 0; coupling.parity < 2; ++coupling.parity) made.push_back(coupling);
-      if (rescale) made.push_back(layer_on(extent, LFQ_LAYER_RESCALE));
+    std::vector<lfq_layer> made;
+    append_blocks(made, coupling, structure, structure["rescale"].flag("rescale"), extent);
+    prepend(made, layers);
+  } else if (kind == "multiscale") {
+    // A level is an upsampling and blocks; site maps have a scale of their own.
+    for (int64_t level = structure["n_levels"].integer(1, 16, "n_levels"); level > 0; --level) {
+      const lfq_layer coupling = coupling_on(extent, structure);
+      std::vector<lfq_layer> made{layer_on(extent, LFQ_LAYER_UPSAMPLE)};
+      append_blocks(made, coupling, structure, coupling.scale != LFQ_SCALE_SITE, extent);
+      prepend(made, layers);
+      halve(extent);
     }
   } else {
     throw file_error("unknown kind of flow " + kind);
   }
-  layers.insert(layers.begin(), made.begin(), made.end());
-  if (layers.size() > 65536) throw file_error("more than 65536 layers");
 }
 
 }  // namespace detail
