@@ -86,6 +86,7 @@ class FlowConfig:
     scale: str = _key("exp(-|s|)", choices=("exp(-|s|)", "exp(s)", "even", "site"))
     rescale: bool = _key(True)
     features: int | None = _key(None, at_least=1, at_most=8)
+    sublattices: bool | None = _key(None)  # multiscale flows without hidden layers have them, others not
 
 
 @dataclass(frozen=True)
@@ -418,6 +419,8 @@ def _check_together(config: Config) -> None:
     allowed = {"even": (1, 2, 4, 8)}.get(config.flow.scale, (None,))
     if config.flow.features not in allowed:
         raise ConfigError("flow", "features", f"must be one of {allowed} with scale {config.flow.scale!r}")
+    if config.flow.sublattices and config.flow.hidden:
+        raise ConfigError("flow", "sublattices", f"goes without hidden layers, got hidden = {list(config.flow.hidden)}")
     target, ndim = config.target, len(config.target.shape)
     _check_stable("target", target.beta, target.lam, ndim)
     names: set[str] = set()

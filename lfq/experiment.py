@@ -178,7 +178,7 @@ def multiscale_flow(config: Config) -> lfq.MultiscaleFlow:
         seed = stage_seed(config.run.seed, "weights")
         return lfq.MultiscaleFlow(
             n_levels, settings.n_blocks, settings.scale, settings.kernel_size, settings.hidden, settings.features,
-            seed=seed, ndim=len(shape),
+            seed=seed, ndim=len(shape), sublattices=settings.sublattices,
         )  # fmt: skip
 
 

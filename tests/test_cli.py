@@ -449,7 +449,28 @@ def test_multiscale_ladder(tmp_path):
     assert [(level["prior"], level["L"]) for level in results["levels"]] == [("ladder-4x4", 4), ("ladder-8x8", 8)]
     flow = lfq.load_flow(tmp_path / "out" / "flows" / "ladder-8x8.safetensors")
     assert isinstance(flow, lfq.MultiscaleFlow) and flow.n_levels == 3
+    assert flow.flows[-1].sublattices
     assert results["samplers"][1]["prior"] == "ladder"
+
+
+def test_sublattices_of_the_flow(tmp_path):
+    """Multiscale flows have them unless told otherwise or given hidden layers, others only if told."""
+    ladder = '[ladder]\nshapes = [[4, 4], [8, 8]]\nbetas = [0.5, 0.576]\nprior = "multiscale"\n'
+
+    def flows(keys):
+        settings = config.parse_config(TARGET + "[flow]\n" + keys + ladder)
+        return experiment.initial_flow(settings), experiment.multiscale_flow(settings).flows[-1]
+
+    for keys, wanted in [
+        ("", (False, True)),
+        ("hidden = [2]\n", (False, False)),
+        ("sublattices = true\n", (True, True)),
+        ("sublattices = false\n", (False, False)),
+    ]:
+        assert tuple(flow.sublattices for flow in flows(keys)) == wanted, keys
+    text = TARGET + SAMPLING + "[flow]\nsublattices = true\n[training]\nn_steps = 5\nbatch_size = 8\n"
+    experiment.run_experiment(config.parse_config(text + '[[prior]]\nkind = "gaussian"\n'), tmp_path / "out")
+    assert lfq.load_flow(tmp_path / "out" / "flows" / "gaussian.safetensors").sublattices
 
 
 def test_three_dimensions(tmp_path):

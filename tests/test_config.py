@@ -37,12 +37,13 @@ def test_left_out_keys_have_the_values_of_the_default_file():
 def test_toml_round_trip():
     text = TARGET + (
         '[run]\nseed = 9223372036854775807\ndtype = "float32"\n'
-        "[flow]\nhidden = [8, 8]\nbias = true\n[training]\nlearning_rate = 1e-5\n"
+        "[flow]\nhidden = [8, 8]\nbias = true\nsublattices = false\n[training]\nlearning_rate = 1e-5\n"
         '[[prior]]\nkind = "upsample"\nname = "u-1"\nbeta = 0.5\nwidth = 0.2\n'
         '[ladder]\nshapes = [[8, 8], [16, 16]]\nbetas = [0.576, 0.634]\nprior = "upsample"\n'
     )
     parsed = parse_config(text)
     assert (parsed.prior[0].width, parsed.prior[0].scale) == (0.2, 1.0)
+    assert parsed.flow.sublattices is False
     assert parsed.ladder.betas == (0.576, 0.634)
     assert parse_config(parsed.to_toml()) == parsed
     for default in (load_config(), parse_config(TARGET)):
@@ -146,6 +147,11 @@ def test_the_ladder_in_the_default_file_is_right():
             r"\[flow\] bias: .*multiscale",
         ),
         (TARGET + '[flow]\nscale = "even"', r"\[flow\] features: .*scale 'even'"),
+        (TARGET + "[flow]\nsublattices = 1", r"\[flow\] sublattices: expected true or false"),
+        (
+            TARGET + "[flow]\nsublattices = true\nhidden = [4]",
+            r"\[flow\] sublattices: goes without hidden layers, got hidden = \[4\]",
+        ),
         (TARGET + "[ladder]\nshapes = [[16, 16]]\nbetas = [0.634]", r"\[ladder\] betas: .*at least 2"),
         (
             TARGET + "[ladder]\nshapes = [[4, 4], [16, 16]]\nbetas = [0.5, 0.634]",

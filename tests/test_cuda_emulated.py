@@ -259,6 +259,7 @@ def reference_layer(layer):
         bool(layer["bias"]),
         ["exp(-|s|)", "exp(s)", "even", "site"][layer["scale"]],
         int(layer["n_features"]),
+        bool(layer["sublattices"]),
     )
 
 
@@ -287,7 +288,13 @@ FLOWS = {
     "even 8": ((4, 6), lambda: lfq.AffineFlow(kernel_size=5, bias=True, scale="even", features=8)),
     "site": ((8, 6), lambda: lfq.AffineFlow(scale="site", n_blocks=2)),
     "site, hidden": ((4, 2, 6), lambda: lfq.AffineFlow(hidden=(2,), bias=True, scale="site", ndim=3)),
+    "site, sublattices": ((8, 6), lambda: lfq.AffineFlow(scale="site", n_blocks=2, sublattices=True)),
+    "even 2, sublattices": ((4, 6), lambda: lfq.AffineFlow(scale="even", features=2, sublattices=True)),
+    "kernel 5, bias, sublattices": ((6, 4), lambda: lfq.AffineFlow(kernel_size=5, bias=True, sublattices=True)),
+    "3-d, sublattices": ((4, 2, 6), lambda: lfq.AffineFlow(scale="site", bias=True, ndim=3, sublattices=True)),
+    "4-d, sublattices": ((2, 4, 2, 4), lambda: lfq.AffineFlow(scale="even", features=1, ndim=4, sublattices=True)),
     "multiscale": ((8, 4), lambda: lfq.MultiscaleFlow(2, n_blocks=1)),
+    "multiscale from one site": ((4, 4), lambda: lfq.MultiscaleFlow(2, n_blocks=1, scale="even", features=2)),
 }
 
 

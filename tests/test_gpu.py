@@ -67,6 +67,7 @@ MAPS = {
     "affine": lambda: lfq.AffineFlow(hidden=(3,), n_blocks=2, seed=3),
     "even": lambda: lfq.AffineFlow(scale="even", features=4, seed=3),
     "site": lambda: lfq.AffineFlow(scale="site", rescale=False, n_blocks=2, seed=3),
+    "sublattices": lambda: lfq.AffineFlow(scale="site", n_blocks=2, seed=3, sublattices=True),
 }
 
 

@@ -26,7 +26,7 @@ LFQ_HD int taps_of(const lfq_layer& l) {
   return n;
 }
 // Of a coupling's net.
-LFQ_HD int outputs_of(const lfq_layer& l) { return l.scale == LFQ_SCALE_SITE ? 1 : l.scale == LFQ_SCALE_EVEN ? l.n_features : 2; }
+LFQ_HD int outputs_of(const lfq_layer& l) { return l.scale == LFQ_SCALE_EVEN ? l.n_features : 2; }
 LFQ_HD int64_t cache_of(const lfq_layer& l) {
   if (l.kind == LFQ_LAYER_COUPLING) return (outputs_of(l) + 2) * int64_t(sites_of(l) / 2);
   return resizes(l) ? sites_of(l) >> l.ndim : 0;
@@ -44,8 +44,12 @@ LFQ_HD int64_t net_weights_of(const lfq_layer& l) {
   return n;
 }
 
+// A coupling's sets of weights, and the weights of one: those of its net, then its parameters.
+LFQ_HD int sets_of(const lfq_layer& l) { return l.sublattices ? 1 << (l.ndim - 1) : 1; }
+LFQ_HD int64_t set_size_of(const lfq_layer& l) { return net_weights_of(l) + parameters_of(l); }
+
 // A flow with its weights in the type of the loops: those of couplings as they are, but for the logarithms at the end of
-// a site map; of a rescale its factor; of an upsampling its scale, then coefficient and width for each number of odd
+// each set of a site map; of a rescale its factor; of an upsampling its scale, then coefficient and width for each number of odd
 // coordinates.
 template <class T>
 struct flow_program {
@@ -67,7 +71,8 @@ __global__ void prepare_kernel(int n_layers, const lfq_layer* layers, int64_t n_
     const double* w = raw + l.weight_offset;
     T* out = weights + l.weight_offset;
     if (l.kind == LFQ_LAYER_COUPLING && l.scale == LFQ_SCALE_SITE)
-      for (int64_t at = net_weights_of(l), i = at; i < at + 3; ++i) out[i] = T(::exp(w[i]));
+      for (int set = 0; set < sets_of(l); ++set)
+        for (int64_t at = set * set_size_of(l) + net_weights_of(l), i = at; i < at + 3; ++i) out[i] = T(::exp(w[i]));
     if (l.kind == LFQ_LAYER_RESCALE) {
       out[0] = T(::exp(w[0]));
       sum[0] += double(sites_of(l)) * w[0];
@@ -126,36 +131,59 @@ LFQ_DEVICE int site_of_parity(const lfq_layer& l, int parity, int i) {
   return site;
 }
 
+// Which set of weights sites with the leading coordinates of a place have, where a coupling has several.
+LFQ_DEVICE int set_of(const lfq_layer& l, const place& at) {
+  int set = 0;
+  for (int i = 0; i < l.ndim - 1; ++i) set = 2 * set + (at.c[i] & 1);
+  return set;
+}
+// The i-th site that a coupling changes with one of its several sets: they are a lattice of half the extents.
+LFQ_DEVICE place place_of_set(const lfq_layer& l, int set, int i, int& site) {
+  int32_t half[LFQ_MAX_DIM];
+  for (int axis = 0; axis < l.ndim; ++axis) half[axis] = l.extent[axis] / 2;
+  place p(half, l.ndim, i);
+  p.parity = l.parity;
+  site = 0;
+  for (int axis = 0, rest = l.parity; axis < l.ndim; ++axis) {
+    const int odd = axis < l.ndim - 1 ? set >> (l.ndim - 2 - axis) & 1 : rest;
+    rest ^= odd;
+    p.c[axis] = 2 * p.c[axis] + odd;
+    site = site * l.extent[axis] + p.c[axis];
+  }
+  return p;
+}
+
 // Which taps of a window: those an even offset away, odd, or all.
 enum tap_set { even_taps = 0, odd_taps = 1, all_taps = 2 };
 
-// Calls f(tap, site + its offset).
+// Calls f(tap, site + its offset, what turns the set of the one into that of the other by exclusive or).
 template <class F>
 LFQ_DEVICE void each_tap(const lfq_layer& l, const place& at, int set, F&& f) {
   const int k = l.kernel_size, radius = k / 2, last = l.ndim - 1;
   // The nearest neighbours, all that the papers' nets see.
   if (k == 3 && l.ndim == 2 && set == odd_taps) {
     const int height = l.extent[0], width = l.extent[1], y = at.c[0], x = at.c[1], row = y * width;
-    f(1, (y > 0 ? row : height * width) - width + x);
-    f(3, row + (x > 0 ? x : width) - 1);
-    f(5, row + (x + 1 < width ? x + 1 : 0));
-    f(7, (y + 1 < height ? row + width : 0) + x);
+    f(1, (y > 0 ? row : height * width) - width + x, 1);
+    f(3, row + (x > 0 ? x : width) - 1, 0);
+    f(5, row + (x + 1 < width ? x + 1 : 0), 0);
+    f(7, (y + 1 < height ? row + width : 0) + x, 1);
     return;
   }
   int n_rows = 1;
   for (int i = 0; i < last; ++i) n_rows *= k;
   for (int j = 0; j < n_rows; ++j) {
-    int rest = j, row = 0, stride = l.extent[last], offset = radius;
+    int rest = j, row = 0, stride = l.extent[last], offset = radius, flip = 0;
     for (int i = last - 1; i >= 0; --i) {
       const int o = rest % k - radius;
       rest /= k;
       offset += o;
+      flip |= (o & 1) << (last - 1 - i);
       row += wrapped(at.c[i] + o, l.extent[i]) * stride;
       stride *= l.extent[i];
     }
     const int begin = set == all_taps ? 0 : (set ^ offset) & 1;
     for (int d = begin; d < k; d += set == all_taps ? 1 : 2)
-      f(j * k + d, row + wrapped(at.c[last] + d - radius, l.extent[last]));
+      f(j * k + d, row + wrapped(at.c[last] + d - radius, l.extent[last]), flip);
   }
 }
 // The site a tap leads to, and the parity of its offset.
@@ -244,11 +272,13 @@ struct flow_block {
     int n_in, n_out, taps;
     const T *weight, *bias;   // [out][in][tap]; bias null without
     int64_t weight_at;        // in the flow's weight vector
+    int64_t set_size;         // from one set to the next in it; 0 with one alone
   };
   LFQ_DEVICE convolution convolution_of(const lfq_layer& l, int number) const {
     convolution c;
     c.taps = taps_of(l);
     c.weight_at = l.weight_offset;
+    c.set_size = l.sublattices ? set_size_of(l) : 0;
     c.n_in = 1;
     for (int i = 0;; ++i) {
       c.n_out = i < l.n_hidden ? l.hidden[i] : outputs_of(l);
@@ -261,12 +291,12 @@ struct flow_block {
     return c;
   }
 
-  // The outputs first .. first + N - 1 of a convolution at a site.
+  // The outputs first .. first + N - 1 of a convolution at a site, by its first set of weights.
   template <int N>
-  LFQ_DEVICE void convolve(const lfq_layer& l, const convolution& c, const place& at, int set, const T* in, int volume, int first,
+  LFQ_DEVICE void convolve(const lfq_layer& l, const convolution& c, const place& at, int which, const T* in, int volume, int first,
                            T (&sum)[N]) const {
     for (int n = 0; n < N; ++n) sum[n] = c.bias && first + n < c.n_out ? c.bias[first + n] : T(0);
-    each_tap(l, at, set, [&](int tap, int site) {
+    each_tap(l, at, which, [&](int tap, int site, int) {
       for (int i = 0; i < c.n_in; ++i) {
         const T v = in[int64_t(i) * volume + site];
         for (int n = 0; n < N; ++n)
@@ -299,7 +329,7 @@ struct flow_block {
     return in;
   }
 
-  // Calls f(i, site, outputs) for the active sites, i = 0 .. V / 2 - 1.
+  // Calls f(i, site, set of weights, outputs) for the active sites, i = 0 .. V / 2 - 1.
   template <int N, class F>
   LFQ_DEVICE void net(const lfq_layer& l, const T* field, F&& f) const {
     const T* in = run_hidden(l, field);
@@ -309,8 +339,15 @@ struct flow_block {
       int site;
       const place at = place_of_parity(l, l.parity, int(i), site);
       T u[N];
-      convolve(l, c, at, l.n_hidden > 0 ? all_taps : odd_taps, in, volume, 0, u);
-      f(i, site, u);
+      int set = 0;
+      convolution own = c;
+      if (c.set_size > 0) {
+        set = set_of(l, at);
+        own.weight += set * c.set_size;
+        if (c.bias) own.bias += set * c.set_size;
+      }
+      convolve(l, own, at, l.n_hidden > 0 ? all_taps : odd_taps, in, volume, 0, u);
+      f(i, site, set, u);
     });
   }
 
@@ -327,25 +364,25 @@ struct flow_block {
   }
   template <int N, class F>
   LFQ_DEVICE static void with_scale(int scale, F&& f) {
-    if constexpr (N == 1)
-      if (scale == LFQ_SCALE_SITE) return f(std::integral_constant<scale_kind, scale_kind::site>());
     if constexpr (N == 2) {
+      if (scale == LFQ_SCALE_SITE) return f(std::integral_constant<scale_kind, scale_kind::site>());
       if (scale == LFQ_SCALE_NEG_ABS) return f(std::integral_constant<scale_kind, scale_kind::neg_abs>());
       if (scale == LFQ_SCALE_EXP) return f(std::integral_constant<scale_kind, scale_kind::exp>());
     }
     f(std::integral_constant<scale_kind, scale_kind::even>());
   }
-  // As couple_site takes them.
+  // Of a set of weights, as couple_site takes them.
   template <int N>
   struct parameters {
-    T p[N == 1 ? 4 : 2 * N];
-    LFQ_DEVICE parameters(const flow_program<T>& flow, const lfq_layer& l) : p() {
+    T p[2 * N];
+    LFQ_DEVICE parameters(const flow_program<T>& flow, const lfq_layer& l, int set = 0) : p() { load(flow, l, set); }
+    LFQ_DEVICE void load(const flow_program<T>& flow, const lfq_layer& l, int set) {
       const int n = parameters_of(l);
       if (n == 0) return;
-      const T* w = flow.weights + l.weight_offset + net_weights_of(l);
-      for (int i = 0; i < 2 * N + (N == 1); ++i)
+      const T* w = flow.weights + l.weight_offset + set * set_size_of(l) + net_weights_of(l);
+      for (int i = 0; i < 2 * N; ++i)
         if (i < n) p[i] = w[i];
-      if constexpr (N == 1)
+      if constexpr (N == 2)
         if (l.scale == LFQ_SCALE_SITE) p[3] = T(1) / p[0];
     }
   };
@@ -354,12 +391,14 @@ struct flow_block {
   LFQ_CALLED void couple(const lfq_layer& l, T* keep, double& log_det) const {
     const int64_t half = sites_of(l) / 2;
     const int scale = l.scale;
+    const bool several = l.sublattices;
     T* const x = this->x;
     double sum = 0;
     with_outputs(l, [&](auto n) {
       constexpr int N = decltype(n)::value;
-      const parameters<N> by(flow, l);
-      net<N>(l, x, [&](int64_t i, int site, const T(&u)[N]) {
+      parameters<N> by(flow, l);
+      net<N>(l, x, [&](int64_t i, int site, int set, const T(&u)[N]) {
+        if (several) by.load(flow, l, set);
         with_scale<N>(scale, [&](auto kind) {
           constexpr scale_kind S = decltype(kind)::value;
           const T before = x[site];
@@ -378,12 +417,14 @@ struct flow_block {
   }
   LFQ_CALLED void uncouple(const lfq_layer& l, double& log_det) const {
     const int scale = l.scale;
+    const bool several = l.sublattices;
     T* const x = this->x;
     double sum = 0;
     with_outputs(l, [&](auto n) {
       constexpr int N = decltype(n)::value;
-      const parameters<N> by(flow, l);
-      net<N>(l, x, [&](int64_t, int site, const T(&u)[N]) {
+      parameters<N> by(flow, l);
+      net<N>(l, x, [&](int64_t, int site, int set, const T(&u)[N]) {
+        if (several) by.load(flow, l, set);
         with_scale<N>(scale, [&](auto kind) {
           T log_dy;
           x[site] = uncouple_site<decltype(kind)::value>(x[site], u, by.p, log_dy);
@@ -394,13 +435,15 @@ struct flow_block {
     log_det += sum;
   }
 
-  // Adds sum over sites of dout[out][site] in[in][site + tap] to the gradient: a warp for each tap and input channel.
+  // Adds sum over sites of dout[out][site] in[in][site + tap] to the gradient: a warp for each tap, input
+  // channel and set of weights.
   LFQ_CALLED void weight_gradient(const lfq_layer& l, const convolution& c, int number, const T* in, const T* dout) const {
     const int volume = sites_of(l), lane = threadIdx.x % warp_size, n_warps = blockDim.x / warp_size;
     const bool first = number == 0, last = number == l.n_hidden;
-    const int64_t items = int64_t(c.taps) * c.n_in;
+    const int n_sets = sets_of(l), changed = volume / 2 / n_sets;
+    const int64_t items = int64_t(c.taps) * c.n_in * n_sets;
     for (int64_t item = threadIdx.x / warp_size; item < items; item += n_warps) {
-      const int tap = int(item % c.taps), i = int(item / c.taps), odd = tap_parity(l, tap);
+      const int tap = int(item % c.taps), i = int(item / c.taps % c.n_in), set = int(item / c.taps / c.n_in), odd = tap_parity(l, tap);
       // Taps of a first layer that only meet active sites.
       if (first && last && !odd) continue;
       for (int begin = 0; begin < c.n_out; begin += channel_block) {
@@ -413,26 +456,32 @@ struct flow_block {
         if (first || last) {
           // The last layer has outputs on active sites only; the first sees frozen ones.
           const int parity = last ? l.parity : odd ? l.parity : l.parity ^ 1;
-          for (int j = lane; j < volume / 2; j += warp_size) {
+          for (int j = lane; j < changed; j += warp_size) {
             int site;
-            const place at = place_of_parity(l, parity, j, site);
+            const place at = n_sets > 1 ? place_of_set(l, set, j, site) : place_of_parity(l, parity, j, site);
             add(site, at);
           }
         } else {
           for (int site = lane; site < volume; site += warp_size) add(site, place(l.extent, l.ndim, site));
         }
-        store_sums(sum, begin, c.n_out, c.weight_at + int64_t(i) * c.taps + tap, int64_t(c.n_in) * c.taps);
+        store_sums(sum, begin, c.n_out, c.weight_at + set * c.set_size + int64_t(i) * c.taps + tap, int64_t(c.n_in) * c.taps);
       }
     }
     if (!c.bias) return;
-    for (int begin = int(threadIdx.x) / warp_size * channel_block; begin < c.n_out; begin += n_warps * channel_block) {
+    const int blocks = int(ceil_div(c.n_out, channel_block));
+    for (int item = int(threadIdx.x) / warp_size; item < blocks * n_sets; item += n_warps) {
+      const int begin = item % blocks * channel_block, set = item / blocks;
       T sum[channel_block] = {};
-      for (int j = lane; j < (last ? volume / 2 : volume); j += warp_size) {
-        const int site = last ? site_of_parity(l, l.parity, j) : j;
+      for (int j = lane; j < (last ? changed : volume); j += warp_size) {
+        int site = j;
+        if (n_sets > 1)
+          place_of_set(l, set, j, site);
+        else if (last)
+          site = site_of_parity(l, l.parity, j);
         for (int n = 0; n < channel_block; ++n)
           if (begin + n < c.n_out) sum[n] += dout[int64_t(begin + n) * volume + site];
       }
-      store_sums(sum, begin, c.n_out, c.weight_at + int64_t(c.n_in) * c.n_out * c.taps, 1);
+      store_sums(sum, begin, c.n_out, c.weight_at + set * c.set_size + int64_t(c.n_in) * c.n_out * c.taps, 1);
     }
   }
   // Adds the warp's sums to the weights at first + (begin + n) stride.
@@ -451,30 +500,37 @@ struct flow_block {
     T *dout = du, *din = du2, *const x = this->x, *const g = this->g;
     with_outputs(l, [&](auto n) {
       constexpr int N = decltype(n)::value;
-      const parameters<N> by(flow, l);
-      double terms[2 * N + (N == 1)] = {};
-      each_of(half, [&](int64_t i) {
-        const int site = site_of_parity(l, l.parity, int(i));
-        const T slope = kept[N * half + i], before = kept[(N + 1) * half + i], dy = g[site];
-        T h[N], du[N];
-        for (int c = 0; c < N; ++c) h[c] = kept[c * half + i];
-        with_scale<N>(scale, [&](auto kind) {
-          constexpr scale_kind S = decltype(kind)::value;
-          if (dweights)
-            parameter_terms<S>(h, by.p, slope, before, x[site], dy, dlog_det,
-                               [&](int c, T a, T b) { terms[c] += double(a * b); });
-          g[site] = couple_site_backward<S>(h, by.p, slope, before, dy, dlog_det, du);
+      // One set after the other where their parameters' gradients are wanted.
+      const int n_sets = sets_of(l), n_loops = dweights ? n_sets : 1;
+      for (int loop = 0; loop < n_loops; ++loop) {
+        parameters<N> by(flow, l, loop);
+        double terms[2 * N + (N == 1)] = {};
+        each_of(half / n_loops, [&](int64_t j) {
+          int site;
+          const place at = n_loops > 1 ? place_of_set(l, loop, int(j), site) : place_of_parity(l, l.parity, int(j), site);
+          if (n_loops < n_sets) by.load(flow, l, set_of(l, at));
+          const int i = site / 2;
+          const T slope = kept[N * half + i], before = kept[(N + 1) * half + i], dy = g[site];
+          T h[N], du[N];
+          for (int c = 0; c < N; ++c) h[c] = kept[c * half + i];
+          with_scale<N>(scale, [&](auto kind) {
+            constexpr scale_kind S = decltype(kind)::value;
+            if (dweights)
+              parameter_terms<S>(h, by.p, slope, before, x[site], dy, dlog_det,
+                                 [&](int c, T a, T b) { terms[c] += double(a * b); });
+            g[site] = couple_site_backward<S>(h, by.p, slope, before, dy, dlog_det, du);
+          });
+          for (int c = 0; c < N; ++c) dout[int64_t(c) * volume + site] = du[c];
+          x[site] = before;
         });
-        for (int c = 0; c < N; ++c) dout[int64_t(c) * volume + site] = du[c];
-        x[site] = before;
-      });
-      const int n_terms = dweights ? parameters_of(l) : 0;
-      if (n_terms == 0) return;
-      block_sum(terms);
-      if (threadIdx.x != 0) return;
-      double* dw = dweights + l.weight_offset + net_weights_of(l);
-      for (int c = 0; c < 2 * N + (N == 1); ++c)
-        if (c < n_terms) dw[c] += terms[c];
+        const int n_terms = dweights ? parameters_of(l) : 0;
+        if (n_terms == 0) continue;
+        block_sum(terms);
+        if (threadIdx.x != 0) continue;
+        double* dw = dweights + l.weight_offset + loop * set_size_of(l) + net_weights_of(l);
+        for (int c = 0; c < 2 * N + (N == 1); ++c)
+          if (c < n_terms) dw[c] += terms[c];
+      }
     });
     __syncthreads();
     const T* h = run_hidden(l, x);
@@ -488,8 +544,9 @@ struct flow_block {
         const place at(l.extent, l.ndim, site);
         if (number == 0 && at.parity == l.parity) return;
         T sum = number > 0 ? T(0) : g[site];
-        each_tap(l, at, number < l.n_hidden ? all_taps : at.parity == l.parity ? even_taps : odd_taps, [&](int tap, int from) {
-          const T* w = c.weight + int64_t(i) * c.taps + (c.taps - 1 - tap);
+        const int set = c.set_size > 0 ? set_of(l, at) : 0;
+        each_tap(l, at, number < l.n_hidden ? all_taps : at.parity == l.parity ? even_taps : odd_taps, [&](int tap, int from, int flip) {
+          const T* w = c.weight + (set ^ flip) * c.set_size + int64_t(i) * c.taps + (c.taps - 1 - tap);
           for (int o = 0; o < c.n_out; ++o)
             sum = fma(w[int64_t(o) * c.n_in * c.taps], dout[int64_t(o) * volume + from], sum);
         });

@@ -43,6 +43,7 @@ FLOWS = {
     "paper": lfq.AffineFlow(seed=1),
     "deep": lfq.AffineFlow(n_blocks=2, hidden=(3,), bias=True, scale="exp(s)", seed=2),
     "ladder": lfq.Compose([lfq.UpsampleMap(1.2, (0.3, 0.5), 0.8), lfq.AffineFlow(seed=3)]),
+    "multiscale": lfq.MultiscaleFlow(2, n_blocks=1, seed=4),
 }
 
 
@@ -50,7 +51,7 @@ FLOWS = {
 def test_chains_are_those_of_the_built_in_action_until_rounding_grows(name, isa):
     """The same random numbers and integrator: fields agree to rounding, amplified over few trajectories."""
     theory, own, flow = lfq.Phi4((4, 6), 0.5, 0.3), phi4_sites((4, 6), 0.5, 0.3), FLOWS[name]
-    if name == "ladder":
+    if name in ("ladder", "multiscale"):
         theory, own = lfq.Phi4((4, 8), 0.5, 0.3), phi4_sites((4, 8), 0.5, 0.3)
     theories = [t if flow is None else t.pullback(flow) for t in (theory, own)]
     built_in, custom = (lfq.HMC(t, n_steps=20, length_spread=0.3) for t in theories)

@@ -1,5 +1,6 @@
 """C, C++ and Fortran programs give Python's numbers to the last bit."""
 
+import json
 import subprocess
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 
 import lfq
 from lfq import embedding
+from lfq.io import save_tensors
 
 from .conftest import GUIDE, run, tool
 
@@ -117,11 +119,31 @@ FLOWS = {
     "paper": lfq.AffineFlow(seed=1),
     "deep": lfq.AffineFlow(5, 2, hidden=(3, 2), activation="leaky_relu", bias=True, scale="exp(s)", rescale=False),
     "ladder": lfq.Compose([lfq.UpsampleMap(1.1, (0.2, 0.3), 0.9), lfq.Compose([lfq.AffineFlow(seed=2)])]),
-    "even": lfq.AffineFlow(n_blocks=2, scale="even", features=4, seed=5),
-    "site": lfq.AffineFlow(scale="site", hidden=(2,), rescale=False, seed=6),
-    "multiscale": lfq.MultiscaleFlow(3, n_blocks=2, seed=7),
-    "even multiscale": lfq.MultiscaleFlow(2, scale="even", features=2, seed=8),
     "interleaved": lfq.Compose([lfq.InterleaveMap(), lfq.AffineFlow(seed=4), lfq.InterleaveMap()]),
+    "even": lfq.AffineFlow(hidden=(2,), scale="even", features=4, seed=5),
+    "site": lfq.AffineFlow(scale="site", rescale=False, seed=6),
+    "sublattices": lfq.AffineFlow(kernel_size=5, bias=True, scale="site", sublattices=True, seed=7),
+    "multiscale": lfq.MultiscaleFlow(3, n_blocks=2, seed=8),
+    "multiscale of other couplings": lfq.MultiscaleFlow(
+        2, n_blocks=1, scale="even", kernel_size=5, hidden=(3,), features=2, seed=9
+    ),
+    "multiscale of one net": lfq.MultiscaleFlow(2, n_blocks=1, scale="exp(s)", sublattices=False, seed=10),
+}
+DAMAGED = {
+    "site, scale is 'four'": "unknown scale four",
+    "site, scale is 'even'": "n_features is 0, must be 1, 2, 4 or 8",
+    "site, features is 1": "n_features is 1, must be 0 with this scale",
+    "even, features is 3": "n_features is 3, must be 1, 2, 4 or 8",
+    "even, features is 1.5": "features must be an integer from 1 to 8",
+    "even, sublattices is true": "sublattices is 1, must be 0 or 1, and 0 with hidden layers",
+    "sublattices, sublattices is 1": "sublattices must be true or false",
+    "sublattices, sublattices is false": "n_weights is 221, the layers take 111",
+    "multiscale, n_levels is 0": "n_levels must be an integer from 1 to 16",
+    "multiscale, n_levels is 4": "an extent of 1 cannot be halved",
+    "multiscale, n_levels is 2": "n_weights is 519, the layers take 346",
+    "multiscale, n_blocks is 0": "n_blocks must be an integer from 1 to 10000",
+    "multiscale, hidden is null": "hidden must be a list",
+    "multiscale, scale is missing": '"scale" is missing',
 }
 
 
@@ -145,6 +167,18 @@ def test_the_guide_names_all_that_is_in_a_structure():
     found = {word for flow in FLOWS.values() for word in words(flow.to_dict())}
     guide = GUIDE.read_text()
     assert len(found) > 15 and [word for word in found if f'`"{word}"`' not in guide] == []
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_the_cpp_reader_names_what_is_wrong_with_a_structure(reader, tmp_path, damage):
+    name, change = damage.split(", ")
+    flow, (key, value) = FLOWS[name], change.split(" is ")
+    structure = flow.to_dict() | ({} if value == "missing" else {key: json.loads(value.replace("'", '"'))})
+    if value == "missing":
+        del structure[key]
+    save_tensors(tmp_path / "flow", {"weights": flow.weights}, {"lfq_flow": json.dumps(structure)})
+    done = subprocess.run([reader, tmp_path / "flow", "8", "8"], capture_output=True, text=True)
+    assert done.returncode == 3 and DAMAGED[damage] in done.stdout, done.stdout
 
 
 def test_the_cpp_reader_refuses_damaged_files(reader, tmp_path):

@@ -60,7 +60,8 @@ def of(dtype, name):
     return getattr(native, f"lfq_{name}_f{8 * dtype.itemsize}")
 
 
-def test_the_kernels_give_the_numbers_of_python(phi, dtype):
+@pytest.mark.parametrize("own", [FLOW, lfq.AffineFlow(scale="site", sublattices=True, seed=2)], ids=["", "sublattices"])
+def test_the_kernels_give_the_numbers_of_python(phi, dtype, own):
     action_of, force_of, forward, inverse = (
         of(dtype, n) for n in ("phi4_action", "phi4_force", "flow_forward", "flow_inverse")
     )
@@ -78,15 +79,15 @@ def test_the_kernels_give_the_numbers_of_python(phi, dtype):
         status |= inverse(flow, n, x, z, back, space, space.size, 1)
         return status, action, force, x, log_det, z, back
 
-    flow = native.flow_record(FLOW, (4, 6))
+    flow = native.flow_record(own, (4, 6))
     status, action, force, x, log_det, z, back = all_of_them(native.theory_record(THEORY), flow, phi)
     assert status == 0
     np.testing.assert_array_equal(action, THEORY.action(phi))
     np.testing.assert_array_equal(force, THEORY.force(phi))
-    np.testing.assert_array_equal(x, FLOW.forward(phi)[0])
-    np.testing.assert_array_equal(log_det, FLOW.forward(phi)[1])
-    np.testing.assert_array_equal(z, FLOW.inverse(x)[0])
-    np.testing.assert_array_equal(back, FLOW.inverse(x)[1])
+    np.testing.assert_array_equal(x, own.forward(phi)[0])
+    np.testing.assert_array_equal(log_det, own.forward(phi)[1])
+    np.testing.assert_array_equal(z, own.inverse(x)[0])
+    np.testing.assert_array_equal(back, own.inverse(x)[1])
 
 
 def test_flow_hmc_with_null_for_what_is_not_wanted(phi, dtype):

@@ -20,6 +20,7 @@ FLOWS = {
     "paper": lfq.AffineFlow(seed=1),
     "deep": lfq.AffineFlow(n_blocks=2, hidden=(3,), bias=True, scale="exp(s)", seed=2),
     "ladder": lfq.Compose([lfq.UpsampleMap(1.2, (0.3, 0.5), 0.8), lfq.AffineFlow(seed=3)]),
+    "multiscale": lfq.MultiscaleFlow(2, n_blocks=1, seed=4),
 }
 PHI = np.random.default_rng(0).normal(size=(3, 4, 4))
 

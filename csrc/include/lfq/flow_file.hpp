@@ -37,10 +37,15 @@ struct json {
     if (r.at != r.end) throw file_error("text after the JSON value");
     return v;
   }
-  const json& operator[](const std::string& key) const {
+  // Null where there is none.
+  const json* find(const std::string& key) const {
     const auto found = members.find(key);
-    if (kind != object || found == members.end()) throw file_error("\"" + key + "\" is missing");
-    return found->second;
+    return found == members.end() ? nullptr : &found->second;
+  }
+  const json& operator[](const std::string& key) const {
+    const json* found = find(key);
+    if (!found) throw file_error("\"" + key + "\" is missing");
+    return *found;
   }
   int64_t integer(int64_t least, int64_t most, const char* what) const {
     if (kind != number || value < double(least) || value > double(most) || value != std::floor(value))
@@ -205,8 +210,11 @@ inline std::vector<lfq_layer> blocks_on(const std::vector<int32_t>& extent, cons
   coupling.activation = activation;
   coupling.bias = bias;
   coupling.scale = structure["scale"].one_of({"exp(-|s|)", "exp(s)", "even", "site"}, "scale");  // as in lfq_scale
-  if (coupling.scale == LFQ_SCALE_EVEN)
-    coupling.n_features = int32_t(structure["features"].integer(1, LFQ_MAX_FEATURES, "features"));
+  // Written only where they are set, and as null.
+  const json *features = structure.find("features"), *sublattices = structure.find("sublattices");
+  if (features && features->kind != json::null)
+    coupling.n_features = int32_t(features->integer(1, LFQ_MAX_FEATURES, "features"));
+  coupling.sublattices = sublattices && sublattices->flag("sublattices");
   std::vector<lfq_layer> made;
   for (int64_t block = structure["n_blocks"].integer(1, 10000, "n_blocks"); block > 0; --block) {
     for (coupling.parity = 0; coupling.parity < 2; ++coupling.parity) made.push_back(coupling);
@@ -249,7 +257,7 @@ inline void prepend_layers(const json& structure, std::vector<int32_t>& extent, 
     for (int64_t level = structure["n_levels"].integer(1, 16, "n_levels"); level > 0; --level) {
       // A site map has a scale of its own.
       prepend(blocks_on(extent, structure, LFQ_TANH, false, structure["scale"].word("scale") != "site"));
-      if (level > 1) prepend_enlarging(LFQ_LAYER_UPSAMPLE);
+      prepend_enlarging(LFQ_LAYER_UPSAMPLE);
     }
   } else {
     throw file_error("unknown kind of flow " + kind);

@@ -33,7 +33,7 @@
 extern "C" {
 #endif
 
-#define LFQ_ABI_VERSION 3
+#define LFQ_ABI_VERSION 4
 #define LFQ_MAX_DIM 4
 #define LFQ_MAX_HIDDEN 4
 #define LFQ_MAX_CHANNELS 64
