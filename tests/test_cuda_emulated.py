@@ -294,6 +294,7 @@ FLOWS = {
     "3-d, sublattices": ((4, 2, 6), lambda: lfq.AffineFlow(scale="site", bias=True, ndim=3, sublattices=True)),
     "4-d, sublattices": ((2, 4, 2, 4), lambda: lfq.AffineFlow(scale="even", features=1, ndim=4, sublattices=True)),
     "multiscale": ((8, 4), lambda: lfq.MultiscaleFlow(2, n_blocks=1)),
+    "multiscale 3-d": ((2, 2, 2), lambda: lfq.MultiscaleFlow(1, n_blocks=1, ndim=3)),
     "multiscale from one site": ((4, 4), lambda: lfq.MultiscaleFlow(2, n_blocks=1, scale="even", features=2)),
 }
 

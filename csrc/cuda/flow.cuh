@@ -443,7 +443,8 @@ struct flow_block {
     const int n_sets = sets_of(l), changed = volume / 2 / n_sets;
     const int64_t items = int64_t(c.taps) * c.n_in * n_sets;
     for (int64_t item = threadIdx.x / warp_size; item < items; item += n_warps) {
-      const int tap = int(item % c.taps), i = int(item / c.taps % c.n_in), set = int(item / c.taps / c.n_in), odd = tap_parity(l, tap);
+      const int tap = int(item % c.taps), i = int(item / c.taps % c.n_in), set = int(item / c.taps / c.n_in);
+      const int odd = tap_parity(l, tap);
       // Taps of a first layer that only meet active sites.
       if (first && last && !odd) continue;
       for (int begin = 0; begin < c.n_out; begin += channel_block) {
@@ -545,7 +546,8 @@ struct flow_block {
         if (number == 0 && at.parity == l.parity) return;
         T sum = number > 0 ? T(0) : g[site];
         const int set = c.set_size > 0 ? set_of(l, at) : 0;
-        each_tap(l, at, number < l.n_hidden ? all_taps : at.parity == l.parity ? even_taps : odd_taps, [&](int tap, int from, int flip) {
+        const int which = number < l.n_hidden ? all_taps : at.parity == l.parity ? even_taps : odd_taps;
+        each_tap(l, at, which, [&](int tap, int from, int flip) {
           const T* w = c.weight + (set ^ flip) * c.set_size + int64_t(i) * c.taps + (c.taps - 1 - tap);
           for (int o = 0; o < c.n_out; ++o)
             sum = fma(w[int64_t(o) * c.n_in * c.taps], dout[int64_t(o) * volume + from], sum);
