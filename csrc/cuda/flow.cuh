@@ -330,7 +330,7 @@ struct flow_block {
   }
 
   // Calls f(i, site, set of weights, outputs) for the active sites, i = 0 .. V / 2 - 1.
-  template <int N, class F>
+  template <int N, bool SETS, class F>
   LFQ_DEVICE void net(const lfq_layer& l, const T* field, F&& f) const {
     const T* in = run_hidden(l, field);
     const convolution c = convolution_of(l, l.n_hidden);
@@ -339,19 +339,23 @@ struct flow_block {
       int site;
       const place at = place_of_parity(l, l.parity, int(i), site);
       T u[N];
-      int set = 0;
-      convolution own = c;
-      if (c.set_size > 0) {
-        set = set_of(l, at);
+      if constexpr (SETS) {
+        const int set = set_of(l, at);
+        convolution own = c;
         own.weight += set * c.set_size;
         if (c.bias) own.bias += set * c.set_size;
+        convolve(l, own, at, odd_taps, in, volume, 0, u);
+        f(i, site, set, u);
+      } else {
+        convolve(l, c, at, l.n_hidden > 0 ? all_taps : odd_taps, in, volume, 0, u);
+        f(i, site, 0, u);
       }
-      convolve(l, own, at, l.n_hidden > 0 ? all_taps : odd_taps, in, volume, 0, u);
-      f(i, site, set, u);
     });
   }
 
   // ---- couplings -----------------------------------------------------------------------------
+  // SETS: of several sets of weights. Compiled apart, so that couplings of one set pay nothing for it.
+
   // Calls f(number of outputs); the net is compiled for each, the couplings of one number are told apart at each site.
   template <class F>
   LFQ_DEVICE static void with_outputs(const lfq_layer& l, F&& f) {
@@ -388,17 +392,17 @@ struct flow_block {
   };
 
   // What `couple` keeps for backward: h of every output, the slope, and the field before.
+  template <bool SETS>
   LFQ_CALLED void couple(const lfq_layer& l, T* keep, double& log_det) const {
     const int64_t half = sites_of(l) / 2;
     const int scale = l.scale;
-    const bool several = l.sublattices;
     T* const x = this->x;
     double sum = 0;
     with_outputs(l, [&](auto n) {
       constexpr int N = decltype(n)::value;
       parameters<N> by(flow, l);
-      net<N>(l, x, [&](int64_t i, int site, int set, const T(&u)[N]) {
-        if (several) by.load(flow, l, set);
+      net<N, SETS>(l, x, [&](int64_t i, int site, int set, const T(&u)[N]) {
+        if constexpr (SETS) by.load(flow, l, set);
         with_scale<N>(scale, [&](auto kind) {
           constexpr scale_kind S = decltype(kind)::value;
           const T before = x[site];
@@ -415,16 +419,16 @@ struct flow_block {
     });
     log_det += sum;
   }
+  template <bool SETS>
   LFQ_CALLED void uncouple(const lfq_layer& l, double& log_det) const {
     const int scale = l.scale;
-    const bool several = l.sublattices;
     T* const x = this->x;
     double sum = 0;
     with_outputs(l, [&](auto n) {
       constexpr int N = decltype(n)::value;
       parameters<N> by(flow, l);
-      net<N>(l, x, [&](int64_t, int site, int set, const T(&u)[N]) {
-        if (several) by.load(flow, l, set);
+      net<N, SETS>(l, x, [&](int64_t, int site, int set, const T(&u)[N]) {
+        if constexpr (SETS) by.load(flow, l, set);
         with_scale<N>(scale, [&](auto kind) {
           T log_dy;
           x[site] = uncouple_site<decltype(kind)::value>(x[site], u, by.p, log_dy);
@@ -495,6 +499,7 @@ struct flow_block {
   }
 
   // Restores x to the layer's input and turns g from dL/dy into dL/dx.
+  template <bool SETS>
   LFQ_CALLED void couple_backward(const lfq_layer& l, const T* kept, T dlog_det) const {
     const int volume = sites_of(l), scale = l.scale;
     const int64_t half = volume / 2;
@@ -502,15 +507,19 @@ struct flow_block {
     with_outputs(l, [&](auto n) {
       constexpr int N = decltype(n)::value;
       // One set after the other where their parameters' gradients are wanted.
-      const int n_sets = sets_of(l), n_loops = dweights ? n_sets : 1;
+      const int n_loops = SETS && dweights ? sets_of(l) : 1;
       for (int loop = 0; loop < n_loops; ++loop) {
         parameters<N> by(flow, l, loop);
         double terms[2 * N + (N == 1)] = {};
         each_of(half / n_loops, [&](int64_t j) {
           int site;
-          const place at = n_loops > 1 ? place_of_set(l, loop, int(j), site) : place_of_parity(l, l.parity, int(j), site);
-          if (n_loops < n_sets) by.load(flow, l, set_of(l, at));
-          const int i = site / 2;
+          if (n_loops > 1) {
+            place_of_set(l, loop, int(j), site);
+          } else {
+            const place at = place_of_parity(l, l.parity, int(j), site);
+            if constexpr (SETS) by.load(flow, l, set_of(l, at));
+          }
+          const int64_t i = SETS ? site / 2 : j;
           const T slope = kept[N * half + i], before = kept[(N + 1) * half + i], dy = g[site];
           T h[N], du[N];
           for (int c = 0; c < N; ++c) h[c] = kept[c * half + i];
@@ -545,10 +554,10 @@ struct flow_block {
         const place at(l.extent, l.ndim, site);
         if (number == 0 && at.parity == l.parity) return;
         T sum = number > 0 ? T(0) : g[site];
-        const int set = c.set_size > 0 ? set_of(l, at) : 0;
+        const int set = SETS ? set_of(l, at) : 0;
         const int which = number < l.n_hidden ? all_taps : at.parity == l.parity ? even_taps : odd_taps;
         each_tap(l, at, which, [&](int tap, int from, int flip) {
-          const T* w = c.weight + (set ^ flip) * c.set_size + int64_t(i) * c.taps + (c.taps - 1 - tap);
+          const T* w = c.weight + (SETS ? (set ^ flip) * c.set_size : 0) + int64_t(i) * c.taps + (c.taps - 1 - tap);
           for (int o = 0; o < c.n_out; ++o)
             sum = fma(w[int64_t(o) * c.n_in * c.taps], dout[int64_t(o) * volume + from], sum);
         });
@@ -700,7 +709,7 @@ struct flow_block {
     for (int n = 0; n < flow.n_layers; ++n) {
       const lfq_layer& l = flow.layers[n];
       if (l.kind == LFQ_LAYER_COUPLING) {
-        couple(l, keep ? kept : nullptr, log_det);
+        l.sublattices ? couple<true>(l, keep ? kept : nullptr, log_det) : couple<false>(l, keep ? kept : nullptr, log_det);
       } else if (l.kind == LFQ_LAYER_RESCALE) {
         const T factor = flow.weights[l.weight_offset];
         each_of(sites_of(l), [&](int64_t i) { x[i] = x[i] * factor; });
@@ -718,7 +727,7 @@ struct flow_block {
     for (int n = flow.n_layers - 1; n >= 0; --n) {
       const lfq_layer& l = flow.layers[n];
       if (l.kind == LFQ_LAYER_COUPLING) {
-        uncouple(l, log_det);
+        l.sublattices ? uncouple<true>(l, log_det) : uncouple<false>(l, log_det);
       } else if (l.kind == LFQ_LAYER_RESCALE) {
         const T factor = flow.weights[l.weight_offset];
         each_of(sites_of(l), [&](int64_t i) { x[i] = x[i] / factor; });
@@ -738,7 +747,7 @@ struct flow_block {
       const lfq_layer& l = flow.layers[n];
       at -= cache_of(l);
       if (l.kind == LFQ_LAYER_COUPLING) {
-        couple_backward(l, cache + at, dlog_det);
+        l.sublattices ? couple_backward<true>(l, cache + at, dlog_det) : couple_backward<false>(l, cache + at, dlog_det);
       } else if (l.kind == LFQ_LAYER_RESCALE) {
         const T factor = flow.weights[l.weight_offset], inverse = T(1) / factor;
         double sum[1] = {0};
