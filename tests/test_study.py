@@ -55,7 +55,7 @@ prior = "upsample"
 tune = false
 
 [study]
-n_tau_int = 1500
+n_tau_int = 2500
 """
 
 AFTER = """weights = "L04-first"

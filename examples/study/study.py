@@ -372,6 +372,8 @@ NETS = {
     "scratch": "from scratch, as long as the ladder",
 }
 SITE_NETS = ("site1", "site4")
+APART = ("hmc1", "hmc", "tau1", "tau1-gaussian", "tau1-upsample")
+"""Runs of HMC, and of length 1 at L = 64, that go with the paper's block."""
 
 
 class Found:
@@ -393,7 +395,7 @@ class Found:
 
         Of HMC and clusters the longer runs; lengths of 1 are apart where they are long.
         """
-        runs = [self.get(extent, n) for n in (("hmc1", "hmc", "tau1", net) if net == "one-block" else (net,))]
+        runs = [self.get(extent, n) for n in ((*APART, net) if net == "one-block" else (net,))]
         known = [(r, s) for r in runs if r for s in r["samplers"] if s["name"] == name and "error" not in s]
         if not known:
             return None
@@ -519,7 +521,7 @@ def table_priors(found: Found) -> str:
 def table_details(found: Found) -> str:
     rows = []
     for extent in SIZES:
-        runs = [found.get(extent, net) for net in ("hmc1", "hmc", "tau1", "one-block")]
+        runs = [found.get(extent, net) for net in (*APART, "one-block")]
         for name in dict.fromkeys(entry["name"] for run in filter(None, runs) for entry in run["samplers"]):
             record = found.sampler(extent, name)
             rows.append(
