@@ -297,11 +297,6 @@ struct flow_group {
   const flow_plan<T>& plan;
   flow_work<T> work;
 
-  template <class F>
-  LFQ_HD static void every_other(int x0, int length, F&& f) {
-    every_other_site<T>(x0, length, f);
-  }
-
   // ---- the nets --------------------------------------------------------------------------
   // Hidden activations of all sites, [site][channel] per layer, from the frozen sites of x.
   void run_hidden(const layer_plan<T>& l, const V* x) const {
@@ -334,7 +329,7 @@ struct flow_group {
       convolve(l.win, active, 2, in, l.channels[last], l.weight[last], N, l.bias[last],
                [&](int64_t site, int ch, V v) { u[N * site + ch] = v; });
       for (int64_t r = 0; r < l.lat.n_rows; ++r)
-        every_other(l.lat.row_parity(r) ^ active, l.lat.length, [&](auto real, int c) LFQ_LAMBDA_INLINE {
+        every_other_site<T>(l.lat.row_parity(r) ^ active, l.lat.length, [&](auto real, int c) LFQ_LAMBDA_INLINE {
           using S = span<decltype(real)>;
           const int64_t site = r * l.lat.length + c;
           decltype(real) out[N];
@@ -350,7 +345,7 @@ struct flow_group {
       for (int64_t r = 0; r < l.lat.n_rows; ++r) {
         const int64_t* rows = l.win.rows(r);
         const row_taps<T, NT> taps(l.win, x, rows);
-        every_other(l.lat.row_parity(r) ^ active, l.lat.length, [&](auto real, int c) LFQ_LAMBDA_INLINE {
+        every_other_site<T>(l.lat.row_parity(r) ^ active, l.lat.length, [&](auto real, int c) LFQ_LAMBDA_INLINE {
           using R = decltype(real);
           R out[N];
           for (int k = 0; k < N; ++k) out[k] = R(bias[k]);
@@ -455,7 +450,7 @@ struct flow_group {
     }
     for (int64_t r = 0; r < l.lat.n_rows; ++r) {
       const row_taps<T, NT> taps(l.win, x, l.win.rows(r));
-      every_other(l.lat.row_parity(r) ^ active, L, [&](auto real, int c) LFQ_LAMBDA_INLINE {
+      every_other_site<T>(l.lat.row_parity(r) ^ active, L, [&](auto real, int c) LFQ_LAMBDA_INLINE {
         using R = decltype(real);
         using P = span<R>;
         const int64_t site = r * L + c;
@@ -482,7 +477,7 @@ struct flow_group {
     }
     for (int64_t r = 0; r < l.lat.n_rows; ++r) {
       const row_cotangents<T, NT, N> taps(l.win, du, l.win.rows(r));
-      every_other(l.lat.row_parity(r) ^ active ^ 1, L, [&](auto real, int c) LFQ_LAMBDA_INLINE {
+      every_other_site<T>(l.lat.row_parity(r) ^ active ^ 1, L, [&](auto real, int c) LFQ_LAMBDA_INLINE {
         using R = decltype(real);
         using P = span<R>;
         V* target = g + r * L + c;
@@ -503,7 +498,7 @@ struct flow_group {
     V* dout = work.dchannel[0];
     parameter_gradient<T, S, N> parameters;
     for (int64_t r = 0; r < l.lat.n_rows; ++r)
-      every_other(l.lat.row_parity(r) ^ active, L, [&](auto real, int c) LFQ_LAMBDA_INLINE {
+      every_other_site<T>(l.lat.row_parity(r) ^ active, L, [&](auto real, int c) LFQ_LAMBDA_INLINE {
         using R = decltype(real);
         const int64_t site = r * L + c;
         R u[N];

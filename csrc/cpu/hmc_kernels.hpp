@@ -47,6 +47,8 @@ struct phi4_potential {
 
   const V* field() const { return w.z; }
   bool moved = true;  // since the trajectory began, whose first drift goes from w.z_old to w.z
+  bool waiting = false;
+  double waiting_k = 0, waiting_d = 0;
 
   // The action as `last_kick` with the same k sums it: a run in pieces then has the bits of a whole one.
   void start(double k, lane_sum<T>& s) {
@@ -64,21 +66,47 @@ struct phi4_potential {
     for (int64_t i = 0; i < theory.lat.volume; ++i) w.z[i] = blend<T>(accept, w.z[i], w.z_old[i]);
   }
   phi4_kick<T> kick(double k) const { return phi4_kick<T>(theory.beta, theory.lam, k); }
+  template <bool UNIT>
+  phi4_step<T, UNIT> step(double k, double d) const {
+    return {kick(k), phi4_drift<T, UNIT>(d)};
+  }
+  // Steps go two at a time where that is possible: the first of two waits for the second.
   void kick_drift(double k, double d) {
+    if (!theory.pairs_steps()) return one_step(k, d);
+    if (waiting) {
+      if (d == 1.0 && waiting_d == 1.0)
+        two_steps<true>(k, d);
+      else
+        two_steps<false>(k, d);
+    }
+    waiting = !waiting;
+    waiting_k = k, waiting_d = d;
+  }
+  void one_step(double k, double d) {
     if (d == 1.0)
-      kick_drift<true>(kick(k), T(1));
+      one_step(step<true>(k, d));
     else
-      kick_drift<false>(kick(k), T(d));
+      one_step(step<false>(k, d));
   }
   template <bool UNIT>
-  void kick_drift(const phi4_kick<T>& k, T d) {
+  void one_step(const phi4_step<T, UNIT>& s) {
     if (moved)
-      theory.template kick_drift<UNIT, true>(w.z, w.z, w.pi, k, d);
+      theory.template kick_drift<true>(w.z, w.z, w.pi, s);
     else
-      theory.template kick_drift<UNIT, false>(w.z_old, w.z, w.pi, k, d);
+      theory.template kick_drift<false>(w.z_old, w.z, w.pi, s);
     moved = true;
   }
-  void last_kick(double k, lane_sum<T>& s, site_sum<T>& p2) { theory.kick_energy(w.z, w.pi, kick(k), k, s, p2); }
+  template <bool UNIT>
+  void two_steps(double k, double d) {
+    if constexpr (D == 2)
+      theory.two_steps(moved ? w.z : w.z_old, w.z, w.pi, step<UNIT>(waiting_k, waiting_d), step<UNIT>(k, d));
+    moved = true;
+  }
+  void last_kick(double k, lane_sum<T>& s, site_sum<T>& p2) {
+    if (waiting) one_step(waiting_k, waiting_d);
+    waiting = false;
+    theory.kick_energy(w.z, w.pi, kick(k), k, s, p2);
+  }
 };
 
 // S~(z) = S(f(z)) - log|det df/dz|

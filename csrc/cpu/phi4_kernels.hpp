@@ -22,15 +22,28 @@ template <class T>
 struct halo {
   simd<T>* below = nullptr;  // of slabs only: under slice 0, the last slice of the slab before
   simd<T>* above = nullptr;  // over the last slice: slice 0 (of the slab after)
-  simd<T>* left = nullptr;   // of each row, a column as it was before it moved: see kick_drift
-  simd<T>* first = nullptr;
+  simd<T>* between = nullptr;  // row 1 as it was between two steps: see two_steps
   void plan(arena& mem, const lfq_phi4& theory, bool split) {
     const lattice lat(theory.ndim, theory.extent);
     if (split) below = mem.take<simd<T>>(lat.volume / lat.extent[0]);
     above = mem.take<simd<T>>(lat.volume / lat.extent[0]);
-    left = mem.take<simd<T>>(lat.extent[0]);
-    first = mem.take<simd<T>>(lat.extent[0]);
+    between = mem.take<simd<T>>(lat.length);
   }
+};
+
+// phi + d pi. UNIT: d = 1, the momenta being in units of the step.
+template <class T, bool UNIT>
+struct phi4_drift {
+  simd<T> d;
+  LFQ_HD explicit phi4_drift(double x) : d(T(x)) {}
+  LFQ_HD simd<T> operator()(simd<T> phi, simd<T> p) const { return UNIT ? phi + p : fma(d, p, phi); }
+};
+
+// A kick and the drift after it.
+template <class T, bool UNIT>
+struct phi4_step {
+  phi4_kick<T> kick;
+  phi4_drift<T, UNIT> drift;
 };
 
 template <class T, int D>
@@ -42,9 +55,11 @@ struct phi4_group {
   double beta, lam;
   phi4_site<T> site;
   halo<T> edge;
+  rotation<T> before, after;  // what a slab's first slice sees below it, and its last one above
 
   phi4_group(const lfq_phi4& theory, bool split_lanes, const halo<T>& h)
-      : split(split_lanes), whole(D, theory.extent), lat(whole), beta(theory.beta), lam(theory.lam), site(beta, lam), edge(h) {
+      : split(split_lanes), whole(D, theory.extent), lat(whole), beta(theory.beta), lam(theory.lam), site(beta, lam),
+        edge(h), before(split ? -1 : 0), after(split ? 1 : 0) {
     if (!split) return;
     int32_t extent[LFQ_MAX_DIM];
     for (int i = 0; i < D; ++i) extent[i] = whole.extent[i];
@@ -55,7 +70,6 @@ struct phi4_group {
   // Before a pass over phi: what the outermost slices of each slab see across its edges.
   void exchange(const V* phi) const {
     if (!split) return;
-    const rotation<T> before(-1), after(1);
     const int64_t n = lat.volume / lat.extent[0];
     for (int64_t i = 0; i < n; ++i) edge.below[i] = before(phi[lat.volume - n + i]);
     for (int64_t i = 0; i < n; ++i) edge.above[i] = after(phi[i]);
@@ -134,13 +148,13 @@ struct phi4_group {
       });
   }
 
-  // p += k F(phi), then to = phi + d p, in one pass over the lattice. IN_PLACE: `to` is phi. UNIT: d = 1, the
-  // momenta being in units of the step. A slice moves once both its neighbours were kicked: while the next one
-  // is. The first slice moves long before the last is kicked, which sees a copy of it.
-  template <bool UNIT, bool IN_PLACE>
-  void kick_drift(const V* phi, V* to, V* p, const phi4_kick<T>& kick, T d) const {
-    const V vd(d);
-    const auto moved = [&](V x, V v) LFQ_LAMBDA_INLINE { return UNIT ? x + v : fma(vd, v, x); };
+  // p += k F(phi), then to = phi + d p, in one pass over the lattice. IN_PLACE: `to` is phi. A slice moves once
+  // both its neighbours were kicked: while the next one is. The first slice moves long before the last is kicked,
+  // which sees a copy of it.
+  template <bool IN_PLACE, bool UNIT>
+  void kick_drift(const V* phi, V* to, V* p, const phi4_step<T, UNIT>& step) const {
+    const phi4_kick<T>& kick = step.kick;
+    const phi4_drift<T, UNIT>& moved = step.drift;
     if constexpr (D == 1) {
       row(phi, 0, [&](int64_t i, V x, V, V all) LFQ_LAMBDA_INLINE { p[i] = kick(p[i], x, all); });
       for (int64_t i = 0; i < lat.volume; ++i) to[i] = moved(phi[i], p[i]);
@@ -154,79 +168,167 @@ struct phi4_group {
         for (int64_t i = 0; i < slice; ++i) edge.above[i] = phi[i];
       int s = 0;
       if constexpr (D == 2)
-        if (slices % 2 == 0) {
-          const int block = columns(n);
-          if (n < 2 * block)
-            two_row_steps<IN_PLACE, false>(phi, to, p, 0, n, kick, moved);
-          else
-            for (int x0 = 0, x1 = 0; x0 < n; x0 = x1) {
-              x1 = n - x0 < 2 * block ? n : x0 + block;
-              two_row_steps<IN_PLACE, true>(phi, to, p, x0, x1, kick, moved);
-            }
-          s = slices;
-        }
+        if (slices % 2 == 0)
+          for (; s < slices; s += 2) {
+            const int64_t at = s * int64_t(n);
+            const V* below = s > 0 ? phi + at - n : split ? edge.below : phi + last;
+            const V* above = s + 2 < slices ? phi + at + 2 * n : edge.above;
+            if (s > 0)
+              two_rows<true, IN_PLACE>(phi + at, to + at, below, above, p + at, step);
+            else
+              two_rows<false, IN_PLACE>(phi, to, below, above, p, step);
+          }
       for (; s < slices; ++s)
         for (int64_t r = s * rows; r < (s + 1) * rows; ++r) {
-          const int64_t before = (s > 0 ? r - rows : r) * n;
+          const int64_t below = (s > 0 ? r - rows : r) * n;
           row(phi, r, [&](int64_t i, V x, V, V all) LFQ_LAMBDA_INLINE { p[i] = kick(p[i], x, all); },
               edge.above, [&](int x) LFQ_LAMBDA_INLINE {
-                if (s > 0) to[before + x] = moved(phi[before + x], p[before + x]);
+                if (s > 0) to[below + x] = moved(phi[below + x], p[below + x]);
               });
         }
       for (int64_t i = last; i < lat.volume; ++i) to[i] = moved(phi[i], p[i]);
     }
   }
-  // Long rows are taken some columns at a time, so that the rows a site needs are still in the first-level
-  // cache when they are needed again; lattices from beyond the second level want longer runs of memory. What
-  // moved already is remembered in edge.left and edge.first.
-  static int columns(int length) { return length < 512 ? 32 : 128; }
-
-  template <bool IN_PLACE, bool BLOCKED, class Move>
-  LFQ_HD void two_row_steps(const V* phi, V* to, V* p, int x0, int x1, const phi4_kick<T>& kick, Move&& moved) const {
-    const int n = lat.length, rows = lat.extent[0];
-    if (BLOCKED && x0 == 0)
-      for (int r = 0; r < rows; ++r) {
-        edge.left[r] = phi[r * int64_t(n) + n - 1];
-        edge.first[r] = phi[r * int64_t(n)];
-      }
-    for (int r = 0; r < rows; r += 2) {
-      const int64_t at = r * int64_t(n);
-      const V* below = r > 0 ? phi + at - n : split ? edge.below : phi + (rows - 1) * int64_t(n);
-      const V* above = r + 2 < rows ? phi + at + 2 * n : edge.above;
-      if (r > 0)
-        two_rows<true, IN_PLACE, BLOCKED>(phi + at, to + at, below, above, p + at, r, x0, x1, kick, moved);
-      else
-        two_rows<false, IN_PLACE, BLOCKED>(phi, to, below, above, p, r, x0, x1, kick, moved);
-    }
+  // Calls f(x, phi and phi1, what their neighbours along the row add up to) for every site of two rows, whose
+  // sites value(x) and value1(x) tell.
+  template <class A, class B, class F>
+  LFQ_HD static void along_rows(int n, A&& value, B&& value1, F&& f) {
+    V left = value(n - 1), left1 = value1(n - 1), here = value(0), here1 = value1(0);
+    const V end = here, end1 = here1;
+    const auto visit = [&](int x, V right, V right1) LFQ_LAMBDA_INLINE {
+      f(x, here, here1, left + right, left1 + right1);
+      left = here, left1 = here1;
+      here = right, here1 = right1;
+    };
+    for (int x = 0; x + 1 < n; ++x) visit(x, value(x + 1), value1(x + 1));
+    visit(n - 1, end, end1);
   }
   // Kicks two rows and moves the first of them, and MOVE_BELOW the row below: neighbours of a site come from
   // registers where they can.
-  template <bool MOVE_BELOW, bool IN_PLACE, bool BLOCKED, class Move>
-  LFQ_HD void two_rows(const V* phi, V* target, const V* below, const V* above, V* p, int r, int x0, int x1,
-                       const phi4_kick<T>& kick, Move&& moved) const {
+  template <bool MOVE_BELOW, bool IN_PLACE, bool UNIT>
+  LFQ_HD void two_rows(const V* phi, V* target, const V* below, const V* above, V* p,
+                       const phi4_step<T, UNIT>& step) const {
     const int n = lat.length;
     // fewer pointers to hold
     V* to = IN_PLACE ? const_cast<V*>(phi) : target;
     const V *phi1 = phi + n, *p_below = p - n;
     V *p1 = p + n, *to_below = IN_PLACE ? const_cast<V*>(below) : to - n;
-    V left0 = BLOCKED ? edge.left[r] : phi[n - 1], left1 = BLOCKED ? edge.left[r + 1] : phi1[n - 1];
-    V here0 = phi[x0], here1 = phi1[x0];
-    const V end0 = !BLOCKED ? here0 : x1 < n ? phi[x1] : edge.first[r];
-    const V end1 = !BLOCKED ? here1 : x1 < n ? phi1[x1] : edge.first[r + 1];
-    const auto visit = [&](int x, V right0, V right1) LFQ_LAMBDA_INLINE {
-      const V under = below[x];
-      const V k0 = kick(p[x], here0, (left0 + right0) + (under + here1));
-      const V k1 = kick(p1[x], here1, (left1 + right1) + (here0 + above[x]));
-      p[x] = k0;
+    along_rows(
+        n, [&](int x) LFQ_LAMBDA_INLINE { return phi[x]; }, [&](int x) LFQ_LAMBDA_INLINE { return phi1[x]; },
+        [&](int x, V here, V here1, V sides, V sides1) LFQ_LAMBDA_INLINE {
+          const V under = below[x];
+          const V k = step.kick(p[x], here, sides + (under + here1));
+          p1[x] = step.kick(p1[x], here1, sides1 + (here + above[x]));
+          p[x] = k;
+          if constexpr (MOVE_BELOW) to_below[x] = step.drift(under, p_below[x]);
+          to[x] = step.drift(here, k);
+        });
+  }
+
+  // Whether kick_drift has a form that takes two steps at once. It keeps more numbers at hand than 16 registers
+  // hold, and then is worth it only where fields come from beyond the second-level cache.
+  bool pairs_steps() const {
+    constexpr int64_t second_level = int64_t(1) << 20;
+    const bool fits = D == 2 && lat.extent[0] % 2 == 0 && lat.extent[0] >= 4 && lat.length >= 3;
+    return fits && (simd_registers >= 32 || 2 * lat.volume * int64_t(sizeof(V)) > second_level);
+  }
+  // Two kicks and drifts, a and b, in one pass over the rows, with the bits of two passes. Fields travel once, and half
+  // the numbers between the steps never leave their registers. As step a kicks rows r and r + 1, step b kicks
+  // rows r - 1 and r a column behind; what is below rests like this until its turn comes:
+  //   row r - 1: kicked by a, not moved; row r - 2: moved by a, kicked by b, not moved; further rows are done.
+  // Row 0 waits, kicked by a, until the last row is there to kick it.
+  template <bool UNIT>
+  void two_steps(const V* from, V* to, V* p, const phi4_step<T, UNIT>& a, const phi4_step<T, UNIT>& b) const {
+    const int n = lat.length, rows = lat.extent[0];
+    const int64_t last = (rows - 1) * int64_t(n);
+    begin_two_steps(from, from + last, p, a.kick);
+    four_rows<true>(from, to, p, rows > 4 ? from + 4 * n : split ? edge.above : from, 2, a, b);
+    for (int r = 4; r < rows; r += 2)
+      four_rows<false>(from, to, p, r + 2 < rows ? from + (r + 2) * int64_t(n) : split ? edge.above : from, r, a, b);
+    end_two_steps(from, to, p, last, a, b);
+  }
+  // Kicks rows 0 and 1.
+  LFQ_HD void begin_two_steps(const V* phi, const V* last, V* p, const phi4_kick<T>& kick) const {
+    const int n = lat.length;
+    const V *phi1 = phi + n, *above = phi + 2 * n;
+    V* p1 = p + n;
+    along_rows(
+        n, [&](int x) LFQ_LAMBDA_INLINE { return phi[x]; }, [&](int x) LFQ_LAMBDA_INLINE { return phi1[x]; },
+        [&](int x, V here, V here1, V sides, V sides1) LFQ_LAMBDA_INLINE {
+          p[x] = kick(p[x], here, sides + (before(last[x]) + here1));
+          p1[x] = kick(p1[x], here1, sides1 + (here + above[x]));
+          if (split) edge.above[x] = after(here);
+        });
+  }
+  // Step a of rows r and r + 1, step b of rows r - 1 and r. FIRST: r = 2, where row 0 waits.
+  template <bool FIRST, bool UNIT>
+  LFQ_HD void four_rows(const V* from, V* to, V* p, const V* above, int r, const phi4_step<T, UNIT>& a,
+                        const phi4_step<T, UNIT>& b) const {
+    const int n = lat.length;
+    const int64_t at = r * int64_t(n);
+    const V *from0 = from + at, *from1 = from0 + n, *from_below = from0 - n, *from_below2 = from_below - n;
+    V *to0 = to + at, *to_below = to0 - n, *to_below2 = to_below - n;
+    V *p0 = p + at, *p1 = p0 + n, *p_below = p0 - n, *p_below2 = p_below - n;
+    // A column between the steps: phi in rows r - 1, r and r + 1, and the momentum of row r.
+    struct column {
+      V below, here, above, momentum;
+    };
+    V left0 = from0[n - 1], left1 = from1[n - 1], here0 = from0[0], here1 = from1[0];
+    const auto step_a = [&](int x, V right0, V right1) LFQ_LAMBDA_INLINE {
+      const V under = from_below[x];
+      const V k0 = a.kick(p0[x], here0, (left0 + right0) + (under + here1));
+      const V k1 = a.kick(p1[x], here1, (left1 + right1) + (here0 + above[x]));
       p1[x] = k1;
-      if constexpr (MOVE_BELOW) to_below[x] = moved(under, p_below[x]);
-      to[x] = moved(here0, k0);
+      const column c = {a.drift(under, p_below[x]), a.drift(here0, k0), a.drift(here1, k1), k0};
       left0 = here0, left1 = here1;
       here0 = right0, here1 = right1;
+      return c;
     };
-    for (int x = x0; x + 1 < x1; ++x) visit(x, phi[x + 1], phi1[x + 1]);
-    visit(x1 - 1, end0, end1);
-    if constexpr (BLOCKED) edge.left[r] = left0, edge.left[r + 1] = left1;
+    const auto step_b = [&](int x, const column& left, const column& c, const column& right) LFQ_LAMBDA_INLINE {
+      const V under = FIRST ? a.drift(from_below2[x], p_below2[x]) : to_below2[x];
+      const V k_below = b.kick(p_below[x], c.below, (left.below + right.below) + (under + c.here));
+      p0[x] = b.kick(c.momentum, c.here, (left.here + right.here) + (c.below + c.above));
+      p_below[x] = k_below;
+      if constexpr (FIRST)
+        edge.between[x] = c.below;
+      else
+        to_below2[x] = b.drift(under, p_below2[x]);
+      to_below[x] = b.drift(c.below, k_below);
+      to0[x] = c.here;
+    };
+    const V end0 = here0, end1 = here1;
+    const column first = step_a(0, from0[1], from1[1]), second = step_a(1, from0[2], from1[2]);
+    column left = first, here = second;
+    for (int x = 2; x + 1 < n; ++x) {
+      const column right = step_a(x, from0[x + 1], from1[x + 1]);
+      step_b(x - 1, left, here, right);
+      left = here, here = right;
+    }
+    const column last = step_a(n - 1, end0, end1);
+    step_b(n - 2, left, here, last);
+    step_b(n - 1, here, last, first);
+    step_b(0, last, first, second);
+  }
+  // Step b of the last row and of row 0.
+  template <bool UNIT>
+  LFQ_HD void end_two_steps(const V* from, V* to, V* p, int64_t last, const phi4_step<T, UNIT>& a,
+                            const phi4_step<T, UNIT>& b) const {
+    const int n = lat.length;
+    const V *from1 = from + last, *p_below = p + last - n;
+    V *to1 = to + last, *to_below = to1 - n, *p1 = p + last;
+    along_rows(
+        n, [&](int x) LFQ_LAMBDA_INLINE { return a.drift(from[x], p[x]); },
+        [&](int x) LFQ_LAMBDA_INLINE { return a.drift(from1[x], p1[x]); },
+        [&](int x, V here, V here1, V sides, V sides1) LFQ_LAMBDA_INLINE {
+          const V under = to_below[x];
+          const V k = b.kick(p[x], here, sides + (before(here1) + edge.between[x]));
+          const V k1 = b.kick(p1[x], here1, sides1 + (under + after(here)));
+          p[x] = k;
+          p1[x] = k1;
+          to_below[x] = b.drift(under, p_below[x]);
+          to[x] = b.drift(here, k);
+          to1[x] = b.drift(here1, k1);
+        });
   }
   // The last kick, with the action after it and the square of the momenta. Since the sum of -phi F counts the
   // quadratic terms of S twice and the quartic one four times, S = sum of -phi F / 2 - lam phi^4.
