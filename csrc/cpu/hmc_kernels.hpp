@@ -47,8 +47,8 @@ struct phi4_potential {
 
   const V* field() const { return w.z; }
   bool moved = true;  // since the trajectory began, whose first drift goes from w.z_old to w.z
-  bool waiting = false;
-  double waiting_k = 0, waiting_d = 0;
+  int n_waiting = 0;
+  phi4_step<T> waiting[2 * halo<T>::max_pairs];
 
   // The action as `last_kick` with the same k sums it: a run in pieces then has the bits of a whole one.
   void start(double k, lane_sum<T>& s) {
@@ -66,45 +66,38 @@ struct phi4_potential {
     for (int64_t i = 0; i < theory.lat.volume; ++i) w.z[i] = blend<T>(accept, w.z[i], w.z_old[i]);
   }
   phi4_kick<T> kick(double k) const { return phi4_kick<T>(theory.beta, theory.lam, k); }
-  template <bool UNIT>
-  phi4_step<T, UNIT> step(double k, double d) const {
-    return {kick(k), phi4_drift<T, UNIT>(d)};
-  }
-  // Steps go two at a time where that is possible: the first of two waits for the second.
+  // Steps wait until there are as many as go at once.
   void kick_drift(double k, double d) {
-    if (!theory.pairs_steps()) return one_step(k, d);
-    if (waiting) {
-      if (d == 1.0 && waiting_d == 1.0)
-        two_steps<true>(k, d);
-      else
-        two_steps<false>(k, d);
-    }
-    waiting = !waiting;
-    waiting_k = k, waiting_d = d;
+    waiting[n_waiting++] = {kick(k), T(d)};
+    if (n_waiting >= 2 * theory.pairs_at_once()) run_waiting();
   }
-  void one_step(double k, double d) {
-    if (d == 1.0)
-      one_step(step<true>(k, d));
+  void run_waiting() {
+    bool unit = true;
+    for (int i = 0; i < n_waiting; ++i) unit = unit && waiting[i].d == T(1);
+    if (unit)
+      run_waiting<true>();
     else
-      one_step(step<false>(k, d));
+      run_waiting<false>();
+    n_waiting = 0;
   }
   template <bool UNIT>
-  void one_step(const phi4_step<T, UNIT>& s) {
-    if (moved)
-      theory.template kick_drift<true>(w.z, w.z, w.pi, s);
-    else
-      theory.template kick_drift<false>(w.z_old, w.z, w.pi, s);
-    moved = true;
-  }
-  template <bool UNIT>
-  void two_steps(double k, double d) {
+  void run_waiting() {
+    const int n_pairs = theory.pairs_at_once() > 0 ? n_waiting / 2 : 0;
     if constexpr (D == 2)
-      theory.two_steps(moved ? w.z : w.z_old, w.z, w.pi, step<UNIT>(waiting_k, waiting_d), step<UNIT>(k, d));
-    moved = true;
+      if (n_pairs > 0) {
+        theory.template steps_in_pairs<UNIT>(moved ? w.z : w.z_old, w.z, w.pi, waiting, n_pairs);
+        moved = true;
+      }
+    for (int i = 2 * n_pairs; i < n_waiting; ++i) {
+      if (moved)
+        theory.template kick_drift<UNIT, true>(w.z, w.z, w.pi, waiting[i]);
+      else
+        theory.template kick_drift<UNIT, false>(w.z_old, w.z, w.pi, waiting[i]);
+      moved = true;
+    }
   }
   void last_kick(double k, lane_sum<T>& s, site_sum<T>& p2) {
-    if (waiting) one_step(waiting_k, waiting_d);
-    waiting = false;
+    run_waiting();
     theory.kick_energy(w.z, w.pi, kick(k), k, s, p2);
   }
 };

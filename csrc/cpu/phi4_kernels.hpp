@@ -22,28 +22,27 @@ template <class T>
 struct halo {
   simd<T>* below = nullptr;  // of slabs only: under slice 0, the last slice of the slab before
   simd<T>* above = nullptr;  // over the last slice: slice 0 (of the slab after)
-  simd<T>* between = nullptr;  // row 1 as it was between two steps: see two_steps
+  // Of two-dimensional lattices: see steps_in_pairs.
+  static constexpr int max_pairs = 3;
+  simd<T>* between = nullptr;  // the row after each pass's first one as it was between its two steps
+  simd<T>* seam = nullptr;     // four rows on either side of row 0, phi and momenta
   void plan(arena& mem, const lfq_phi4& theory, bool split) {
     const lattice lat(theory.ndim, theory.extent);
     if (split) below = mem.take<simd<T>>(lat.volume / lat.extent[0]);
     above = mem.take<simd<T>>(lat.volume / lat.extent[0]);
-    between = mem.take<simd<T>>(lat.length);
+    if (lat.ndim != 2) return;
+    between = mem.take<simd<T>>(max_pairs * int64_t(lat.length));
+    seam = mem.take<simd<T>>(8 * int64_t(lat.length));
   }
 };
 
-// phi + d pi. UNIT: d = 1, the momenta being in units of the step.
-template <class T, bool UNIT>
-struct phi4_drift {
-  simd<T> d;
-  LFQ_HD explicit phi4_drift(double x) : d(T(x)) {}
-  LFQ_HD simd<T> operator()(simd<T> phi, simd<T> p) const { return UNIT ? phi + p : fma(d, p, phi); }
-};
-
-// A kick and the drift after it.
-template <class T, bool UNIT>
+// A kick and the drift after it, phi + d pi. UNIT: d = 1, the momenta being in units of the step.
+template <class T>
 struct phi4_step {
   phi4_kick<T> kick;
-  phi4_drift<T, UNIT> drift;
+  T d;
+  template <bool UNIT>
+  LFQ_HD simd<T> drift(simd<T> phi, simd<T> p) const { return UNIT ? phi + p : fma(simd<T>(d), p, phi); }
 };
 
 template <class T, int D>
@@ -151,10 +150,10 @@ struct phi4_group {
   // p += k F(phi), then to = phi + d p, in one pass over the lattice. IN_PLACE: `to` is phi. A slice moves once
   // both its neighbours were kicked: while the next one is. The first slice moves long before the last is kicked,
   // which sees a copy of it.
-  template <bool IN_PLACE, bool UNIT>
-  void kick_drift(const V* phi, V* to, V* p, const phi4_step<T, UNIT>& step) const {
+  template <bool UNIT, bool IN_PLACE>
+  void kick_drift(const V* phi, V* to, V* p, const phi4_step<T>& step) const {
     const phi4_kick<T>& kick = step.kick;
-    const phi4_drift<T, UNIT>& moved = step.drift;
+    const auto moved = [&](V x, V v) LFQ_LAMBDA_INLINE { return step.template drift<UNIT>(x, v); };
     if constexpr (D == 1) {
       row(phi, 0, [&](int64_t i, V x, V, V all) LFQ_LAMBDA_INLINE { p[i] = kick(p[i], x, all); });
       for (int64_t i = 0; i < lat.volume; ++i) to[i] = moved(phi[i], p[i]);
@@ -174,9 +173,9 @@ struct phi4_group {
             const V* below = s > 0 ? phi + at - n : split ? edge.below : phi + last;
             const V* above = s + 2 < slices ? phi + at + 2 * n : edge.above;
             if (s > 0)
-              two_rows<true, IN_PLACE>(phi + at, to + at, below, above, p + at, step);
+              two_rows<UNIT, true, IN_PLACE>(phi + at, to + at, below, above, p + at, step);
             else
-              two_rows<false, IN_PLACE>(phi, to, below, above, p, step);
+              two_rows<UNIT, false, IN_PLACE>(phi, to, below, above, p, step);
           }
       for (; s < slices; ++s)
         for (int64_t r = s * rows; r < (s + 1) * rows; ++r) {
@@ -205,9 +204,9 @@ struct phi4_group {
   }
   // Kicks two rows and moves the first of them, and MOVE_BELOW the row below: neighbours of a site come from
   // registers where they can.
-  template <bool MOVE_BELOW, bool IN_PLACE, bool UNIT>
+  template <bool UNIT, bool MOVE_BELOW, bool IN_PLACE>
   LFQ_HD void two_rows(const V* phi, V* target, const V* below, const V* above, V* p,
-                       const phi4_step<T, UNIT>& step) const {
+                       const phi4_step<T>& step) const {
     const int n = lat.length;
     // fewer pointers to hold
     V* to = IN_PLACE ? const_cast<V*>(phi) : target;
@@ -220,50 +219,94 @@ struct phi4_group {
           const V k = step.kick(p[x], here, sides + (under + here1));
           p1[x] = step.kick(p1[x], here1, sides1 + (here + above[x]));
           p[x] = k;
-          if constexpr (MOVE_BELOW) to_below[x] = step.drift(under, p_below[x]);
-          to[x] = step.drift(here, k);
+          if constexpr (MOVE_BELOW) to_below[x] = step.template drift<UNIT>(under, p_below[x]);
+          to[x] = step.template drift<UNIT>(here, k);
         });
   }
 
-  // Whether kick_drift has a form that takes two steps at once. It keeps more numbers at hand than 16 registers
-  // hold, and then is worth it only where fields come from beyond the second-level cache.
-  bool pairs_steps() const {
-    constexpr int64_t second_level = int64_t(1) << 20;
-    const bool fits = D == 2 && lat.extent[0] % 2 == 0 && lat.extent[0] >= 4 && lat.length >= 3;
-    return fits && (simd_registers >= 32 || 2 * lat.volume * int64_t(sizeof(V)) > second_level);
+  // How many pairs of steps `steps_in_pairs` should take in one sweep, 0 for kick_drift alone. A pair keeps more
+  // numbers at hand than 16 registers hold, and then is worth it only where fields come from beyond the second-level
+  // cache. More pairs than one save nothing but traffic with memory: where fields exceed a core's part of the last
+  // cache.
+  int pairs_at_once() const {
+    constexpr int64_t second_level = int64_t(1) << 20, last_level = int64_t(1) << 23;
+    const int rows = lat.extent[0];
+    if (D != 2 || rows % 2 != 0 || rows < 4 || lat.length < 3) return 0;
+    const int64_t bytes = 2 * lat.volume * int64_t(sizeof(V));
+    if (bytes > last_level && rows >= 2 * halo<T>::max_pairs + 2) return halo<T>::max_pairs;
+    return simd_registers >= 32 || bytes > second_level;
   }
-  // Two kicks and drifts, a and b, in one pass over the rows, with the bits of two passes. Fields travel once, and half
-  // the numbers between the steps never leave their registers. As step a kicks rows r and r + 1, step b kicks
-  // rows r - 1 and r a column behind; what is below rests like this until its turn comes:
+  // Pairs of steps with the bits of single ones. Two kicks and drifts, a and b, are one pass over the rows: fields
+  // travel once, and half the numbers between the steps never leave their registers. As step a kicks rows r and r + 1,
+  // step b kicks rows r - 1 and r a column behind; what is below rests like this until its turn comes:
   //   row r - 1: kicked by a, not moved; row r - 2: moved by a, kicked by b, not moved; further rows are done.
-  // Row 0 waits, kicked by a, until the last row is there to kick it.
+  // The row where a pass began waits, kicked by a, until the row before it is there to kick it. Further passes run
+  // right behind, while rows are in cache; each begins two rows above the one that waits for the pass before.
   template <bool UNIT>
-  void two_steps(const V* from, V* to, V* p, const phi4_step<T, UNIT>& a, const phi4_step<T, UNIT>& b) const {
-    const int n = lat.length, rows = lat.extent[0];
-    const int64_t last = (rows - 1) * int64_t(n);
-    begin_two_steps(from, from + last, p, a.kick);
-    four_rows<true>(from, to, p, rows > 4 ? from + 4 * n : split ? edge.above : from, 2, a, b);
-    for (int r = 4; r < rows; r += 2)
-      four_rows<false>(from, to, p, r + 2 < rows ? from + (r + 2) * int64_t(n) : split ? edge.above : from, r, a, b);
-    end_two_steps(from, to, p, last, a, b);
+  void steps_in_pairs(const V* from, V* phi, V* p, const phi4_step<T>* steps, int n_pairs) const {
+    const int groups = lat.extent[0] / 2;
+    constexpr int lag = 3;  // a pass is done with what lies six rows behind it, as the next one counts them
+    for (int turn = 0; turn <= groups + lag * (n_pairs - 1); ++turn)
+      for (int pass = 0; pass < n_pairs; ++pass) {
+        const int item = turn - lag * pass;
+        if (item < 0 || item > groups) continue;
+        const V* source = pass > 0 ? phi : from;
+        const phi4_step<T>&a = steps[2 * pass], &b = steps[2 * pass + 1];
+        if (item == 0)
+          begin_pair(source, p, 2 * pass, a.kick);
+        else if (item < groups)
+          continue_pair<UNIT>(source, phi, p, pass, item, a, b);
+        else
+          end_pair<UNIT>(source, phi, p, pass, a, b);
+      }
   }
-  // Kicks rows 0 and 1.
-  LFQ_HD void begin_two_steps(const V* phi, const V* last, V* p, const phi4_kick<T>& kick) const {
+  template <bool UNIT>
+  LFQ_HD void continue_pair(const V* from, V* to, V* p, int pass, int item, const phi4_step<T>& a,
+                            const phi4_step<T>& b) const {
+    const int n = lat.length, rows = lat.extent[0], r = 2 * (pass + item) % rows;
+    const V* above = from + (r + 2 < rows ? r + 2 : 0) * int64_t(n);
+    if (split && r + 2 == rows) {
+      if (pass > 0)
+        for (int x = 0; x < n; ++x) edge.above[x] = after(to[x]);
+      above = edge.above;
+    }
+    V* between = edge.between + pass * int64_t(n);
+    if (item == 1) return four_rows<UNIT, true>(from, to, p, above, r, between, a, b);
+    if (r > 0) return four_rows<UNIT, false>(from, to, p, above, r, between, a, b);
+    // Rows below row 0 lie at the end of the field, and in other lanes.
+    const int64_t last = lat.volume - 2 * int64_t(n);
+    V *seam = edge.seam, *p_seam = seam + 4 * int64_t(n);
+    for (int x = 0; x < 2 * n; ++x) {
+      seam[x] = before(to[last + x]), p_seam[x] = before(p[last + x]);
+      seam[2 * n + x] = to[x], p_seam[2 * n + x] = p[x];
+    }
+    four_rows<UNIT, false>(seam, seam, p_seam, above, 2, between, a, b);
+    for (int x = 0; x < 2 * n; ++x) {
+      to[last + x] = after(seam[x]), p[last + x] = after(p_seam[x]);
+      to[x] = seam[2 * n + x], p[x] = p_seam[2 * n + x];
+    }
+  }
+  // Kicks rows r and r + 1.
+  LFQ_HD void begin_pair(const V* from, V* p, int r, const phi4_kick<T>& kick) const {
     const int n = lat.length;
-    const V *phi1 = phi + n, *above = phi + 2 * n;
-    V* p1 = p + n;
+    const int64_t at = r * int64_t(n);
+    const V *from0 = from + at, *from1 = from0 + n, *above = from1 + n;
+    const V* below = r > 0 ? from0 - n : from + lat.volume - n;
+    V *p0 = p + at, *p1 = p0 + n;
+    const rotation<T> turn = r > 0 ? rotation<T>(0) : before;
+    const bool keep = split && r == 0;
     along_rows(
-        n, [&](int x) LFQ_LAMBDA_INLINE { return phi[x]; }, [&](int x) LFQ_LAMBDA_INLINE { return phi1[x]; },
+        n, [&](int x) LFQ_LAMBDA_INLINE { return from0[x]; }, [&](int x) LFQ_LAMBDA_INLINE { return from1[x]; },
         [&](int x, V here, V here1, V sides, V sides1) LFQ_LAMBDA_INLINE {
-          p[x] = kick(p[x], here, sides + (before(last[x]) + here1));
+          p0[x] = kick(p0[x], here, sides + (turn(below[x]) + here1));
           p1[x] = kick(p1[x], here1, sides1 + (here + above[x]));
-          if (split) edge.above[x] = after(here);
+          if (keep) edge.above[x] = after(here);
         });
   }
-  // Step a of rows r and r + 1, step b of rows r - 1 and r. FIRST: r = 2, where row 0 waits.
-  template <bool FIRST, bool UNIT>
-  LFQ_HD void four_rows(const V* from, V* to, V* p, const V* above, int r, const phi4_step<T, UNIT>& a,
-                        const phi4_step<T, UNIT>& b) const {
+  // Step a of rows r and r + 1, step b of rows r - 1 and r. FIRST: row r - 2 is the one that waits.
+  template <bool UNIT, bool FIRST>
+  void four_rows(const V* from, V* to, V* p, const V* above, int r, V* between, const phi4_step<T>& a,
+                 const phi4_step<T>& b) const {
     const int n = lat.length;
     const int64_t at = r * int64_t(n);
     const V *from0 = from + at, *from1 = from0 + n, *from_below = from0 - n, *from_below2 = from_below - n;
@@ -279,21 +322,22 @@ struct phi4_group {
       const V k0 = a.kick(p0[x], here0, (left0 + right0) + (under + here1));
       const V k1 = a.kick(p1[x], here1, (left1 + right1) + (here0 + above[x]));
       p1[x] = k1;
-      const column c = {a.drift(under, p_below[x]), a.drift(here0, k0), a.drift(here1, k1), k0};
+      const column c = {a.template drift<UNIT>(under, p_below[x]), a.template drift<UNIT>(here0, k0),
+                        a.template drift<UNIT>(here1, k1), k0};
       left0 = here0, left1 = here1;
       here0 = right0, here1 = right1;
       return c;
     };
     const auto step_b = [&](int x, const column& left, const column& c, const column& right) LFQ_LAMBDA_INLINE {
-      const V under = FIRST ? a.drift(from_below2[x], p_below2[x]) : to_below2[x];
+      const V under = FIRST ? a.template drift<UNIT>(from_below2[x], p_below2[x]) : to_below2[x];
       const V k_below = b.kick(p_below[x], c.below, (left.below + right.below) + (under + c.here));
       p0[x] = b.kick(c.momentum, c.here, (left.here + right.here) + (c.below + c.above));
       p_below[x] = k_below;
       if constexpr (FIRST)
-        edge.between[x] = c.below;
+        between[x] = c.below;
       else
-        to_below2[x] = b.drift(under, p_below2[x]);
-      to_below[x] = b.drift(c.below, k_below);
+        to_below2[x] = b.template drift<UNIT>(under, p_below2[x]);
+      to_below[x] = b.template drift<UNIT>(c.below, k_below);
       to0[x] = c.here;
     };
     const V end0 = here0, end1 = here1;
@@ -309,25 +353,27 @@ struct phi4_group {
     step_b(n - 1, here, last, first);
     step_b(0, last, first, second);
   }
-  // Step b of the last row and of row 0.
+  // Step b of the row that waits and of the one below it.
   template <bool UNIT>
-  LFQ_HD void end_two_steps(const V* from, V* to, V* p, int64_t last, const phi4_step<T, UNIT>& a,
-                            const phi4_step<T, UNIT>& b) const {
+  LFQ_HD void end_pair(const V* from, V* to, V* p, int pass, const phi4_step<T>& a, const phi4_step<T>& b) const {
     const int n = lat.length;
-    const V *from1 = from + last, *p_below = p + last - n;
-    V *to1 = to + last, *to_below = to1 - n, *p1 = p + last;
+    const int64_t at = 2 * pass * int64_t(n), below = (pass > 0 ? at : lat.volume) - n;
+    const V *from0 = from + at, *from_below = from + below, *p_below2 = p + below - n;
+    const V* between = edge.between + pass * int64_t(n);
+    V *to0 = to + at, *to_below = to + below, *to_below2 = to_below - n, *p0 = p + at, *p_below = p + below;
+    const rotation<T> up = pass > 0 ? rotation<T>(0) : before, down = pass > 0 ? rotation<T>(0) : after;
     along_rows(
-        n, [&](int x) LFQ_LAMBDA_INLINE { return a.drift(from[x], p[x]); },
-        [&](int x) LFQ_LAMBDA_INLINE { return a.drift(from1[x], p1[x]); },
-        [&](int x, V here, V here1, V sides, V sides1) LFQ_LAMBDA_INLINE {
-          const V under = to_below[x];
-          const V k = b.kick(p[x], here, sides + (before(here1) + edge.between[x]));
-          const V k1 = b.kick(p1[x], here1, sides1 + (under + after(here)));
-          p[x] = k;
-          p1[x] = k1;
-          to_below[x] = b.drift(under, p_below[x]);
-          to[x] = b.drift(here, k);
-          to1[x] = b.drift(here1, k1);
+        n, [&](int x) LFQ_LAMBDA_INLINE { return a.template drift<UNIT>(from0[x], p0[x]); },
+        [&](int x) LFQ_LAMBDA_INLINE { return a.template drift<UNIT>(from_below[x], p_below[x]); },
+        [&](int x, V here, V here_below, V sides, V sides_below) LFQ_LAMBDA_INLINE {
+          const V under = to_below2[x];
+          const V k = b.kick(p0[x], here, sides + (up(here_below) + between[x]));
+          const V k_below = b.kick(p_below[x], here_below, sides_below + (under + down(here)));
+          p0[x] = k;
+          p_below[x] = k_below;
+          to_below2[x] = b.template drift<UNIT>(under, p_below2[x]);
+          to0[x] = b.template drift<UNIT>(here, k);
+          to_below[x] = b.template drift<UNIT>(here_below, k_below);
         });
   }
   // The last kick, with the action after it and the square of the momenta. Since the sum of -phi F counts the
