@@ -48,7 +48,7 @@ struct phi4_potential {
   const V* field() const { return w.z; }
   bool moved = true;  // since the trajectory began, whose first drift goes from w.z_old to w.z
   int n_waiting = 0;
-  phi4_step<T> waiting[2 * halo<T>::max_pairs];
+  phi4_step<T> waiting[2 * halo<T>::max_pairs] = {};
 
   // The action as `last_kick` with the same k sums it: a run in pieces then has the bits of a whole one.
   void start(double k, lane_sum<T>& s) {
