@@ -152,8 +152,8 @@ def gradient_and_action(ndim: int, single: bool) -> Cost:
 
 
 def kick_drift(ndim: int) -> Cost:
-    """Momenta are in units of the step, so that a drift is an addition."""
-    return Cost(fma=4, add=2 * ndim, group=4)
+    """Momenta in units of the step: a drift is an addition. In two dimensions fields travel once for two steps."""
+    return Cost(fma=4, add=2 * ndim, group=2 if ndim == 2 else 4)
 
 
 def refresh(single: bool) -> Cost:

@@ -120,7 +120,8 @@ def make_flow(ndim=2, size=0.15, seed=3, **structure):
 
 
 def make_theory(kind, shape=(8, 8), beta=0.576, lam=0.5):
-    theory = lfq.Phi4((64, 64) if kind == "large" else shape, beta=beta, lam=lam)
+    extent = {"large": 64, "larger": 256}
+    theory = lfq.Phi4((extent[kind],) * 2 if kind in extent else shape, beta=beta, lam=lam)
     flows = {"flow": "exp(-|s|)", "smooth flow": "exp(s)", "site flow": "site"}
     return theory.pullback(make_flow(len(shape), scale=flows[kind])) if kind in flows else theory
 
@@ -182,6 +183,11 @@ def test_reversibility_with_kinks(integrator, rng):
 @pytest.mark.parametrize("way", ["backward", "negated momenta"])
 def test_reversibility(kind, integrator, way, dtype, rng):
     check_reversibility(kind, integrator, way, dtype, rng)
+
+
+@INTEGRATORS
+def test_reversibility_beyond_the_second_level_cache(integrator, dtype, rng):
+    check_reversibility("larger", integrator, "negated momenta", dtype, rng)
 
 
 def check_reversibility(kind, integrator, way, dtype, rng):

@@ -225,6 +225,30 @@ def test_evolution_of_split_chains(isa, dtype, shape, rng):
     check_evolution(shape, "leapfrog", False, dtype, rng)
 
 
+@pytest.mark.parametrize("shape", [(4, 3), (66, 5), (7, 6), (256, 128)], ids=str)
+@pytest.mark.parametrize("integrator", ["leapfrog", "omf2"])
+def test_evolution_of_plane_lattices(isa, dtype, shape, integrator, rng):
+    check_evolution(shape, integrator, False, dtype, rng)
+
+
+# Steps go in pairs, on large lattices several pairs at once; two columns or two rows are taken step by step.
+@pytest.mark.parametrize(
+    "shape", [(4, 4), (66, 6), (65, 4), (64, 64), (66, 1102), (64, 10240), (1024, 1200)], ids=str
+)
+@pytest.mark.parametrize("integrator, n_steps", [("leapfrog", 1), ("leapfrog", 10), ("leapfrog", 13), ("omf2", 3)])
+def test_pairs_of_steps_have_the_bits_of_single_ones(isa, dtype, shape, integrator, n_steps, rng):
+    """A lattice tiled with a field evolves as the field does on a lattice of its own."""
+    for small in [(shape[0], 2), (2, shape[1])][: 2 - shape[0] % 2]:
+        tiles = (1, shape[0] // small[0], shape[1] // small[1])
+        start, found = [field(rng, small, dtype, 3) for _ in range(2)], []
+        for extent, parts in ((small, start), (shape, [np.tile(part, tiles) for part in start])):
+            theory = lfq.Phi4(extent, beta=0.6, lam=0.5)
+            hmc = lfq.HMC(theory, tau=0.5, n_steps=n_steps, integrator=integrator, dtype=str(dtype))
+            found.append(hmc.evolve(*parts))
+        for single, paired in zip(*found, strict=True):
+            np.testing.assert_array_equal(paired, np.tile(single, tiles))
+
+
 def check_evolution(shape, integrator, with_flow, dtype, rng):
     ndim = len(shape)
     theory = lfq.Phi4(shape, beta=0.5, lam=0.5)

@@ -315,11 +315,6 @@ struct flow_group {
   const flow_plan<T>& plan;
   flow_work<T> work;
 
-  template <class F>
-  LFQ_HD static void every_other(int x0, int length, F&& f) {
-    every_other_site<T>(x0, length, f);
-  }
-
   // ---- the nets --------------------------------------------------------------------------
   // Hidden activations of all sites, [site][channel] per layer, from the frozen sites of x.
   void run_hidden(const layer_plan<T>& l, const V* x) const {
@@ -352,7 +347,7 @@ struct flow_group {
       convolve(l.win, active, 2, in, l.channels[last], l.weight[last], N, l.bias[last],
                [&](int64_t site, int ch, V v) { u[N * site + ch] = v; });
       for (int64_t r = 0; r < l.lat.n_rows; ++r)
-        every_other(l.lat.row_parity(r) ^ active, l.lat.length, [&](auto real, int c) LFQ_LAMBDA_INLINE {
+        every_other_site<T>(l.lat.row_parity(r) ^ active, l.lat.length, [&](auto real, int c) LFQ_LAMBDA_INLINE {
           using S = span<decltype(real)>;
           const int64_t site = r * l.lat.length + c;
           decltype(real) out[N];
@@ -370,7 +365,7 @@ struct flow_group {
         const T* weight = l.class_weight(q);
         V bias[N];
         for (int i = 0; i < N; ++i) bias[i] = V(l.class_bias(q, i));
-        every_other(l.lat.row_parity(r) ^ active, l.lat.length, [&](auto real, int c) LFQ_LAMBDA_INLINE {
+        every_other_site<T>(l.lat.row_parity(r) ^ active, l.lat.length, [&](auto real, int c) LFQ_LAMBDA_INLINE {
           using R = decltype(real);
           R out[N];
           for (int k = 0; k < N; ++k) out[k] = R(bias[k]);
@@ -466,7 +461,7 @@ struct flow_group {
     for (int q = 0; q < l.n_classes; ++q) active_backward<WEIGHTS, S, N, NT>(l, q, x, g, dlog_det);
     for (int64_t r = 0; r < l.lat.n_rows; ++r) {
       const row_cotangents<T, NT, N> taps(l, du, r);
-      every_other(l.lat.row_parity(r) ^ l.spec.parity ^ 1, l.lat.length, [&](auto real, int c) LFQ_LAMBDA_INLINE {
+      every_other_site<T>(l.lat.row_parity(r) ^ l.spec.parity ^ 1, l.lat.length, [&](auto real, int c) LFQ_LAMBDA_INLINE {
         using R = decltype(real);
         using P = span<R>;
         V* target = g + r * l.lat.length + c;
@@ -495,7 +490,7 @@ struct flow_group {
     for (int64_t r = 0; r < l.lat.n_rows; ++r) {
       if (l.row_class(r) != q) continue;
       const row_taps<T, NT> taps(l.win, x, l.win.rows(r));
-      every_other(l.lat.row_parity(r) ^ active, L, [&](auto real, int c) LFQ_LAMBDA_INLINE {
+      every_other_site<T>(l.lat.row_parity(r) ^ active, L, [&](auto real, int c) LFQ_LAMBDA_INLINE {
         using R = decltype(real);
         using P = span<R>;
         const int64_t site = r * L + c;
@@ -529,7 +524,7 @@ struct flow_group {
     V* dout = work.dchannel[0];
     parameter_gradient<T, S, N> parameters;
     for (int64_t r = 0; r < l.lat.n_rows; ++r)
-      every_other(l.lat.row_parity(r) ^ active, L, [&](auto real, int c) LFQ_LAMBDA_INLINE {
+      every_other_site<T>(l.lat.row_parity(r) ^ active, L, [&](auto real, int c) LFQ_LAMBDA_INLINE {
         using R = decltype(real);
         const int64_t site = r * L + c;
         R u[N];

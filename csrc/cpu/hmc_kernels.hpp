@@ -47,6 +47,8 @@ struct phi4_potential {
 
   const V* field() const { return w.z; }
   bool moved = true;  // since the trajectory began, whose first drift goes from w.z_old to w.z
+  int n_waiting = 0;
+  phi4_step<T> waiting[2 * halo<T>::max_pairs] = {};
 
   // The action as `last_kick` with the same k sums it: a run in pieces then has the bits of a whole one.
   void start(double k, lane_sum<T>& s) {
@@ -64,21 +66,40 @@ struct phi4_potential {
     for (int64_t i = 0; i < theory.lat.volume; ++i) w.z[i] = blend<T>(accept, w.z[i], w.z_old[i]);
   }
   phi4_kick<T> kick(double k) const { return phi4_kick<T>(theory.beta, theory.lam, k); }
+  // Steps wait until there are as many as go at once.
   void kick_drift(double k, double d) {
-    if (d == 1.0)
-      kick_drift<true>(kick(k), T(1));
+    waiting[n_waiting++] = {kick(k), T(d)};
+    if (n_waiting >= 2 * theory.pairs_at_once()) run_waiting();
+  }
+  void run_waiting() {
+    bool unit = true;
+    for (int i = 0; i < n_waiting; ++i) unit = unit && waiting[i].d == T(1);
+    if (unit)
+      run_waiting<true>();
     else
-      kick_drift<false>(kick(k), T(d));
+      run_waiting<false>();
+    n_waiting = 0;
   }
   template <bool UNIT>
-  void kick_drift(const phi4_kick<T>& k, T d) {
-    if (moved)
-      theory.template kick_drift<UNIT, true>(w.z, w.z, w.pi, k, d);
-    else
-      theory.template kick_drift<UNIT, false>(w.z_old, w.z, w.pi, k, d);
-    moved = true;
+  void run_waiting() {
+    const int n_pairs = theory.pairs_at_once() > 0 ? n_waiting / 2 : 0;
+    if constexpr (D == 2)
+      if (n_pairs > 0) {
+        theory.template steps_in_pairs<UNIT>(moved ? w.z : w.z_old, w.z, w.pi, waiting, n_pairs);
+        moved = true;
+      }
+    for (int i = 2 * n_pairs; i < n_waiting; ++i) {
+      if (moved)
+        theory.template kick_drift<UNIT, true>(w.z, w.z, w.pi, waiting[i]);
+      else
+        theory.template kick_drift<UNIT, false>(w.z_old, w.z, w.pi, waiting[i]);
+      moved = true;
+    }
   }
-  void last_kick(double k, lane_sum<T>& s, site_sum<T>& p2) { theory.kick_energy(w.z, w.pi, kick(k), k, s, p2); }
+  void last_kick(double k, lane_sum<T>& s, site_sum<T>& p2) {
+    run_waiting();
+    theory.kick_energy(w.z, w.pi, kick(k), k, s, p2);
+  }
 };
 
 // S~(z) = S(f(z)) - log|det df/dz|

@@ -351,6 +351,15 @@ struct cpu_kernels {
     store_group(g, p.w.z, volume, z);
     store_group(g, p.w.pi, volume, momenta);
   }
+  // phi, where wanted: the field of z, which is a latent
+  template <class P>
+  static void hmc_group(P& p, const lfq_hmc& h, const group<T>& g, const hmc_output& out, T* z, T* phi,
+                        failures& failed) {
+    const int64_t volume = p.theory.whole.volume;
+    const bool good = run_hmc<T>(p, h, g, out, failed);
+    store_group(g, p.w.z, volume, z);
+    if (phi && good) store_group(g, p.field(), volume, phi);
+  }
   static int evolve(const lfq_flow* f, const lfq_phi4& theory, const lfq_hmc& h, int64_t n_chains, T* z, T* momenta,
                     lfq_failure* failure, void* ws, int n_threads) {
     return over_potentials(f, theory, n_chains, z, failure, ws, n_threads,
@@ -364,10 +373,7 @@ struct cpu_kernels {
     const hmc_output out = {dh, accepted, smear, obs, n_chains};
     return over_potentials(f, theory, n_chains, z, failure, ws, n_threads,
                            [&](auto& p, const group<T>& g, const hmc_shared&, failures& failed) {
-                             const int64_t volume = p.theory.whole.volume;
-                             const bool good = run_hmc<T>(p, h, g, out, failed);
-                             store_group(g, p.w.z, volume, z);
-                             if (phi && good) store_group(g, p.field(), volume, phi);
+                             hmc_group(p, h, g, out, z, phi, failed);
                            });
   }
 
@@ -416,8 +422,7 @@ struct cpu_kernels {
     const hmc_output out = {dh, accepted, smear, obs, n_chains};
     return over_modes(theory, mass, n_chains, phi, failure, ws, n_threads,
                       [&](auto& p, const group<T>& g, failures& failed) {
-                        run_hmc<T>(p, h, g, out, failed);
-                        store_group(g, p.w.z, p.theory.whole.volume, phi);
+                        hmc_group(p, h, g, out, phi, nullptr, failed);
                       });
   }
 
@@ -556,10 +561,7 @@ struct cpu_kernels {
     const hmc_output out = {dh, accepted, smear, obs, n_chains};
     return over_custom(f, action, n_chains, z, failure, ws, n_threads,
                        [&](auto& p, const group<T>& g, const hmc_shared&, failures& failed) {
-                         const int64_t volume = p.theory.whole.volume;
-                         const bool good = run_hmc<T>(p, h, g, out, failed);
-                         store_group(g, p.w.z, volume, z);
-                         if (phi && good) store_group(g, p.field(), volume, phi);
+                         hmc_group(p, h, g, out, z, phi, failed);
                        });
   }
   static int custom_loss(const lfq_flow& f, const custom_action<T>& action, int64_t n_chains, const T* z, double* s,

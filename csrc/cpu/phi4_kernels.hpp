@@ -22,15 +22,27 @@ template <class T>
 struct halo {
   simd<T>* below = nullptr;  // of slabs only: under slice 0, the last slice of the slab before
   simd<T>* above = nullptr;  // over the last slice: slice 0 (of the slab after)
-  simd<T>* left = nullptr;   // of each row, a column as it was before it moved: see kick_drift
-  simd<T>* first = nullptr;
+  // Of two-dimensional lattices: see steps_in_pairs.
+  static constexpr int max_pairs = 3;
+  simd<T>* between = nullptr;  // the row after each pass's first one as it was between its two steps
+  simd<T>* seam = nullptr;     // four rows on either side of row 0, phi and momenta
   void plan(arena& mem, const lfq_phi4& theory, bool split) {
     const lattice lat(theory.ndim, theory.extent);
     if (split) below = mem.take<simd<T>>(lat.volume / lat.extent[0]);
     above = mem.take<simd<T>>(lat.volume / lat.extent[0]);
-    left = mem.take<simd<T>>(lat.extent[0]);
-    first = mem.take<simd<T>>(lat.extent[0]);
+    if (lat.ndim != 2) return;
+    between = mem.take<simd<T>>(max_pairs * int64_t(lat.length));
+    seam = mem.take<simd<T>>(8 * int64_t(lat.length));
   }
+};
+
+// A kick and the drift after it, phi + d pi. UNIT: d = 1, the momenta being in units of the step.
+template <class T>
+struct phi4_step {
+  phi4_kick<T> kick;
+  T d;
+  template <bool UNIT>
+  LFQ_HD simd<T> drift(simd<T> phi, simd<T> p) const { return UNIT ? phi + p : fma(simd<T>(d), p, phi); }
 };
 
 template <class T, int D>
@@ -42,9 +54,11 @@ struct phi4_group {
   double beta, lam;
   phi4_site<T> site;
   halo<T> edge;
+  rotation<T> before, after;  // what a slab's first slice sees below it, and its last one above
 
   phi4_group(const lfq_phi4& theory, bool split_lanes, const halo<T>& h)
-      : split(split_lanes), whole(D, theory.extent), lat(whole), beta(theory.beta), lam(theory.lam), site(beta, lam), edge(h) {
+      : split(split_lanes), whole(D, theory.extent), lat(whole), beta(theory.beta), lam(theory.lam), site(beta, lam),
+        edge(h), before(split ? -1 : 0), after(split ? 1 : 0) {
     if (!split) return;
     int32_t extent[LFQ_MAX_DIM];
     for (int i = 0; i < D; ++i) extent[i] = whole.extent[i];
@@ -55,7 +69,6 @@ struct phi4_group {
   // Before a pass over phi: what the outermost slices of each slab see across its edges.
   void exchange(const V* phi) const {
     if (!split) return;
-    const rotation<T> before(-1), after(1);
     const int64_t n = lat.volume / lat.extent[0];
     for (int64_t i = 0; i < n; ++i) edge.below[i] = before(phi[lat.volume - n + i]);
     for (int64_t i = 0; i < n; ++i) edge.above[i] = after(phi[i]);
@@ -134,13 +147,13 @@ struct phi4_group {
       });
   }
 
-  // p += k F(phi), then to = phi + d p, in one pass over the lattice. IN_PLACE: `to` is phi. UNIT: d = 1, the
-  // momenta being in units of the step. A slice moves once both its neighbours were kicked: while the next one
-  // is. The first slice moves long before the last is kicked, which sees a copy of it.
+  // p += k F(phi), then to = phi + d p, in one pass over the lattice. IN_PLACE: `to` is phi. A slice moves once
+  // both its neighbours were kicked: while the next one is. The first slice moves long before the last is kicked,
+  // which sees a copy of it.
   template <bool UNIT, bool IN_PLACE>
-  void kick_drift(const V* phi, V* to, V* p, const phi4_kick<T>& kick, T d) const {
-    const V vd(d);
-    const auto moved = [&](V x, V v) LFQ_LAMBDA_INLINE { return UNIT ? x + v : fma(vd, v, x); };
+  void kick_drift(const V* phi, V* to, V* p, const phi4_step<T>& step) const {
+    const phi4_kick<T>& kick = step.kick;
+    const auto moved = [&](V x, V v) LFQ_LAMBDA_INLINE { return step.template drift<UNIT>(x, v); };
     if constexpr (D == 1) {
       row(phi, 0, [&](int64_t i, V x, V, V all) LFQ_LAMBDA_INLINE { p[i] = kick(p[i], x, all); });
       for (int64_t i = 0; i < lat.volume; ++i) to[i] = moved(phi[i], p[i]);
@@ -154,79 +167,214 @@ struct phi4_group {
         for (int64_t i = 0; i < slice; ++i) edge.above[i] = phi[i];
       int s = 0;
       if constexpr (D == 2)
-        if (slices % 2 == 0) {
-          const int block = columns(n);
-          if (n < 2 * block)
-            two_row_steps<IN_PLACE, false>(phi, to, p, 0, n, kick, moved);
-          else
-            for (int x0 = 0, x1 = 0; x0 < n; x0 = x1) {
-              x1 = n - x0 < 2 * block ? n : x0 + block;
-              two_row_steps<IN_PLACE, true>(phi, to, p, x0, x1, kick, moved);
-            }
-          s = slices;
-        }
+        if (slices % 2 == 0)
+          for (; s < slices; s += 2) {
+            const int64_t at = s * int64_t(n);
+            const V* below = s > 0 ? phi + at - n : split ? edge.below : phi + last;
+            const V* above = s + 2 < slices ? phi + at + 2 * n : edge.above;
+            if (s > 0)
+              two_rows<UNIT, true, IN_PLACE>(phi + at, to + at, below, above, p + at, step);
+            else
+              two_rows<UNIT, false, IN_PLACE>(phi, to, below, above, p, step);
+          }
       for (; s < slices; ++s)
         for (int64_t r = s * rows; r < (s + 1) * rows; ++r) {
-          const int64_t before = (s > 0 ? r - rows : r) * n;
+          const int64_t below = (s > 0 ? r - rows : r) * n;
           row(phi, r, [&](int64_t i, V x, V, V all) LFQ_LAMBDA_INLINE { p[i] = kick(p[i], x, all); },
               edge.above, [&](int x) LFQ_LAMBDA_INLINE {
-                if (s > 0) to[before + x] = moved(phi[before + x], p[before + x]);
+                if (s > 0) to[below + x] = moved(phi[below + x], p[below + x]);
               });
         }
       for (int64_t i = last; i < lat.volume; ++i) to[i] = moved(phi[i], p[i]);
     }
   }
-  // Long rows are taken some columns at a time, so that the rows a site needs are still in the first-level
-  // cache when they are needed again; lattices from beyond the second level want longer runs of memory. What
-  // moved already is remembered in edge.left and edge.first.
-  static int columns(int length) { return length < 512 ? 32 : 128; }
-
-  template <bool IN_PLACE, bool BLOCKED, class Move>
-  LFQ_HD void two_row_steps(const V* phi, V* to, V* p, int x0, int x1, const phi4_kick<T>& kick, Move&& moved) const {
-    const int n = lat.length, rows = lat.extent[0];
-    if (BLOCKED && x0 == 0)
-      for (int r = 0; r < rows; ++r) {
-        edge.left[r] = phi[r * int64_t(n) + n - 1];
-        edge.first[r] = phi[r * int64_t(n)];
-      }
-    for (int r = 0; r < rows; r += 2) {
-      const int64_t at = r * int64_t(n);
-      const V* below = r > 0 ? phi + at - n : split ? edge.below : phi + (rows - 1) * int64_t(n);
-      const V* above = r + 2 < rows ? phi + at + 2 * n : edge.above;
-      if (r > 0)
-        two_rows<true, IN_PLACE, BLOCKED>(phi + at, to + at, below, above, p + at, r, x0, x1, kick, moved);
-      else
-        two_rows<false, IN_PLACE, BLOCKED>(phi, to, below, above, p, r, x0, x1, kick, moved);
-    }
+  // Calls f(x, phi and phi1, what their neighbours along the row add up to) for every site of two rows, whose
+  // sites value(x) and value1(x) tell.
+  template <class A, class B, class F>
+  LFQ_HD static void along_rows(int n, A&& value, B&& value1, F&& f) {
+    V left = value(n - 1), left1 = value1(n - 1), here = value(0), here1 = value1(0);
+    const V end = here, end1 = here1;
+    const auto visit = [&](int x, V right, V right1) LFQ_LAMBDA_INLINE {
+      f(x, here, here1, left + right, left1 + right1);
+      left = here, left1 = here1;
+      here = right, here1 = right1;
+    };
+    for (int x = 0; x + 1 < n; ++x) visit(x, value(x + 1), value1(x + 1));
+    visit(n - 1, end, end1);
   }
   // Kicks two rows and moves the first of them, and MOVE_BELOW the row below: neighbours of a site come from
   // registers where they can.
-  template <bool MOVE_BELOW, bool IN_PLACE, bool BLOCKED, class Move>
-  LFQ_HD void two_rows(const V* phi, V* target, const V* below, const V* above, V* p, int r, int x0, int x1,
-                       const phi4_kick<T>& kick, Move&& moved) const {
+  template <bool UNIT, bool MOVE_BELOW, bool IN_PLACE>
+  LFQ_HD void two_rows(const V* phi, V* target, const V* below, const V* above, V* p,
+                       const phi4_step<T>& step) const {
     const int n = lat.length;
     // fewer pointers to hold
     V* to = IN_PLACE ? const_cast<V*>(phi) : target;
     const V *phi1 = phi + n, *p_below = p - n;
     V *p1 = p + n, *to_below = IN_PLACE ? const_cast<V*>(below) : to - n;
-    V left0 = BLOCKED ? edge.left[r] : phi[n - 1], left1 = BLOCKED ? edge.left[r + 1] : phi1[n - 1];
-    V here0 = phi[x0], here1 = phi1[x0];
-    const V end0 = !BLOCKED ? here0 : x1 < n ? phi[x1] : edge.first[r];
-    const V end1 = !BLOCKED ? here1 : x1 < n ? phi1[x1] : edge.first[r + 1];
-    const auto visit = [&](int x, V right0, V right1) LFQ_LAMBDA_INLINE {
-      const V under = below[x];
-      const V k0 = kick(p[x], here0, (left0 + right0) + (under + here1));
-      const V k1 = kick(p1[x], here1, (left1 + right1) + (here0 + above[x]));
-      p[x] = k0;
+    along_rows(
+        n, [&](int x) LFQ_LAMBDA_INLINE { return phi[x]; }, [&](int x) LFQ_LAMBDA_INLINE { return phi1[x]; },
+        [&](int x, V here, V here1, V sides, V sides1) LFQ_LAMBDA_INLINE {
+          const V under = below[x];
+          const V k = step.kick(p[x], here, sides + (under + here1));
+          p1[x] = step.kick(p1[x], here1, sides1 + (here + above[x]));
+          p[x] = k;
+          if constexpr (MOVE_BELOW) to_below[x] = step.template drift<UNIT>(under, p_below[x]);
+          to[x] = step.template drift<UNIT>(here, k);
+        });
+  }
+
+  // How many pairs of steps `steps_in_pairs` should take in one sweep, 0 for kick_drift alone. A pair keeps more
+  // numbers at hand than 16 registers hold, and then is worth it only where fields come from beyond the second-level
+  // cache. More pairs than one save nothing but traffic with memory: where fields exceed a core's part of the last
+  // cache.
+  int pairs_at_once() const {
+    constexpr int64_t second_level = int64_t(1) << 20, last_level = int64_t(1) << 23;
+    const int rows = lat.extent[0];
+    if (D != 2 || rows % 2 != 0 || rows < 4 || lat.length < 3) return 0;
+    const int64_t bytes = 2 * lat.volume * int64_t(sizeof(V));
+    if (bytes > last_level && rows >= 2 * halo<T>::max_pairs + 2) return halo<T>::max_pairs;
+    return simd_registers >= 32 || bytes > second_level;
+  }
+  // Pairs of steps with the bits of single ones. Two kicks and drifts, a and b, are one pass over the rows: fields
+  // travel once, and half the numbers between the steps never leave their registers. As step a kicks rows r and r + 1,
+  // step b kicks rows r - 1 and r a column behind; what is below rests like this until its turn comes:
+  //   row r - 1: kicked by a, not moved; row r - 2: moved by a, kicked by b, not moved; further rows are done.
+  // The row where a pass began waits, kicked by a, until the row before it is there to kick it. Further passes run
+  // right behind, while rows are in cache; each begins two rows above the one that waits for the pass before.
+  template <bool UNIT>
+  void steps_in_pairs(const V* from, V* phi, V* p, const phi4_step<T>* steps, int n_pairs) const {
+    const int groups = lat.extent[0] / 2;
+    constexpr int lag = 3;  // a pass is done with what lies six rows behind it, as the next one counts them
+    for (int turn = 0; turn <= groups + lag * (n_pairs - 1); ++turn)
+      for (int pass = 0; pass < n_pairs; ++pass) {
+        const int item = turn - lag * pass;
+        if (item < 0 || item > groups) continue;
+        const V* source = pass > 0 ? phi : from;
+        const phi4_step<T>&a = steps[2 * pass], &b = steps[2 * pass + 1];
+        if (item == 0)
+          begin_pair(source, p, 2 * pass, a.kick);
+        else if (item < groups)
+          continue_pair<UNIT>(source, phi, p, pass, item, a, b);
+        else
+          end_pair<UNIT>(source, phi, p, pass, a, b);
+      }
+  }
+  template <bool UNIT>
+  LFQ_HD void continue_pair(const V* from, V* to, V* p, int pass, int item, const phi4_step<T>& a,
+                            const phi4_step<T>& b) const {
+    const int n = lat.length, rows = lat.extent[0], r = 2 * (pass + item) % rows;
+    const V* above = from + (r + 2 < rows ? r + 2 : 0) * int64_t(n);
+    if (split && r + 2 == rows) {
+      if (pass > 0)
+        for (int x = 0; x < n; ++x) edge.above[x] = after(to[x]);
+      above = edge.above;
+    }
+    V* between = edge.between + pass * int64_t(n);
+    if (item == 1) return four_rows<UNIT, true>(from, to, p, above, r, between, a, b);
+    if (r > 0) return four_rows<UNIT, false>(from, to, p, above, r, between, a, b);
+    // Rows below row 0 lie at the end of the field, and in other lanes.
+    const int64_t last = lat.volume - 2 * int64_t(n);
+    V *seam = edge.seam, *p_seam = seam + 4 * int64_t(n);
+    for (int x = 0; x < 2 * n; ++x) {
+      seam[x] = before(to[last + x]), p_seam[x] = before(p[last + x]);
+      seam[2 * n + x] = to[x], p_seam[2 * n + x] = p[x];
+    }
+    four_rows<UNIT, false>(seam, seam, p_seam, above, 2, between, a, b);
+    for (int x = 0; x < 2 * n; ++x) {
+      to[last + x] = after(seam[x]), p[last + x] = after(p_seam[x]);
+      to[x] = seam[2 * n + x], p[x] = p_seam[2 * n + x];
+    }
+  }
+  // Kicks rows r and r + 1.
+  LFQ_HD void begin_pair(const V* from, V* p, int r, const phi4_kick<T>& kick) const {
+    const int n = lat.length;
+    const int64_t at = r * int64_t(n);
+    const V *from0 = from + at, *from1 = from0 + n, *above = from1 + n;
+    const V* below = r > 0 ? from0 - n : from + lat.volume - n;
+    V *p0 = p + at, *p1 = p0 + n;
+    const rotation<T> turn = r > 0 ? rotation<T>(0) : before;
+    const bool keep = split && r == 0;
+    along_rows(
+        n, [&](int x) LFQ_LAMBDA_INLINE { return from0[x]; }, [&](int x) LFQ_LAMBDA_INLINE { return from1[x]; },
+        [&](int x, V here, V here1, V sides, V sides1) LFQ_LAMBDA_INLINE {
+          p0[x] = kick(p0[x], here, sides + (turn(below[x]) + here1));
+          p1[x] = kick(p1[x], here1, sides1 + (here + above[x]));
+          if (keep) edge.above[x] = after(here);
+        });
+  }
+  // Step a of rows r and r + 1, step b of rows r - 1 and r. FIRST: row r - 2 is the one that waits.
+  template <bool UNIT, bool FIRST>
+  void four_rows(const V* from, V* to, V* p, const V* above, int r, V* between, const phi4_step<T>& a,
+                 const phi4_step<T>& b) const {
+    const int n = lat.length;
+    const int64_t at = r * int64_t(n);
+    const V *from0 = from + at, *from1 = from0 + n, *from_below = from0 - n, *from_below2 = from_below - n;
+    V *to0 = to + at, *to_below = to0 - n, *to_below2 = to_below - n;
+    V *p0 = p + at, *p1 = p0 + n, *p_below = p0 - n, *p_below2 = p_below - n;
+    // A column between the steps: phi in rows r - 1, r and r + 1, and the momentum of row r.
+    struct column {
+      V below, here, above, momentum;
+    };
+    V left0 = from0[n - 1], left1 = from1[n - 1], here0 = from0[0], here1 = from1[0];
+    const auto step_a = [&](int x, V right0, V right1) LFQ_LAMBDA_INLINE {
+      const V under = from_below[x];
+      const V k0 = a.kick(p0[x], here0, (left0 + right0) + (under + here1));
+      const V k1 = a.kick(p1[x], here1, (left1 + right1) + (here0 + above[x]));
       p1[x] = k1;
-      if constexpr (MOVE_BELOW) to_below[x] = moved(under, p_below[x]);
-      to[x] = moved(here0, k0);
+      const column c = {a.template drift<UNIT>(under, p_below[x]), a.template drift<UNIT>(here0, k0),
+                        a.template drift<UNIT>(here1, k1), k0};
       left0 = here0, left1 = here1;
       here0 = right0, here1 = right1;
+      return c;
     };
-    for (int x = x0; x + 1 < x1; ++x) visit(x, phi[x + 1], phi1[x + 1]);
-    visit(x1 - 1, end0, end1);
-    if constexpr (BLOCKED) edge.left[r] = left0, edge.left[r + 1] = left1;
+    const auto step_b = [&](int x, const column& left, const column& c, const column& right) LFQ_LAMBDA_INLINE {
+      const V under = FIRST ? a.template drift<UNIT>(from_below2[x], p_below2[x]) : to_below2[x];
+      const V k_below = b.kick(p_below[x], c.below, (left.below + right.below) + (under + c.here));
+      p0[x] = b.kick(c.momentum, c.here, (left.here + right.here) + (c.below + c.above));
+      p_below[x] = k_below;
+      if constexpr (FIRST)
+        between[x] = c.below;
+      else
+        to_below2[x] = b.template drift<UNIT>(under, p_below2[x]);
+      to_below[x] = b.template drift<UNIT>(c.below, k_below);
+      to0[x] = c.here;
+    };
+    const V end0 = here0, end1 = here1;
+    const column first = step_a(0, from0[1], from1[1]), second = step_a(1, from0[2], from1[2]);
+    column left = first, here = second;
+    for (int x = 2; x + 1 < n; ++x) {
+      const column right = step_a(x, from0[x + 1], from1[x + 1]);
+      step_b(x - 1, left, here, right);
+      left = here, here = right;
+    }
+    const column last = step_a(n - 1, end0, end1);
+    step_b(n - 2, left, here, last);
+    step_b(n - 1, here, last, first);
+    step_b(0, last, first, second);
+  }
+  // Step b of the row that waits and of the one below it.
+  template <bool UNIT>
+  LFQ_HD void end_pair(const V* from, V* to, V* p, int pass, const phi4_step<T>& a, const phi4_step<T>& b) const {
+    const int n = lat.length;
+    const int64_t at = 2 * pass * int64_t(n), below = (pass > 0 ? at : lat.volume) - n;
+    const V *from0 = from + at, *from_below = from + below, *p_below2 = p + below - n;
+    const V* between = edge.between + pass * int64_t(n);
+    V *to0 = to + at, *to_below = to + below, *to_below2 = to_below - n, *p0 = p + at, *p_below = p + below;
+    const rotation<T> up = pass > 0 ? rotation<T>(0) : before, down = pass > 0 ? rotation<T>(0) : after;
+    along_rows(
+        n, [&](int x) LFQ_LAMBDA_INLINE { return a.template drift<UNIT>(from0[x], p0[x]); },
+        [&](int x) LFQ_LAMBDA_INLINE { return a.template drift<UNIT>(from_below[x], p_below[x]); },
+        [&](int x, V here, V here_below, V sides, V sides_below) LFQ_LAMBDA_INLINE {
+          const V under = to_below2[x];
+          const V k = b.kick(p0[x], here, sides + (up(here_below) + between[x]));
+          const V k_below = b.kick(p_below[x], here_below, sides_below + (under + down(here)));
+          p0[x] = k;
+          p_below[x] = k_below;
+          to_below2[x] = b.template drift<UNIT>(under, p_below2[x]);
+          to0[x] = b.template drift<UNIT>(here, k);
+          to_below[x] = b.template drift<UNIT>(here_below, k_below);
+        });
   }
   // The last kick, with the action after it and the square of the momenta. Since the sum of -phi F counts the
   // quadratic terms of S twice and the quartic one four times, S = sum of -phi F / 2 - lam phi^4.

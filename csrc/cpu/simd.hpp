@@ -9,6 +9,11 @@
 
 LFQ_NAMESPACE_BEGIN
 
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int simd_registers = 32;
+#else
+constexpr int simd_registers = 16;
+#endif
 #if defined(__AVX512F__)
 constexpr int simd_bytes = 64;
 #elif defined(__AVX2__)

@@ -40,6 +40,7 @@ struct phi4_site {
 template <class T>
 struct phi4_kick {
   T hopping, linear, cubic;
+  phi4_kick() = default;
   LFQ_HD phi4_kick(double beta, double lam, double k)
       : hopping(T(k * beta)), linear(T(-2.0 * k * (1.0 - 2.0 * lam))), cubic(T(-4.0 * k * lam)) {}
   template <class R>
