@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from killer import survive
 
 import lfq
 from lfq import cli, config, experiment, io, report, selftest
@@ -355,37 +356,18 @@ def test_a_run_interrupted_everywhere_ends_the_same(finished, tmp_path):
     assert_same_run(finished, out)
 
 
-def run_with_kills(directory, n_kills, seed=0):
-    """A run in a directory, killed by SIGKILL until it has been `n_kills` times, then left to finish."""
-    out, kills, attempts = directory / "out", 0, 0
-    while True:
-        attempts += 1
-        text = TINY.replace("block_size = 40", f"block_size = {(40, 9, 64)[attempts % 3]}")
-        path = write_config(directory, text + f"[run]\nthreads = {1 + attempts % 2}\n")
-        how = ["--resume"] if (out / "checkpoints" / "run.safetensors").exists() else ["--overwrite"]
-        chance = 0.03 if kills < n_kills else 0.0
-        code = f"import sys; from lfq import cli; sys.exit(cli.main({['run', str(path), *how, '--out', str(out)]}))"
-        killer = os.path.join(os.path.dirname(__file__), "killer.py")
-        command = [sys.executable, killer, str(chance), str(1000 * seed + attempts), code]
-        result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-        assert result.returncode in (0, -9), result.stderr
-        assert "damaged" not in result.stderr
-        if result.returncode == 0:
-            return out, kills
-        kills += 1
+def test_a_run_killed_at_random_ends_in_the_same_bits(finished, tmp_path, n_kills):
+    """HMC, flow-HMC and trainings, with another block size and other threads after each kill."""
+    out = tmp_path / "out"
 
+    def code(attempt):
+        text = TINY.replace("block_size = 40", f"block_size = {(40, 9, 64)[attempt % 3]}")
+        path = write_config(tmp_path, text + f"[run]\nthreads = {1 + attempt % 2}\n")
+        how = "--resume" if (out / "checkpoints" / "run.safetensors").exists() else "--overwrite"
+        arguments = ["run", str(path), how, "--out", str(out)]
+        return f"import sys; from lfq import cli; sys.exit(cli.main({arguments}))"
 
-def test_a_run_killed_at_random_ends_in_the_same_bits(finished, tmp_path):
-    out, kills = run_with_kills(tmp_path, 3)
-    assert kills == 3
-    assert_same_run(finished, out)
-
-
-@pytest.mark.validate
-@pytest.mark.parametrize("seed", range(1, 6))
-def test_fifty_kills(finished, tmp_path, seed):
-    out, kills = run_with_kills(tmp_path, 10, seed)
-    assert kills == 10
+    survive(code, n_kills, 0.03)
     assert_same_run(finished, out)
 
 
