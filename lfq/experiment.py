@@ -843,12 +843,8 @@ DEFAULT_SAMPLERS = tuple(
 """Samplers of a comparison whose configuration names none; flow-HMC with every trained flow joins them."""
 
 
-def _contender(config: Config, sampler: SamplerConfig, out: Path, progress: Progress) -> Contender:
-    """The sampler of one ``[[sampler]]``, its flow trained, or read from `out`."""
-    theory, training, prior = target_theory(config), None, None
-    if sampler.prior is not None:
-        chosen = next(p for p in config.prior if p.name == sampler.prior)
-        training, prior = train(config, chosen, out, progress), make_prior(config, chosen)
+def make_sampler(config: Config, sampler: SamplerConfig, theory: lfq.Phi4, flow=None, prior=None):
+    """The sampler of one ``[[sampler]]``, not tuned yet."""
     common = {"dtype": config.run.dtype, "n_threads": config.run.threads or None}
     moves = {"tau": sampler.tau, "integrator": sampler.integrator, "length_spread": sampler.length_spread}
     makers = {
@@ -857,12 +853,12 @@ def _contender(config: Config, sampler: SamplerConfig, out: Path, progress: Prog
         "wolff": lambda: lfq.ClusterHMC(theory, cluster="wolff", n_updates=sampler.n_updates, **moves, **common),
         "fourier": lambda: lfq.FourierHMC(theory, **moves, **common),
         "heat-bath": lambda: lfq.HeatBath(theory, cluster=sampler.cluster, n_updates=sampler.n_updates, **common),
-        "flow-hmc": lambda: HMC(theory.pullback(training.flow), **moves, **common),
-        "independence": lambda: lfq.IndependenceMetropolis(theory, training.flow, prior, **common),
-        "reweighting": lambda: lfq.Reweighting(theory, training.flow, prior, **common),
+        "flow-hmc": lambda: HMC(theory.pullback(flow), **moves, **common),
+        "independence": lambda: lfq.IndependenceMetropolis(theory, flow, prior, **common),
+        "reweighting": lambda: lfq.Reweighting(theory, flow, prior, **common),
         "annealing": lambda: lfq.Annealing(
             theory,
-            training and training.flow,
+            flow,
             prior,
             sampler.n_temperatures,
             tau=sampler.tau,
@@ -871,11 +867,21 @@ def _contender(config: Config, sampler: SamplerConfig, out: Path, progress: Prog
         ),
     }
     with _section(f"sampler {sampler.name}"):
-        made = makers[sampler.kind]()
-        if isinstance(made, HMC) and not sampler.tune:
-            comparison = config.comparison or ComparisonConfig()
+        return makers[sampler.kind]()
+
+
+def _contender(config: Config, sampler: SamplerConfig, out: Path, progress: Progress) -> Contender:
+    """The sampler of one ``[[sampler]]``, its flow trained, or read from `out`."""
+    training, prior = None, None
+    if sampler.prior is not None:
+        chosen = next(p for p in config.prior if p.name == sampler.prior)
+        training, prior = train(config, chosen, out, progress), make_prior(config, chosen)
+    made = make_sampler(config, sampler, target_theory(config), training and training.flow, prior)
+    if isinstance(made, HMC) and not sampler.tune:
+        comparison = config.comparison or ComparisonConfig()
+        with _section(f"sampler {sampler.name}"):
             made = made.tune(comparison.acceptance, comparison.n_chains, stage_seed(config.run.seed, "tune"))
-        return Contender(made, training.seconds if training else 0.0, sampler.tune, prior)
+    return Contender(made, training.seconds if training else 0.0, sampler.tune, prior)
 
 
 def _new_comparison(config: Config, out: Path, overwrite: bool) -> int:

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from html.parser import HTMLParser
 from types import SimpleNamespace
 
@@ -15,6 +16,7 @@ from killer import survive
 
 import lfq
 from lfq import cli, config, experiment, io, report, selftest
+from lfq.health import RunWarning
 
 for package in ("h5py", "matplotlib", "pyerrors", "rich", "typer"):
     pytest.importorskip(package)
@@ -511,6 +513,29 @@ def test_selftest_passes(tmp_path, capsys):
     assert all(line.startswith("pass") for line in lines[:-1])
 
 
+def test_selftest_checks_the_samplers_of_a_comparison(tmp_path, capsys):
+    text = TARGET + "".join(f'[[sampler]]\nkind = "{kind}"\n' for kind in ("wolff", "heat-bath", "fourier"))
+    assert lfq_main("selftest", write_config(tmp_path, text)) == 0
+    printed = capsys.readouterr().out
+    for name in ("wolff", "heat-bath", "fourier"):
+        assert f"pass  {name}: restarts" in printed and f"pass  {name}: virial" in printed
+    assert "fourier: trajectory there and back" in printed
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        TARGET + '[run]\ndtype = "float32"\n',
+        TARGET.replace("8, 8", "5, 7"),
+        TARGET.replace("8, 8", "4, 4, 4").replace("0.576", "0.3")
+        + '[flow]\nscale = "even"\nfeatures = 2\nhidden = [2]\n',
+        TARGET.replace("8, 8", "64, 64") + '[flow]\nscale = "site"\nn_blocks = 3\n[sampling]\nintegrator = "omf2"\n',
+    ],
+)
+def test_selftest_passes_on_other_parameters(text):
+    assert [check for check in selftest.checks(config.parse_config(text)) if not check.passed] == []
+
+
 def wrong_force(monkeypatch):
     right = lfq.Phi4.force
     monkeypatch.setattr(lfq.Phi4, "force", lambda self, phi: 1.0001 * right(self, phi))
@@ -600,6 +625,17 @@ def one_stream_for_all(monkeypatch):
     monkeypatch.setattr(lfq._core, "normal", normal)
 
 
+def diverging_flow(monkeypatch):
+    right = lfq.HMC.sample
+
+    def sample(self, *arguments, **keywords):
+        if isinstance(self.theory, lfq.PulledBack):
+            raise lfq.NotFiniteError("dH is nan in chain 3")
+        return right(self, *arguments, **keywords)
+
+    monkeypatch.setattr(lfq.HMC, "sample", sample)
+
+
 @pytest.mark.parametrize(
     ("breakage", "named"),
     [
@@ -614,13 +650,16 @@ def one_stream_for_all(monkeypatch):
         (wrong_coupling, "virial"),
         (wrong_acceptance, "exp(-dH)"),
         (wrong_hopping, "free propagator"),
+        (diverging_flow, "flow-HMC: dH is nan in chain 3"),
     ],
 )
 def test_selftest_fails_on_broken_physics(breakage, named, monkeypatch):
     breakage(monkeypatch)
     settings = config.parse_config(TARGET + '[[prior]]\nkind = "gaussian"\n')
     failed = (check for check in selftest.checks(settings) if not check.passed)
-    assert any(named in check.name for check in failed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RunWarning)
+        assert any(named in check.name for check in failed)
 
 
 def test_a_failed_selftest_sets_the_exit_code(tmp_path, capsys, monkeypatch):
