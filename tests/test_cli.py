@@ -358,6 +358,32 @@ def test_a_run_interrupted_everywhere_ends_the_same(finished, tmp_path):
     assert_same_run(finished, out)
 
 
+def test_samples_reach_the_disk_before_the_checkpoint_that_counts_them(tmp_path, monkeypatch):
+    out, calls = tmp_path / "out", []
+
+    def traced(name, real):
+        def call(*arguments, **keywords):
+            where = os.readlink(f"/proc/self/fd/{arguments[0]}") if name != "replace" else str(arguments[1])
+            calls.append((name, where))
+            return real(*arguments, **keywords)
+
+        return call
+
+    for name in ("pwrite", "fsync", "replace"):
+        monkeypatch.setattr(os, name, traced(name, getattr(os, name)))
+    experiment.run_experiment(config.parse_config(TARGET + SAMPLING), out)
+    unsynced = counted = 0
+    for call in calls:
+        if call == ("pwrite", str(out / "run.h5")):
+            unsynced += 1
+        elif call == ("fsync", str(out / "run.h5")):
+            unsynced = 0
+        elif call == ("replace", str(out / "checkpoints" / "hmc.safetensors")):
+            counted += 1
+            assert unsynced == 0
+    assert counted > 4
+
+
 def test_a_run_killed_at_random_ends_in_the_same_bits(finished, tmp_path, n_kills):
     """HMC, flow-HMC and trainings, with another block size and other threads after each kill."""
     out = tmp_path / "out"
