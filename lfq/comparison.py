@@ -551,7 +551,7 @@ def compare(
 
     def results() -> dict[str, Any]:
         done = [records[name] for name in samplers if name in records]
-        disagreeing = _judge([record for record in done if "error" not in record])
+        disagreeing = judge([record for record in done if "error" not in record])
         unfinished = [name for name in samplers if name not in records]
         found = {"theory": {"shape": theory.shape, "beta": theory.beta, "lam": theory.lam}} | budget
         return found | {"samplers": done, "disagreeing": disagreeing, "unfinished": unfinished}
@@ -591,7 +591,7 @@ def compare(
     return Comparison(found, runs)
 
 
-def _judge(records: list[dict[str, Any]]) -> list[str]:
+def judge(records: list[dict[str, Any]]) -> list[str]:
     """Give the records what depends on the other samplers; returns the names of those that disagree."""
     pay_off(records, lambda record: record["train_seconds"] > 0)
     judged = {record["name"]: record["means"] for record in records if record["judged"]}

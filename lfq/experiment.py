@@ -6,6 +6,7 @@ random numbers: the outcome is that of an uninterrupted one, bit for bit.
 
 from __future__ import annotations
 
+import copy
 import fcntl
 import hashlib
 import json
@@ -29,7 +30,7 @@ import lfq
 
 from ._kernels import check_count
 from ._optional import load
-from .comparison import MOST_SAMPLES, Contender, chain_record, compare, pay_off
+from .comparison import MOST_SAMPLES, Contender, chain_record, compare, judge, pay_off
 from .config import (
     ComparisonConfig,
     Config,
@@ -912,14 +913,29 @@ def _old_comparison(config: Config | None, out: Path) -> tuple[Config, int, list
     try:
         for file in _own(out, "."):
             file.unlink()
-        if not (out / "results.json").exists():
-            return config or kept, lock, []
-        records = json.loads((out / "results.json").read_text(encoding="utf-8"))["samplers"]
-        # What failed is tried again.
-        return config or kept, lock, [record for record in records if "error" not in record]
-    except (KeyError, TypeError, ValueError) as error:
+        return config or kept, lock, _records(kept, out / "results.json")
+    except BaseException:
         os.close(lock)
-        raise FileFormatError(f"{out / 'results.json'}: not the results of a comparison ({error})") from None
+        raise
+
+
+def _records(config: Config, path: Path) -> list[dict[str, Any]]:
+    """The records in the results of a comparison, of what did not fail; that is tried again."""
+    from .report import comparison_rows
+
+    if not path.exists():
+        return []
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        records = [record for record in found["samplers"] if "error" not in record]
+        if {record["name"] for record in records} - {sampler.name for sampler in config.sampler}:
+            raise ValueError("of other samplers")
+        # Whatever is missing in them is missed here.
+        judge(copy.deepcopy(records))
+        comparison_rows({"samplers": records})
+        return records
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+        raise FileFormatError(f"{path}: not the results of a comparison ({error!r})") from None
 
 
 def run_comparison(

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -474,6 +475,30 @@ def test_two_processes_cannot_compare_in_one_directory(tmp_path, capsys):
     assert codes == [2] * 4 and capsys.readouterr().err.count("in use by another process") == 4
     # The lock goes with the comparison that held it.
     assert cli.main(["compare", "--resume", "--out", str(out)]) == 0
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: text[:-20],
+        lambda text: "[]",
+        lambda text: "[" * 100000,
+        lambda text: text.replace('"samplers"', '"sampler"'),
+        lambda text: text.replace('"name": "flow-hmc, gaussian"', '"name": "other"'),
+        lambda text: text.replace('"cost_per_independent_sample_s"', '"cost"'),
+        lambda text: text.replace('"judged": true', '"judged": 7').replace('"means"', '"mean"'),
+        lambda text: re.sub('"tau_int": [0-9.e-]+', '"tau_int": "x"', text),
+        lambda text: re.sub(r'"covariance": \[', '"covariance": [[1.0], ', text, count=1),
+    ],
+)
+def test_damaged_results_are_refused(damage, finished, tmp_path, capsys):
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    text = damage((finished / "results.json").read_text())
+    (out / "results.json").write_text(text)
+    assert cli.main(["compare", "--resume", "--out", str(out)]) == 2
+    assert "results.json: not the results of a comparison" in capsys.readouterr().err
+    assert (out / "results.json").read_text() == text
 
 
 def test_concerns_are_told(tmp_path, capsys):
