@@ -18,8 +18,13 @@ COMPARISON_OUT = Path("lfq-comparison")
 
 
 @contextlib.contextmanager
-def _signals() -> Iterator[Callable[[], int]]:
+def _signals(unit: str = "trajectory") -> Iterator[Callable[[], int]]:
     """Catch the first SIGINT or SIGTERM, for the run to stop where it is complete; a second ends the process at once.
+
+    Parameters
+    ----------
+    unit : str
+        What is still finished after the first.
 
     Yields
     ------
@@ -42,10 +47,8 @@ def _signals() -> Iterator[Callable[[], int]]:
             if came:
                 os._exit(128 + number[0])
             came.append(number[0])
-            print(
-                f"lfq: {signal.Signals(number[0]).name}: finishing the trajectory; once more to stop at once",
-                file=sys.stderr,
-            )
+            name = signal.Signals(number[0]).name
+            print(f"lfq: {name}: finishing the {unit}; once more to stop at once", file=sys.stderr)
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
@@ -191,12 +194,13 @@ def _application():
         # Said in the table's notes and by the exit code.
         for category in (DisagreementWarning, FailureWarning):
             warnings.simplefilter("ignore", category)
-        try:
-            with _progress_bars() as progress:
-                results = run_comparison(loaded, out, resume=resume, overwrite=overwrite, progress=progress)
-        except KeyboardInterrupt:
-            print(f"lfq: interrupted; to continue: lfq compare --resume --out {out}", file=sys.stderr)
-            return 130
+        with _signals("block of samples") as signalled:
+            try:
+                with _progress_bars(signalled) as progress:
+                    results = run_comparison(loaded, out, resume=resume, overwrite=overwrite, progress=progress)
+            except KeyboardInterrupt:
+                print(f"lfq: interrupted; to continue: lfq compare --resume --out {out}", file=sys.stderr)
+                return 128 + (signalled() or signal.SIGINT)
         lines = [list(report.COMPARISON_COLUMNS), *report.comparison_rows(results)]
         _print_table(lines, report.comparison_notes(results), f"results.json, flows and report.html are in {out}")
         return 1 if results["disagreeing"] or len(completed(results)) < len(results["samplers"]) else 0

@@ -17,6 +17,7 @@ from ._core import NotFiniteError
 from ._kernels import check_count, check_seed
 from .actions import Phi4, PulledBack, check_theory
 from .flows import Flow
+from .health import RunWarning, concerns
 from .heat_bath import HeatBath
 from .hmc import HMC, ClusterHMC, FourierHMC, Run, Sampler, State
 from .priors import Gaussian, Prior
@@ -317,10 +318,16 @@ def _checked(theory: Phi4, name: str, sampler) -> Contender:
     return contender
 
 
-def _chains(sampler: Sampler, start: np.ndarray, seconds: float, n_warmup: int, seed: int) -> Run:
-    """Warm up, then sample for `seconds` of wall time, or until there are `MOST_SAMPLES` of each chain."""
+def _chains(
+    sampler: Sampler, start: np.ndarray, seconds: float, n_warmup: int, seed: int, tell: Callable[[], None]
+) -> Run:
+    """Warm up, then sample for `seconds` of wall time, or until there are `MOST_SAMPLES` of each chain.
+
+    `tell` is called after each block.
+    """
     state = sampler.start(len(start), seed, phi=start)
     state = sampler.advance(state, 1, max(n_warmup, 1), measure=False).state
+    tell()
     pilot = sampler.advance(state, 20)
     state, per_sample = pilot.state, pilot.seconds / 20
     size = max(1, min(round(min(0.25, seconds / 8) / per_sample), MOST_SAMPLES // 8))
@@ -328,6 +335,7 @@ def _chains(sampler: Sampler, start: np.ndarray, seconds: float, n_warmup: int, 
     while (used < seconds and done < MOST_SAMPLES) or done < 2 * analysis.MIN_SAMPLES:
         blocks.append(sampler.advance(state, size))
         state, used, done = blocks[-1].state, used + blocks[-1].seconds, done + size
+        tell()
     return Run.from_blocks(sampler.theory, sampler, blocks)
 
 
@@ -423,13 +431,17 @@ class _Bench:
         if contender.tune and isinstance(sampler, Sampler):
             sampler = sampler.tune_cost(acceptance=self.acceptance, n_chains=self.n_chains, seed=self.seed)
         tuning = time.perf_counter() - begin
-        self.report(name, 1, 3, _settings(sampler))
+
+        def tell() -> None:
+            self.report(name, 1, 3, _settings(sampler))
+
+        tell()
         if isinstance(sampler, WeightedSampler):
             run = _weighted(sampler, self.seconds, self.seed)
-            record = _weighted_record(name, run)
+            record = _weighted_record(name, run) | {"concerns": []}
         else:
-            run = _chains(sampler, self.fields, self.seconds, self.n_warmup, self.seed)
-            record = chain_record(name, run)
+            run = _chains(sampler, self.fields, self.seconds, self.n_warmup, self.seed, tell)
+            record = chain_record(name, run) | {"concerns": concerns(run)}
         self.report(name, 2, 3, "analysis")
         cost = record["cost_per_independent_sample_s"]
         record |= {
@@ -447,7 +459,6 @@ class _Bench:
         record |= _sign(run)
         if contender.flow is not None:
             record |= self._coverage(contender.flow, contender.latents)
-        self.report(name, 3, 3, _settings(sampler))
         return run, record
 
     def _coverage(self, flow: Flow, prior: Prior) -> dict[str, float | None]:
@@ -493,7 +504,8 @@ def compare(
         Aim of the step size at each trajectory length that is tried.
     seed : int
     progress : callable, optional
-        Called as progress(name, done, total, remark), with total = 3 stages: tuning, sampling, analysis.
+        Called as progress(name, done, total, remark), with total = 3 stages: tuning, sampling, analysis; also after
+        each block of samples. A KeyboardInterrupt that it raises stops the comparison, after a call of `store`.
     finished : iterable of dict
         Records of an earlier, interrupted comparison with the same arguments: those samplers are not run again.
     store : callable, optional
@@ -514,6 +526,8 @@ def compare(
         A sampler ended in an error, a divergence say; the others are compared without it.
     DisagreementWarning
         Some samplers' expectation values do not agree; names them.
+    RunWarning
+        What `lfq.health.concerns` finds in the chains of a sampler.
     """
     check_theory(theory)
     if not isinstance(samplers, Mapping) or not samplers:
@@ -537,28 +551,36 @@ def compare(
 
     def results() -> dict[str, Any]:
         done = [records[name] for name in samplers if name in records]
-        disagreeing = _judge([record for record in done if "error" not in record])
+        disagreeing = judge([record for record in done if "error" not in record])
         unfinished = [name for name in samplers if name not in records]
         found = {"theory": {"shape": theory.shape, "beta": theory.beta, "lam": theory.lam}} | budget
         return found | {"samplers": done, "disagreeing": disagreeing, "unfinished": unfinished}
 
     runs = {}
-    for name, sampler in samplers.items():
-        if name in records:
-            report(name, 3, 3, records[name].get("settings", ""))
-            continue
-        try:
-            contender = _checked(theory, name, sampler() if callable(sampler) else sampler)
-            runs[name], records[name] = bench().run(name, contender)
-        except Exception as error:
-            # Whatever it is, the other samplers can still be compared.
-            told = f"{type(error).__name__}: {' '.join(str(error).split())}"
-            records[name] = _described(name, theory) | {"error": told, "judged": False, "long_enough": False}
-            warnings.warn(f"{name} failed: {told}", FailureWarning, stacklevel=2)
-            report(name, 3, 3, "failed")
+    try:
+        for name, sampler in samplers.items():
+            if name in records:
+                report(name, 3, 3, records[name].get("settings", ""))
+                continue
+            try:
+                contender = _checked(theory, name, sampler() if callable(sampler) else sampler)
+                runs[name], records[name] = bench().run(name, contender)
+            except Exception as error:
+                # Whatever it is, the other samplers can still be compared.
+                told = f"{type(error).__name__}: {' '.join(str(error).split())}"
+                records[name] = _described(name, theory) | {"error": told, "judged": False, "long_enough": False}
+                warnings.warn(f"{name} failed: {told}", FailureWarning, stacklevel=2)
+            if store:
+                store(results())
+            report(name, 3, 3, records[name].get("settings", "failed"))
+    except KeyboardInterrupt:
         if store:
             store(results())
+        raise
     found = results()
+    for record in found["samplers"]:
+        for concern in record.get("concerns", ()):
+            warnings.warn(f"{record['name']}: {concern}", RunWarning, stacklevel=2)
     if found["disagreeing"]:
         bad = found["disagreeing"]
         warnings.warn(
@@ -569,7 +591,7 @@ def compare(
     return Comparison(found, runs)
 
 
-def _judge(records: list[dict[str, Any]]) -> list[str]:
+def judge(records: list[dict[str, Any]]) -> list[str]:
     """Give the records what depends on the other samplers; returns the names of those that disagree."""
     pay_off(records, lambda record: record["train_seconds"] > 0)
     judged = {record["name"]: record["means"] for record in records if record["judged"]}

@@ -6,6 +6,7 @@ random numbers: the outcome is that of an uninterrupted one, bit for bit.
 
 from __future__ import annotations
 
+import copy
 import fcntl
 import hashlib
 import json
@@ -29,7 +30,7 @@ import lfq
 
 from ._kernels import check_count
 from ._optional import load
-from .comparison import MOST_SAMPLES, Contender, chain_record, compare, pay_off
+from .comparison import MOST_SAMPLES, Contender, chain_record, compare, judge, pay_off
 from .config import (
     ComparisonConfig,
     Config,
@@ -54,7 +55,6 @@ from .io import (
     write_atomically,
 )
 from .observables import OBSERVABLES
-from .plots import COMPARISON_FIGURES
 
 __all__ = [
     "ExperimentError",
@@ -278,7 +278,7 @@ OWN_FOLDERS = ("flows", "training", "checkpoints")
 
 
 def _own(out: Path, prefix: str = "") -> list[Path]:
-    """Files that `lfq run` made in a directory; with the prefix "." those it died in writing."""
+    """Files that lfq made in a directory; with the prefix "." those it died in writing."""
     patterns = [*OWN_FILES, *(f"{folder}/{prefix}*.safetensors*" for folder in OWN_FOLDERS)]
     if prefix:
         patterns = [f"{prefix}{name}.*" for name in OWN_FILES] + patterns[len(OWN_FILES) :]
@@ -286,7 +286,7 @@ def _own(out: Path, prefix: str = "") -> list[Path]:
 
 
 def _remove_run(out: Path) -> None:
-    """Delete what `lfq run` left in a directory, and nothing else."""
+    """Delete what `lfq run` or `lfq compare` left in a directory, and nothing else."""
     for file in _own(out) + _own(out, "."):
         file.unlink()
     for name in OWN_FOLDERS:
@@ -294,36 +294,54 @@ def _remove_run(out: Path) -> None:
             (out / name).rmdir()
 
 
-def _new_directory(config: Config, out: Path, overwrite: bool) -> tuple[int, RunFile]:
+def _holds(out: Path) -> str:
+    """What lfq has left in a directory: "run", "comparison", "beginning" (it died at once), or nothing."""
+    if not (out / "checkpoints").is_dir():
+        return ""
+    if (out / "run.h5").exists() or (out / "checkpoints" / "run.safetensors").exists():
+        return "run"
+    return "comparison" if (out / "config.toml").exists() else "beginning"
+
+
+def _claim(out: Path, kind: str, overwrite: bool) -> int:
+    """Make the directory of a new run or comparison and lock it; an earlier one of its kind goes with `overwrite`."""
+    out.mkdir(parents=True, exist_ok=True)
+    lock, held = _lock(out), _holds(out)
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        if overwrite and (out / "checkpoints").is_dir():
-            os.close(_lock(out))
+        if overwrite and held in (kind, "beginning"):
             foreign = sorted({file for file in out.rglob("*") if file.is_file()} - {*_own(out), *_own(out, ".")})
             if foreign:
-                raise ExperimentError(f"{foreign[0]} is not of a run of lfq: --overwrite deletes runs only")
+                raise ExperimentError(f"{foreign[0]} is not of a {kind} of lfq: --overwrite deletes those only")
             _remove_run(out)
         if any(out.iterdir()):
-            if (out / "run.h5").exists():
+            if held == kind:
                 how = "--resume continues it, --overwrite deletes it, --out takes another place"
-                raise ExperimentError(f"{out} already holds a run: {how}")
+                raise ExperimentError(f"{out} already holds a {kind}: {how}")
             raise ExperimentError(f"{out} is not empty: --out takes another place")
-        n_samples, n_chains = config.sampling.n_samples, config.sampling.n_chains
-        needed = len(sampler_names(config)) * n_samples * n_chains * 8 * (len(OBSERVABLES) + 2)
-        free = shutil.disk_usage(out).free
-        if needed > free:
-            raise ExperimentError(f"{out}: run.h5 needs {needed / 1e9:.3g} GB, {free / 1e9:.3g} GB are free")
-        attributes = {"config": config.to_toml(), "versions": json.dumps(versions()), "seed": config.run.seed}
-        lock = _lock(out)
+    except BaseException:
+        os.close(lock)
+        raise
+    return lock
+
+
+def _new_directory(config: Config, out: Path, overwrite: bool) -> tuple[int, RunFile]:
+    try:
+        lock = _claim(out, "run", overwrite)
         try:
+            n_samples, n_chains = config.sampling.n_samples, config.sampling.n_chains
+            needed = len(sampler_names(config)) * n_samples * n_chains * 8 * (len(OBSERVABLES) + 2)
+            free = shutil.disk_usage(out).free
+            if needed > free:
+                raise ExperimentError(f"{out}: run.h5 needs {needed / 1e9:.3g} GB, {free / 1e9:.3g} GB are free")
+            attributes = {"config": config.to_toml(), "versions": json.dumps(versions()), "seed": config.run.seed}
             for folder in OWN_FOLDERS:
                 (out / folder).mkdir()
             file = _run_file(config, out, attributes, create=True)
             for _ in range(2):  # The second keeps the first, so that damage to one is no loss.
                 save_checkpoint(out / "checkpoints" / "run.safetensors", {}, attributes)
-        except OSError:
-            os.close(lock)
+        except BaseException:
             _remove_run(out)
+            os.close(lock)
             raise
         return lock, file
     except OSError as error:
@@ -343,11 +361,15 @@ def _old_directory(config: Config | None, out: Path) -> tuple[Config, int, RunFi
     if config is not None:
         _check_same(stored, config, out)
     lock, missing = _lock(out), not (out / "run.h5").exists()
-    for file in _own(out, "."):
-        file.unlink()
-    if missing:
-        _recover(f"{out / 'run.h5'} is gone: sampling again")
-    file = _run_file(stored, out, attributes, create=missing, mend=made_by == versions()["hdf5"])
+    try:
+        for file in _own(out, "."):
+            file.unlink()
+        if missing:
+            _recover(f"{out / 'run.h5'} is gone: sampling again")
+        file = _run_file(stored, out, attributes, create=missing, mend=made_by == versions()["hdf5"])
+    except BaseException:
+        os.close(lock)
+        raise
     return config or stored, lock, file
 
 
@@ -822,12 +844,8 @@ DEFAULT_SAMPLERS = tuple(
 """Samplers of a comparison whose configuration names none; flow-HMC with every trained flow joins them."""
 
 
-def _contender(config: Config, sampler: SamplerConfig, out: Path, progress: Progress) -> Contender:
-    """The sampler of one ``[[sampler]]``, its flow trained, or read from `out`."""
-    theory, training, prior = target_theory(config), None, None
-    if sampler.prior is not None:
-        chosen = next(p for p in config.prior if p.name == sampler.prior)
-        training, prior = train(config, chosen, out, progress), make_prior(config, chosen)
+def make_sampler(config: Config, sampler: SamplerConfig, theory: lfq.Phi4, flow=None, prior=None):
+    """The sampler of one ``[[sampler]]``, not tuned yet."""
     common = {"dtype": config.run.dtype, "n_threads": config.run.threads or None}
     moves = {"tau": sampler.tau, "integrator": sampler.integrator, "length_spread": sampler.length_spread}
     makers = {
@@ -836,12 +854,12 @@ def _contender(config: Config, sampler: SamplerConfig, out: Path, progress: Prog
         "wolff": lambda: lfq.ClusterHMC(theory, cluster="wolff", n_updates=sampler.n_updates, **moves, **common),
         "fourier": lambda: lfq.FourierHMC(theory, **moves, **common),
         "heat-bath": lambda: lfq.HeatBath(theory, cluster=sampler.cluster, n_updates=sampler.n_updates, **common),
-        "flow-hmc": lambda: HMC(theory.pullback(training.flow), **moves, **common),
-        "independence": lambda: lfq.IndependenceMetropolis(theory, training.flow, prior, **common),
-        "reweighting": lambda: lfq.Reweighting(theory, training.flow, prior, **common),
+        "flow-hmc": lambda: HMC(theory.pullback(flow), **moves, **common),
+        "independence": lambda: lfq.IndependenceMetropolis(theory, flow, prior, **common),
+        "reweighting": lambda: lfq.Reweighting(theory, flow, prior, **common),
         "annealing": lambda: lfq.Annealing(
             theory,
-            training and training.flow,
+            flow,
             prior,
             sampler.n_temperatures,
             tau=sampler.tau,
@@ -850,52 +868,74 @@ def _contender(config: Config, sampler: SamplerConfig, out: Path, progress: Prog
         ),
     }
     with _section(f"sampler {sampler.name}"):
-        made = makers[sampler.kind]()
-        if isinstance(made, HMC) and not sampler.tune:
-            comparison = config.comparison or ComparisonConfig()
+        return makers[sampler.kind]()
+
+
+def _contender(config: Config, sampler: SamplerConfig, out: Path, progress: Progress) -> Contender:
+    """The sampler of one ``[[sampler]]``, its flow trained, or read from `out`."""
+    training, prior = None, None
+    if sampler.prior is not None:
+        chosen = next(p for p in config.prior if p.name == sampler.prior)
+        training, prior = train(config, chosen, out, progress), make_prior(config, chosen)
+    made = make_sampler(config, sampler, target_theory(config), training and training.flow, prior)
+    if isinstance(made, HMC) and not sampler.tune:
+        comparison = config.comparison or ComparisonConfig()
+        with _section(f"sampler {sampler.name}"):
             made = made.tune(comparison.acceptance, comparison.n_chains, stage_seed(config.run.seed, "tune"))
-        return Contender(made, training.seconds if training else 0.0, sampler.tune, prior)
+    return Contender(made, training.seconds if training else 0.0, sampler.tune, prior)
 
 
-def _comparison_directory(config: Config | None, out: Path, resume: bool, overwrite: bool) -> tuple[Config, list]:
-    """The configuration, and the records of samplers that an interrupted comparison in `out` has finished."""
-    if resume and overwrite:
-        raise ExperimentError("resume keeps what overwrite would replace: choose one")
-    stored = out / "config.toml"
-    holds_one = stored.is_file() and (out / "training").is_dir() and not (out / "run.h5").exists()
-    if resume:
-        if not holds_one:
-            raise ExperimentError(f"{out} holds no comparison to resume")
-        kept = load_config(stored)
-        if config is not None:
-            _check_same(kept, config, out)
-        if not (out / "results.json").exists():
-            return config or kept, []
-        try:
-            records = json.loads((out / "results.json").read_text(encoding="utf-8"))["samplers"]
-            # What failed is tried again.
-            return config or kept, [record for record in records if "error" not in record]
-        except (KeyError, TypeError, ValueError) as error:
-            raise FileFormatError(f"{out / 'results.json'}: not the results of a comparison ({error})") from None
+def _new_comparison(config: Config, out: Path, overwrite: bool) -> int:
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        if any(out.iterdir()):
-            if not holds_one:
-                raise ExperimentError(f"{out} is not empty: --out takes another place")
-            if not overwrite:
-                choices = "--resume continues it, --overwrite replaces it, --out takes another place"
-                raise ExperimentError(f"{out} is not empty, it holds a comparison: {choices}")
+        lock = _claim(out, "comparison", overwrite)
+        try:
             for folder in OWN_FOLDERS:
-                shutil.rmtree(out / folder, ignore_errors=True)
-            for name in ("results.json", "report.html", *(f"{name}.png" for name in COMPARISON_FIGURES)):
-                (out / name).unlink(missing_ok=True)
-        for folder in OWN_FOLDERS:
-            (out / folder).mkdir()
-        with write_atomically(stored) as stream:
-            stream.write(config.to_toml().encode())
+                (out / folder).mkdir()
+            with write_atomically(out / "config.toml") as stream:
+                stream.write(config.to_toml().encode())
+        except BaseException:
+            _remove_run(out)
+            os.close(lock)
+            raise
+        return lock
     except OSError as error:
         raise ExperimentError(f"cannot write to {out}: {error.strerror or error}") from None
-    return config, []
+
+
+def _old_comparison(config: Config | None, out: Path) -> tuple[Config, int, list]:
+    """The configuration, the lock, and the records of samplers that an interrupted comparison has finished."""
+    if _holds(out) != "comparison":
+        raise ExperimentError(f"{out} holds no comparison to resume")
+    kept = load_config(out / "config.toml")
+    if config is not None:
+        _check_same(kept, config, out)
+    lock = _lock(out)
+    try:
+        for file in _own(out, "."):
+            file.unlink()
+        return config or kept, lock, _records(kept, out / "results.json")
+    except BaseException:
+        os.close(lock)
+        raise
+
+
+def _records(config: Config, path: Path) -> list[dict[str, Any]]:
+    """The records in the results of a comparison, of what did not fail; that is tried again."""
+    from .report import comparison_rows
+
+    if not path.exists():
+        return []
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        records = [record for record in found["samplers"] if "error" not in record]
+        if {record["name"] for record in records} - {sampler.name for sampler in config.sampler}:
+            raise ValueError("of other samplers")
+        # Whatever is missing in them is missed here.
+        judge(copy.deepcopy(records))
+        comparison_rows({"samplers": records})
+        return records
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+        raise FileFormatError(f"{path}: not the results of a comparison ({error!r})") from None
 
 
 def run_comparison(
@@ -921,7 +961,8 @@ def run_comparison(
     overwrite : bool
         Replace the comparison in `out`.
     progress : callable, optional
-        Called as ``progress(stage, done, total, remark)``.
+        Called as ``progress(stage, done, total, remark)``. A KeyboardInterrupt that it raises stops the comparison;
+        ``results.json`` then holds the samplers that are finished.
 
     Returns
     -------
@@ -934,11 +975,11 @@ def run_comparison(
     ConfigError, ExperimentError, FileFormatError, ImportError
         As `run_experiment`.
     """
-    from . import plots, report
-
     progress, out = progress or (lambda *_: None), Path(out)
     if config is None and not resume:
         raise TypeError("run_comparison: a new comparison needs a configuration")
+    if resume and overwrite:
+        raise ExperimentError("--resume and --overwrite exclude each other")
     if config is not None:
         if config.ladder:
             raise ConfigError("ladder", "", "is for `lfq run`, not `lfq compare`")
@@ -948,7 +989,18 @@ def run_comparison(
         _check_buildable(replace(config, sampler=(), comparison=None))
     for package, purpose in PACKAGES.items():
         load(package, purpose)
-    config, finished = _comparison_directory(config, out, resume, overwrite)
+    if resume:
+        config, lock, finished = _old_comparison(config, out)
+    else:
+        lock, finished = _new_comparison(config, out, overwrite), []
+    try:
+        return _compare(config, out, finished, progress)
+    finally:
+        os.close(lock)
+
+
+def _compare(config: Config, out: Path, finished: list[dict[str, Any]], progress: Progress) -> dict[str, Any]:
+    from . import plots, report
 
     def store(found: dict[str, Any]) -> dict[str, Any]:
         trainings = filter(None, (_recorded(prior.name, out) for prior in config.prior))

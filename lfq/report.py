@@ -189,6 +189,7 @@ def comparison_notes(results: dict[str, Any]) -> list[str]:
         notes.append(
             f"{MARK} shorter than 1000 tau_int over all chains, or weights without a variance: errors are not reliable."
         )
+    notes += [f"{s['name']}: {concern}." for s in samplers for concern in s.get("concerns", ())]
     frozen = [
         s["name"]
         for s in samplers

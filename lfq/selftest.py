@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,7 +18,8 @@ import lfq
 
 from . import _core, analysis
 from .config import Config
-from .experiment import initial_flow, make_hmc, stage_seed, target_theory
+from .experiment import initial_flow, make_hmc, make_sampler, stage_seed, target_theory
+from .hmc import Sampler
 from .observables import virial
 
 __all__ = ["Check", "checks"]
@@ -146,12 +147,18 @@ def _free_log_z(theory: lfq.Phi4) -> float:
 
 
 def _check_log_z(flow: lfq.AffineFlow, seed: int) -> Check:
-    """<exp(log w)> = Z for any flow: the free theory on a small lattice, from the Gaussian prior."""
-    shape = (2,) * (flow.ndim - 1) + (4,)
+    """<w> = Z for any flow: the free theory on a small lattice, from normals of some width.
+
+    So wide that the flow's fields are wider than the theory's: such weights are bounded, and their error can be told.
+    """
+    shape = (2,) * flow.ndim if flow.ndim > 1 else (4,)
     theory, prior = lfq.Phi4(shape, beta=0.4 / flow.ndim, lam=0.0), lfq.Gaussian(shape)
-    z = prior.sample(40000, seed)
-    x, log_det = flow.forward(z)
-    log_w = log_det - theory.action(x) - prior.log_prob(z)
+    normal, width = prior.sample(40000, seed), 1.0
+    x, log_det = flow.forward(normal)
+    while x.std() < 1.2 and width < 100:
+        width *= 1.2
+        x, log_det = flow.forward(width * normal)
+    log_w = log_det - theory.action(x) - prior.log_prob(normal) + theory.volume * math.log(width)
     w = np.exp(log_w - log_w.max())
     error = w.std() / math.sqrt(w.size) / w.mean()
     return _deviation(
@@ -167,14 +174,14 @@ def _different(*pairs) -> float:
     return float(sum(np.count_nonzero(np.asarray(a) != np.asarray(b)) for a, b in pairs))
 
 
-def _check_restart(name: str, hmc: lfq.HMC, seed: int) -> Check:
+def _check_restart(name: str, sampler: Sampler, seed: int) -> Check:
     """Forty trajectories at once, and four times ten through checkpoints with other numbers of threads."""
-    state = hmc.start(16, seed)
-    whole, energies = hmc.advance(state, 40), []
+    state = sampler.start(16, seed)
+    whole, energies = sampler.advance(state, 40), []
     with tempfile.TemporaryDirectory() as folder:
         for threads in (1, 2, 3, None):
-            hmc.save(state, Path(folder) / "state")
-            part = replace(hmc, n_threads=threads)
+            sampler.save(state, Path(folder) / "state")
+            part = replace(sampler, n_threads=threads)
             block = part.advance(part.load(Path(folder) / "state"), 10)
             state = block.state
             energies.append(block.dh)
@@ -226,66 +233,91 @@ def _small(theory: lfq.Phi4, max_volume: float) -> lfq.Phi4:
 
 
 def checks(config: Config) -> Iterator[Check]:
-    """Run the checks of a configuration's theory, flow and HMC, one after another.
+    """Run the checks of a configuration's theory, flow and samplers, one after another.
 
     Parameters
     ----------
     config : Config
-        Lattices of more than `MAX_VOLUME` sites are cut down. An odd extent leaves out the flow.
+        Lattices of more than `MAX_VOLUME` sites are cut down. An odd extent leaves out the flow. Of ``[[sampler]]``,
+        what makes chains without a flow is checked.
 
     Yields
     ------
     Check
+        Where numbers are not finite, or no step size works, one that fails and says so takes the place of what is left
+        of its kind.
     """
     theory = _small(target_theory(config), MAX_VOLUME)
     rng = np.random.default_rng(stage_seed(config.run.seed, "selftest"))
     phi, direction = rng.normal(size=(2, 8, *theory.shape))
     direction /= math.sqrt(theory.volume)
     yield _check_force("force = -dS/dphi, finite differences", theory, phi, direction)
-
     yield _check_streams(config)
-    samplers = {"HMC": theory}
+    samplers = {"HMC": make_hmc(config, theory)}
     if all(extent % 2 == 0 for extent in theory.shape):
         flow = initial_flow(config)
-        # Weights as large as those of a trained flow.
-        flow.weights = rng.normal(size=flow.n_weights) * 0.3 / math.sqrt(config.flow.kernel_size**theory.ndim)
-        pulled = theory.pullback(flow)
-        samplers["flow-HMC"] = _small(theory, MAX_FLOW_WORK / flow.n_weights).pullback(flow)
-        yield _check_force("flow-HMC force = finite differences", pulled, phi, direction)
-        x, log_det = flow.forward(phi)
-        back, inverse_log_det = flow.inverse(x)
-        yield _relative("f^-1(f(z)) = z", back, phi, 1e-11)
-        yield _relative("log-determinants of f and f^-1 cancel", -inverse_log_det, log_det, 1e-11)
-        yield _check_jacobian(flow, rng)
-        yield _check_weight_gradient(flow, theory, phi[:2], rng)
-        yield _check_log_z(flow, stage_seed(config.run.seed, "selftest log Z"))
-        seed = stage_seed(config.run.seed, "selftest training")
-        yield _check_training_restart(initial_flow(config), samplers["flow-HMC"].theory, config.run.dtype, seed)
+        # Away from the identity, as a trained flow is.
+        inputs = config.flow.kernel_size**theory.ndim * max(config.flow.hidden, default=1)
+        flow.weights += rng.normal(size=flow.n_weights) * 0.3 / math.sqrt(inputs * config.flow.n_blocks)
+        small = _small(theory, MAX_FLOW_WORK / flow.n_weights)
+        samplers["flow-HMC"] = make_hmc(config, small.pullback(flow))
+        yield from _finite("flow", _check_flow, config, flow, theory, small, phi, direction, rng)
+    for sampler in config.sampler:
+        if sampler.kind in ("swendsen-wang", "wolff", "fourier", "heat-bath"):
+            samplers[sampler.name] = make_sampler(config, sampler, theory)
+    for name, sampler in samplers.items():
+        yield from _finite(name, _check_sampler, config, name, sampler, theory, rng)
+    yield from _finite("solvable limits", _check_limits, config, theory)
 
-    for name, sampled in samplers.items():
-        begin, momenta = rng.normal(size=(2, 8, *sampled.shape))
-        hmc = make_hmc(config, sampled)
-        end = hmc.evolve(begin, momenta)
-        yield _relative(f"{name}: trajectory there and back", hmc.evolve(*end, backward=True)[0], begin, 1e-9)
-        yield _check_restart(name, hmc, stage_seed(config.run.seed, f"selftest restart {name}"))
-        run = _sample(config, sampled, f"selftest {name}")
+
+def _finite(name: str, group: Callable[..., Iterator[Check]], *arguments) -> Iterator[Check]:
+    try:
+        yield from group(*arguments)
+    except (lfq.NotFiniteError, RuntimeError) as error:
+        yield Check(f"{name}: {error}", math.nan, 0, "")
+
+
+def _check_flow(config: Config, flow, theory, small, phi, direction, rng) -> Iterator[Check]:
+    yield _check_force("flow-HMC force = finite differences", theory.pullback(flow), phi, direction)
+    x, log_det = flow.forward(phi)
+    back, inverse_log_det = flow.inverse(x)
+    yield _relative("f^-1(f(z)) = z", back, phi, 1e-11)
+    yield _relative("log-determinants of f and f^-1 cancel", -inverse_log_det, log_det, 1e-11)
+    yield _check_jacobian(flow, rng)
+    yield _check_weight_gradient(flow, theory, phi[:2], rng)
+    yield _check_log_z(flow, stage_seed(config.run.seed, "selftest log Z"))
+    seed = stage_seed(config.run.seed, "selftest training")
+    yield _check_training_restart(initial_flow(config), small, config.run.dtype, seed)
+
+
+def _check_sampler(config: Config, name: str, sampler: Sampler, theory: lfq.Phi4, rng) -> Iterator[Check]:
+    run = _sample(config, sampler, f"selftest {name}")
+    sampler = run.sampler
+    yield _check_restart(name, sampler, stage_seed(config.run.seed, f"selftest restart {name}"))
+    if isinstance(sampler, lfq.HMC):
+        begin = run.state.latent[:8].astype(np.float64)
+        end = sampler.evolve(begin, rng.normal(size=begin.shape))
+        yield _relative(f"{name}: trajectory there and back", sampler.evolve(*end, backward=True)[0], begin, 1e-9)
         yield _deviation(f"{name}: <exp(-dH)> = 1", *run.exp_minus_dh(), 1.0)
-        one = analysis.estimate(virial(theory, run.observables))
-        yield _deviation(f"{name}: virial <phi dS/dphi> per site = 1", one.value, one.error, 1.0)
+    one = analysis.estimate(virial(theory, run.observables))
+    yield _deviation(f"{name}: virial <phi dS/dphi> per site = 1", one.value, one.error, 1.0)
 
+
+def _check_limits(config: Config, theory: lfq.Phi4) -> Iterator[Check]:
     free = replace(theory, beta=min(abs(theory.beta), 0.6 / theory.ndim), lam=0.0)
-    run = _sample(config, free, "selftest free")
+    run = _sample(config, make_hmc(config, free), "selftest free")
     for name, exact in zip(("phi2", "chi"), _free_variance(free), strict=True):
         found = analysis.estimate(run.observables[name])
         yield _deviation(f"lam = 0: <{name}> of the free propagator", found.value, found.error, exact)
 
-    run = _sample(config, replace(theory, beta=0.0), "selftest one site")
+    run = _sample(config, make_hmc(config, replace(theory, beta=0.0)), "selftest one site")
     for name, exact in zip(("phi2", "phi4"), _one_site(theory.lam), strict=True):
         found = analysis.estimate(run.observables[name])
         yield _deviation(f"beta = 0: <{name}> of a single site", found.value, found.error, exact)
 
 
-def _sample(config: Config, theory, name: str) -> lfq.Run:
-    """A short tuned run in the precision of the configuration."""
-    hmc = make_hmc(config, theory).tune(config.sampling.acceptance, N_CHAINS, stage_seed(config.run.seed, name))
-    return hmc.sample(N_CHAINS, N_SAMPLES, n_warmup=N_SAMPLES, seed=stage_seed(config.run.seed, f"{name} sample"))
+def _sample(config: Config, sampler: Sampler, name: str) -> lfq.Run:
+    """A short run, tuned where there is a step size, in the precision of the configuration."""
+    if isinstance(sampler, lfq.HMC):
+        sampler = sampler.tune(config.sampling.acceptance, N_CHAINS, stage_seed(config.run.seed, name))
+    return sampler.sample(N_CHAINS, N_SAMPLES, n_warmup=N_SAMPLES, seed=stage_seed(config.run.seed, f"{name} sample"))

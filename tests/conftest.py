@@ -11,6 +11,7 @@ from lfq import _core
 
 def pytest_addoption(parser):
     parser.addoption("--validate", action="store_true", help="also run the long statistical tests")
+    parser.addoption("--kills", type=int, default=50, help="how many SIGKILLs to try in all, with --validate")
 
 
 def pytest_collection_modifyitems(config, items):
@@ -34,6 +35,12 @@ def isa(request):
     _core.set_isa(request.param)
     yield request.param
     _core.set_isa(before)
+
+
+@pytest.fixture
+def n_kills(request):
+    """SIGKILLs for each of the five tests that take this fixture."""
+    return -(-request.config.getoption("--kills") // 5) if request.config.getoption("--validate") else 3
 
 
 @pytest.fixture(params=["float64", "float32"])

@@ -6,14 +6,17 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from html.parser import HTMLParser
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from killer import survive
 
 import lfq
 from lfq import cli, config, experiment, io, report, selftest
+from lfq.health import RunWarning
 
 for package in ("h5py", "matplotlib", "pyerrors", "rich", "typer"):
     pytest.importorskip(package)
@@ -355,37 +358,44 @@ def test_a_run_interrupted_everywhere_ends_the_same(finished, tmp_path):
     assert_same_run(finished, out)
 
 
-def run_with_kills(directory, n_kills, seed=0):
-    """A run in a directory, killed by SIGKILL until it has been `n_kills` times, then left to finish."""
-    out, kills, attempts = directory / "out", 0, 0
-    while True:
-        attempts += 1
-        text = TINY.replace("block_size = 40", f"block_size = {(40, 9, 64)[attempts % 3]}")
-        path = write_config(directory, text + f"[run]\nthreads = {1 + attempts % 2}\n")
-        how = ["--resume"] if (out / "checkpoints" / "run.safetensors").exists() else ["--overwrite"]
-        chance = 0.03 if kills < n_kills else 0.0
-        code = f"import sys; from lfq import cli; sys.exit(cli.main({['run', str(path), *how, '--out', str(out)]}))"
-        killer = os.path.join(os.path.dirname(__file__), "killer.py")
-        command = [sys.executable, killer, str(chance), str(1000 * seed + attempts), code]
-        result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-        assert result.returncode in (0, -9), result.stderr
-        assert "damaged" not in result.stderr
-        if result.returncode == 0:
-            return out, kills
-        kills += 1
+def test_samples_reach_the_disk_before_the_checkpoint_that_counts_them(tmp_path, monkeypatch):
+    out, calls = tmp_path / "out", []
+
+    def traced(name, real):
+        def call(*arguments, **keywords):
+            where = os.readlink(f"/proc/self/fd/{arguments[0]}") if name != "replace" else str(arguments[1])
+            calls.append((name, where))
+            return real(*arguments, **keywords)
+
+        return call
+
+    for name in ("pwrite", "fsync", "replace"):
+        monkeypatch.setattr(os, name, traced(name, getattr(os, name)))
+    experiment.run_experiment(config.parse_config(TARGET + SAMPLING), out)
+    unsynced = counted = 0
+    for call in calls:
+        if call == ("pwrite", str(out / "run.h5")):
+            unsynced += 1
+        elif call == ("fsync", str(out / "run.h5")):
+            unsynced = 0
+        elif call == ("replace", str(out / "checkpoints" / "hmc.safetensors")):
+            counted += 1
+            assert unsynced == 0
+    assert counted > 4
 
 
-def test_a_run_killed_at_random_ends_in_the_same_bits(finished, tmp_path):
-    out, kills = run_with_kills(tmp_path, 3)
-    assert kills == 3
-    assert_same_run(finished, out)
+def test_a_run_killed_at_random_ends_in_the_same_bits(finished, tmp_path, n_kills):
+    """HMC, flow-HMC and trainings, with another block size and other threads after each kill."""
+    out = tmp_path / "out"
 
+    def code(attempt):
+        text = TINY.replace("block_size = 40", f"block_size = {(40, 9, 64)[attempt % 3]}")
+        path = write_config(tmp_path, text + f"[run]\nthreads = {1 + attempt % 2}\n")
+        how = "--resume" if (out / "checkpoints" / "run.safetensors").exists() else "--overwrite"
+        arguments = ["run", str(path), how, "--out", str(out)]
+        return f"import sys; from lfq import cli; sys.exit(cli.main({arguments}))"
 
-@pytest.mark.validate
-@pytest.mark.parametrize("seed", range(1, 6))
-def test_fifty_kills(finished, tmp_path, seed):
-    out, kills = run_with_kills(tmp_path, 10, seed)
-    assert kills == 10
+    survive(code, n_kills, 0.03)
     assert_same_run(finished, out)
 
 
@@ -550,6 +560,29 @@ def test_selftest_passes(tmp_path, capsys):
     assert all(line.startswith("pass") for line in lines[:-1])
 
 
+def test_selftest_checks_the_samplers_of_a_comparison(tmp_path, capsys):
+    text = TARGET + "".join(f'[[sampler]]\nkind = "{kind}"\n' for kind in ("wolff", "heat-bath", "fourier"))
+    assert lfq_main("selftest", write_config(tmp_path, text)) == 0
+    printed = capsys.readouterr().out
+    for name in ("wolff", "heat-bath", "fourier"):
+        assert f"pass  {name}: restarts" in printed and f"pass  {name}: virial" in printed
+    assert "fourier: trajectory there and back" in printed
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        TARGET + '[run]\ndtype = "float32"\n',
+        TARGET.replace("8, 8", "5, 7"),
+        TARGET.replace("8, 8", "4, 4, 4").replace("0.576", "0.3")
+        + '[flow]\nscale = "even"\nfeatures = 2\nhidden = [2]\n',
+        TARGET.replace("8, 8", "64, 64") + '[flow]\nscale = "site"\nn_blocks = 3\n[sampling]\nintegrator = "omf2"\n',
+    ],
+)
+def test_selftest_passes_on_other_parameters(text):
+    assert [check for check in selftest.checks(config.parse_config(text)) if not check.passed] == []
+
+
 def wrong_force(monkeypatch):
     right = lfq.Phi4.force
     monkeypatch.setattr(lfq.Phi4, "force", lambda self, phi: 1.0001 * right(self, phi))
@@ -639,6 +672,17 @@ def one_stream_for_all(monkeypatch):
     monkeypatch.setattr(lfq._core, "normal", normal)
 
 
+def diverging_flow(monkeypatch):
+    right = lfq.HMC.sample
+
+    def sample(self, *arguments, **keywords):
+        if isinstance(self.theory, lfq.PulledBack):
+            raise lfq.NotFiniteError("dH is nan in chain 3")
+        return right(self, *arguments, **keywords)
+
+    monkeypatch.setattr(lfq.HMC, "sample", sample)
+
+
 @pytest.mark.parametrize(
     ("breakage", "named"),
     [
@@ -653,13 +697,16 @@ def one_stream_for_all(monkeypatch):
         (wrong_coupling, "virial"),
         (wrong_acceptance, "exp(-dH)"),
         (wrong_hopping, "free propagator"),
+        (diverging_flow, "flow-HMC: dH is nan in chain 3"),
     ],
 )
 def test_selftest_fails_on_broken_physics(breakage, named, monkeypatch):
     breakage(monkeypatch)
     settings = config.parse_config(TARGET + '[[prior]]\nkind = "gaussian"\n')
     failed = (check for check in selftest.checks(settings) if not check.passed)
-    assert any(named in check.name for check in failed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RunWarning)
+        assert any(named in check.name for check in failed)
 
 
 def test_a_failed_selftest_sets_the_exit_code(tmp_path, capsys, monkeypatch):

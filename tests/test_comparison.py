@@ -3,6 +3,11 @@
 import json
 import math
 import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
 import warnings
 from dataclasses import dataclass, replace
 
@@ -11,8 +16,9 @@ import pytest
 from test_weighted import one_sided_flow, scaled_gaussian
 
 import lfq
-from lfq import cli, comparison, plots, report
+from lfq import cli, comparison, experiment, io, plots, report
 from lfq.analysis import SLOW_OBSERVABLES
+from lfq.config import load_config
 
 for package in ("h5py", "matplotlib", "pyerrors", "rich", "typer"):
     pytest.importorskip(package)
@@ -377,6 +383,156 @@ def test_an_interrupted_comparison_continues(tmp_path, monkeypatch, capsys):
     assert json.loads((out / "results.json").read_text())["n_chains"] == 12
 
 
+SLOW_CLUSTERS = (
+    QUICK.split("[comparison]")[0]
+    + """
+[comparison]
+seconds = 300.0
+n_chains = 8
+n_warmup = 1
+
+[training]
+n_steps = 1000000
+
+[[prior]]
+kind = "gaussian"
+
+[[sampler]]
+kind = "hmc"
+tune = false
+
+[[sampler]]
+kind = "{second}"
+tune = false
+"""
+)
+
+
+def signalled(directory, second, ready, number):
+    """`lfq compare` of HMC, which is done in no time, and one that is not; a signal once it is `ready`."""
+    (directory / "config.toml").write_text(SLOW_CLUSTERS.format(second=second))
+    command = [sys.executable, "-m", "lfq", "compare", "config.toml", "--out", "out"]
+    process = subprocess.Popen(command, cwd=directory, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    end = time.monotonic() + 240
+    while not ready():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=120)
+    assert f"lfq: {number.name}: finishing the block of samples" in said
+    assert said.splitlines()[-1] == "lfq: interrupted; to continue: lfq compare --resume --out out"
+    return process.returncode
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_a_comparison(number, code, tmp_path):
+    """At the end of a block of samples, with what is finished in the results."""
+    out = tmp_path / "out"
+    second = 'wolff"\nn_updates = 2000\nname = "clusters'
+    assert signalled(tmp_path, second, (out / "results.json").exists, number) == code
+    results = json.loads((out / "results.json").read_text())
+    assert [record["name"] for record in results["samplers"]] == ["hmc"]
+    assert results["unfinished"] == ["clusters"]
+    assert not (out / "report.html").exists() and not list(out.glob(".*"))
+
+
+def test_a_signal_ends_the_training_of_a_comparison(tmp_path):
+    path = tmp_path / "out" / "checkpoints" / "train-gaussian.safetensors"
+    assert signalled(tmp_path, 'flow-hmc"\nprior = "gaussian', path.exists, signal.SIGTERM) == 143
+    assert 0 < io.load_checkpoint(path)[0][1]["step"] < 10**6
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["unfinished"] == ["flow-hmc, gaussian"]
+
+
+def test_a_comparison_stopped_at_once_has_results(tmp_path):
+    """Of no sampler: by its progress, before the first is done."""
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    (tmp_path / "config.toml").write_text(QUICK)
+    with pytest.raises(KeyboardInterrupt):
+        experiment.run_comparison(load_config(tmp_path / "config.toml"), tmp_path / "out", progress=stop)
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["samplers"] == [] and results["unfinished"] == ["hmc", "swendsen-wang"]
+    assert cli.main(["compare", "--resume", "--out", str(tmp_path / "out")]) == 0
+
+
+def test_two_processes_cannot_compare_in_one_directory(tmp_path, capsys):
+    (tmp_path / "config.toml").write_text(QUICK)
+    out, codes = tmp_path / "out", []
+
+    def meanwhile(*_):
+        for command in (["compare", "--resume"], ["compare", "--overwrite"], ["run"], ["run", "--overwrite"]):
+            configured = [] if "--resume" in command else [str(tmp_path / "config.toml")]
+            codes.append(cli.main([*command, *configured, "--out", str(out)]))
+        raise KeyboardInterrupt
+
+    config = load_config(tmp_path / "config.toml")
+    (tmp_path / "config.toml").write_text(QUICK.split("[comparison]")[0])
+    with pytest.raises(KeyboardInterrupt):
+        experiment.run_comparison(config, out, progress=meanwhile)
+    assert codes == [2] * 4 and capsys.readouterr().err.count("in use by another process") == 4
+    # The lock goes with the comparison that held it.
+    assert cli.main(["compare", "--resume", "--out", str(out)]) == 0
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: text[:-20],
+        lambda text: "[]",
+        lambda text: "[" * 100000,
+        lambda text: text.replace('"samplers"', '"sampler"'),
+        lambda text: text.replace('"name": "flow-hmc, gaussian"', '"name": "other"'),
+        lambda text: text.replace('"cost_per_independent_sample_s"', '"cost"'),
+        lambda text: text.replace('"judged": true', '"judged": 7').replace('"means"', '"mean"'),
+        lambda text: re.sub('"tau_int": [0-9.e-]+', '"tau_int": "x"', text),
+        lambda text: re.sub(r'"covariance": \[', '"covariance": [[1.0], ', text, count=1),
+    ],
+)
+def test_damaged_results_are_refused(damage, finished, tmp_path, capsys):
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    text = damage((finished / "results.json").read_text())
+    (out / "results.json").write_text(text)
+    assert cli.main(["compare", "--resume", "--out", str(out)]) == 2
+    assert "results.json: not the results of a comparison" in capsys.readouterr().err
+    assert (out / "results.json").read_text() == text
+
+
+def test_concerns_are_told(tmp_path, capsys):
+    """Trajectories so short that none is rejected: warned of, in the notes, and again after a resume."""
+    (tmp_path / "config.toml").write_text(QUICK.replace('kind = "hmc"', 'kind = "hmc"\ntau = 0.001'))
+    arguments = ["compare", str(tmp_path / "config.toml"), "--out", str(tmp_path / "out")]
+    for command in (arguments, [*arguments, "--resume"]):
+        assert cli.main(command) == 0
+        told = capsys.readouterr()
+        assert told.err.count("lfq: warning: hmc: acceptance 1: every trajectory was accepted") == 1
+        assert "hmc: acceptance 1" in " ".join(told.out.split())
+    hmc, clusters = json.loads((tmp_path / "out" / "results.json").read_text())["samplers"]
+    assert len(hmc["concerns"]) == 1 and clusters["concerns"] == []
+    assert "acceptance 1" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_overwrite_deletes_a_comparison_and_nothing_else(tmp_path, capsys):
+    (tmp_path / "config.toml").write_text(QUICK)
+    (tmp_path / "run.toml").write_text(QUICK.split("[comparison]")[0])
+    out = tmp_path / "out"
+    arguments = ["compare", str(tmp_path / "config.toml"), "--out", str(out)]
+    assert cli.main(arguments) == 0
+    before = (out / "results.json").read_bytes()
+    (out / "flows" / "notes.txt").write_text("mine")
+    assert cli.main([*arguments, "--overwrite"]) == 2
+    assert "notes.txt is not of a comparison of lfq" in capsys.readouterr().err
+    (out / "flows" / "notes.txt").unlink()
+    assert cli.main(["run", str(tmp_path / "run.toml"), "--overwrite", "--out", str(out)]) == 2
+    assert "is not empty" in capsys.readouterr().err
+    assert (out / "results.json").read_bytes() == before
+    assert cli.main([*arguments, "--overwrite"]) == 0
+    assert (out / "results.json").read_bytes() != before
+
+
 def test_a_failed_sampler_is_told_and_tried_again(tmp_path, monkeypatch, capsys):
     """The exit code is 1, and a later --resume runs what failed."""
     (tmp_path / "config.toml").write_text(QUICK)
@@ -409,9 +565,9 @@ def test_other_files_are_left_alone(option, tmp_path, capsys):
 
 def test_compare_prints_its_table(finished, capsys, tmp_path):
     assert cli.main(["compare", str(finished / "config.toml"), "--out", str(finished)]) == 2
-    assert "--overwrite replaces it" in capsys.readouterr().err
+    assert "--overwrite deletes it" in capsys.readouterr().err
     assert cli.main(["compare", "--resume", "--overwrite", "--out", str(finished)]) == 2
-    assert "choose one" in capsys.readouterr().err
+    assert "exclude each other" in capsys.readouterr().err
     (tmp_path / "small.toml").write_text(CONFIG.split("[training]")[0] + "[comparison]\nseconds = 0.1\nn_chains = 8\n")
     assert cli.main(["compare", str(tmp_path / "small.toml"), "--out", str(tmp_path / "out")]) == 0
     out = capsys.readouterr().out

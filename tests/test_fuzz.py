@@ -204,7 +204,8 @@ def fuzz_runs(run_directory, n, seed):
                 experiment.run_experiment(None, out, resume=True, progress=stop_before_figures)
         except Done:
             assert (out / "run.h5").read_bytes() == whole
-        except (io.FileFormatError, experiment.ExperimentError):
+        except (io.FileFormatError, experiment.ExperimentError) as error:
+            assert "in use" not in str(error)
             refused += 1
         for path in set(out.rglob("*")) - set(pristine):
             assert path.is_dir() or path.name.endswith(".previous"), path

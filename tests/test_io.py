@@ -290,6 +290,24 @@ def test_whatever_call_fails_a_checkpoint_is_left(two_checkpoints, monkeypatch, 
     assert newest(two_checkpoints) == 2
 
 
+def test_a_checkpoint_reaches_the_disk_before_its_name(two_checkpoints, monkeypatch):
+    """What no killed process can show: the content is synced before the renaming, and the directory after it."""
+    calls = []
+
+    def traced(name, real):
+        def call(*arguments, **keywords):
+            of = "directory" if name == "fsync" and os.path.isdir(f"/proc/self/fd/{arguments[0]}") else ""
+            calls.append(f"{name} {of}".strip())
+            return real(*arguments, **keywords)
+
+        return call
+
+    for name in ("unlink", "link", "fsync", "replace"):
+        monkeypatch.setattr(os, name, traced(name, getattr(os, name)))
+    checkpoint(two_checkpoints, 3)
+    assert calls == ["unlink", "link", "fsync", "replace", "fsync directory"]
+
+
 def test_changed_parameters_are_named():
     stored = {"beta": 0.5, "shape": [8, 8], "flow": {"bias": True}, "gone": 1}
     io.check_parameters("x", stored, {**stored, "shape": (8, 8)})

@@ -1,5 +1,6 @@
 """Exact restarts, and runs that are told to stop or run out of room: nothing is lost, nothing silently wrong."""
 
+import contextlib
 import dataclasses
 import os
 import resource
@@ -10,6 +11,7 @@ import time
 
 import numpy as np
 import pytest
+from killer import survive
 
 import lfq
 from lfq import io
@@ -61,6 +63,27 @@ def test_ten_runs_of_100_trajectories_are_one_of_1000(name, tmp_path):
     np.testing.assert_array_equal(state.latent, whole.state.latent)
     for key, series in (whole.observables | {"dh": whole.dh}).items():
         np.testing.assert_array_equal(np.concatenate([part[key] for part in parts]), series)
+
+
+def killed_chain(name, threads, size=7):
+    """400 trajectories in blocks, with a checkpoint after each."""
+    sampler = dataclasses.replace(SAMPLERS[name], n_threads=threads)
+    state = sampler.start(6, seed=5)
+    end = state.trajectory + 400
+    with contextlib.suppress(FileNotFoundError):
+        state = sampler.load("state")
+    while state.trajectory < end:
+        state = sampler.advance(state, min(size, end - state.trajectory), measure=False).state
+        sampler.save(state, "state")
+    return state
+
+
+@pytest.mark.parametrize("name", ["hmc", "flow-hmc", "swendsen-wang"])
+def test_chains_killed_at_random_end_in_the_same_bits(name, tmp_path, n_kills):
+    survive(lambda attempt: called("killed_chain", name, 1 + attempt % 3, 1 + attempt % 5), n_kills, 0.12)
+    sampler = SAMPLERS[name]
+    whole = sampler.advance(sampler.start(6, seed=5), 400, measure=False).state
+    np.testing.assert_array_equal(killed_chain(name, 2).latent, whole.latent)
 
 
 @pytest.mark.parametrize(
@@ -176,24 +199,19 @@ def test_an_interrupted_training_ends_in_the_same_bits(prior, dtype, tmp_path):
     assert_same_fit(whole, train(prior, dtype=dtype, checkpoint=path))
 
 
-def test_a_training_killed_at_random_ends_in_the_same_bits(tmp_path):
-    code = (
-        f"import sys; sys.path.insert(0, {os.path.dirname(__file__)!r})\n"
-        "import test_restart\n"
-        "test_restart.train(checkpoint='training', checkpoint_seconds=0.0, n_steps=1000)\n"
-    )
-    killer = os.path.join(os.path.dirname(__file__), "killer.py")
-    kills = 0
-    while True:
-        chance = 0.3 if kills < 3 else 0.0
-        command = [sys.executable, killer, str(chance), str(kills), code]
-        result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-        assert result.returncode in (0, -9), result.stderr
-        if result.returncode == 0:
-            break
-        kills += 1
-    assert kills > 0
-    assert_same_fit(train(n_steps=1000), train(n_steps=1000, checkpoint="training"))
+def called(function, *arguments):
+    """Code that calls a function of this file."""
+    here = os.path.dirname(__file__)
+    return f"import sys; sys.path.insert(0, {here!r}); import test_restart; test_restart.{function}{arguments}"
+
+
+def killed_training():
+    return train(checkpoint="training", checkpoint_seconds=0.0, n_steps=1000)
+
+
+def test_a_training_killed_at_random_ends_in_the_same_bits(tmp_path, n_kills):
+    survive(lambda _: called("killed_training"), n_kills, 0.3)
+    assert_same_fit(train(n_steps=1000), killed_training())
 
 
 def test_an_interrupted_ladder_ends_in_the_same_bits(tmp_path):
