@@ -5,35 +5,50 @@
 #   tests/sanitize.sh undefined [pytest arguments]           UBSan; the whole suite by default
 #   tests/sanitize.sh address,undefined [pytest arguments]   both in one build
 #   tests/sanitize.sh thread [pytest arguments]              ThreadSanitizer; what uses threads by default
+#   tests/sanitize.sh quick                                  both, of liblfq alone (bindings: those of the lfq that
+#                                                            is installed), on kernels, damaged files and threads
 #
 # LFQ_ISAS picks the instruction sets ("v3" by default, "v2;v3;v4" for all), OPTIMIZE the level (-O0), PYTHON the
-# interpreter, BUILD the directory. Needs GCC, and a Python that has the test dependencies.
+# interpreter, BUILD the directory, JOBS how many compilers run at once. Needs GCC, CMake, and a Python that has pybind11
+# and the test dependencies. Where GCC has no sanitizers it says so, and the exit status is 77.
 set -euo pipefail
-kind=${1:?address, undefined, address,undefined or thread}
+kind=${1:?address, undefined, address,undefined, thread or quick}
 shift
 root=$(cd "$(dirname "$0")/.." && pwd)
-build=${BUILD:-$root/build/sanitize-${kind/,/-}}
 python=$(command -v "${PYTHON:-python}")
+quick= fewer=
+if [ "$kind" = quick ]; then
+  quick=1 kind=address,undefined
+  # Checks of every pointer: a third of the compiler's time, and most of what they would find AddressSanitizer finds.
+  fewer=-fno-sanitize=null,alignment,object-size,pointer-overflow
+  # Kernels against the reference, damaged files, threads within threads.
+  set -- "$root"/tests/test_{kernels,threads}.py "$root/tests/test_fuzz.py::test_damaged_files" -n 2 "$@"
+fi
 case $kind in
   address) libraries="libasan.so" ;;
   undefined) libraries="libubsan.so" ;;
   address,undefined) libraries="libasan.so libubsan.so" ;;
   thread) libraries="libtsan.so" ;;
-  *) echo "sanitize.sh: $kind is none of address, undefined, address,undefined, thread" >&2; exit 2 ;;
+  *) echo "sanitize.sh: $kind is none of address, undefined, address,undefined, thread, quick" >&2; exit 2 ;;
 esac
-cmake -S "$root" -B "$build" -DCMAKE_BUILD_TYPE=None "-DLFQ_OPTIMIZE=${OPTIMIZE:--O0}" "-DLFQ_ISAS=${LFQ_ISAS:-v3}" \
-  -DLFQ_CUDA=OFF \
-  "-DCMAKE_CXX_FLAGS=-fsanitize=$kind -fno-omit-frame-pointer -g1" \
-  "-DPython_EXECUTABLE=$python" "-Dpybind11_DIR=$("$python" -m pybind11 --cmakedir)"
-cmake --build "$build" --parallel "${JOBS:-1}"
-# A package of its own, so that the sources' one keeps its libraries.
-mkdir -p "$build/package/lfq"
-cp "$root"/lfq/*.{py,pyi,toml} "$build"/_core*.so "$build"/liblfq.so "$build/package/lfq/"
-mkdir -p "$build/package/lfq/include" && cp -r "$root/csrc/include/lfq" "$build/package/lfq/include/"
 preload=
 for library in $libraries libstdc++.so; do
-  preload+=$(gcc -print-file-name=$library):
+  path=$(gcc -print-file-name=$library)
+  case $path in
+    */*) preload+=$path: ;;
+    *) echo "sanitize.sh: no $library here: NOTHING WAS CHECKED" >&2; exit 77 ;;
+  esac
 done
+build=${BUILD:-$root/build/sanitize-${kind/,/-}${quick:+-quick}}
+cmake -S "$root" -B "$build" -DCMAKE_BUILD_TYPE=None "-DLFQ_OPTIMIZE=${OPTIMIZE:--O0}" "-DLFQ_ISAS=${LFQ_ISAS:-v3}" \
+  -DLFQ_CUDA=OFF "-DCMAKE_CXX_FLAGS=-fsanitize=$kind $fewer -fno-omit-frame-pointer -g1" \
+  ${quick:+-DLFQ_PYTHON=OFF} "-DPython_EXECUTABLE=$python" "-Dpybind11_DIR=$("$python" -m pybind11 --cmakedir)"
+cmake --build "$build" --parallel "${JOBS:-2}"
+[ -z "$quick" ] || cp "$(cd / && "$python" -c 'import lfq._core; print(lfq._core.__file__)')" "$build"
+# A package of its own, so that the sources' one keeps its libraries.
+mkdir -p "$build/package/lfq"
+cp "$root"/lfq/*.{py,pyi,toml,cc} "$build"/_core*.so "$build"/liblfq.so "$build/package/lfq/"
+mkdir -p "$build/package/lfq/include" && cp -r "$root/csrc/include/lfq" "$build/package/lfq/include/"
 if [ $# -eq 0 ]; then
   # Left out: tests that look at the symbols of a plain build, or bound the memory of a process.
   set -- -k "not symbol and not resident and not templates_come_from and not instruction_set_is_compiled"
