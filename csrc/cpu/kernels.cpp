@@ -1,4 +1,5 @@
-// The kernel table of one instruction set. Compiled once for each, with LFQ_ISA set by CMake.
+// The kernel table of one instruction set and one type. Compiled once for each, with LFQ_ISA, LFQ_REAL and
+// LFQ_REAL_NAME (double and f64, say) set by CMake.
 #include "cpu/cluster_kernels.hpp"
 #include "cpu/custom_kernels.hpp"
 #include "cpu/fourier_kernels.hpp"
@@ -597,13 +598,11 @@ const lfq_internal::kernels<T> cpu_kernels<T>::table = {
 
 LFQ_NAMESPACE_END
 
-// table_<isa>_f32 and _f64, found by csrc/capi/isa.cpp.
+// table_<isa>_<type>, found by csrc/capi/isa.cpp.
 #define LFQ_PASTE(isa, type) table_##isa##_##type
 #define LFQ_TABLE(isa, type) LFQ_PASTE(isa, type)
 
 namespace lfq_internal {
-extern const kernels<float>* const LFQ_TABLE(LFQ_ISA, f32);
-extern const kernels<double>* const LFQ_TABLE(LFQ_ISA, f64);
-const kernels<float>* const LFQ_TABLE(LFQ_ISA, f32) = &lfq::LFQ_ISA::cpu_kernels<float>::table;
-const kernels<double>* const LFQ_TABLE(LFQ_ISA, f64) = &lfq::LFQ_ISA::cpu_kernels<double>::table;
+extern const kernels<LFQ_REAL>* const LFQ_TABLE(LFQ_ISA, LFQ_REAL_NAME);
+const kernels<LFQ_REAL>* const LFQ_TABLE(LFQ_ISA, LFQ_REAL_NAME) = &lfq::LFQ_ISA::cpu_kernels<LFQ_REAL>::table;
 }  // namespace lfq_internal
