@@ -6,7 +6,7 @@
 #   tests/sanitize.sh address,undefined [pytest arguments]   both in one build
 #   tests/sanitize.sh thread [pytest arguments]              ThreadSanitizer; what uses threads by default
 #   tests/sanitize.sh quick                                  both, of liblfq alone (bindings: those of the lfq that
-#                                                            is installed), on what .ci/run has the time for
+#                                                            is installed), on kernels, damaged files and threads
 #
 # LFQ_ISAS picks the instruction sets ("v3" by default, "v2;v3;v4" for all), OPTIMIZE the level (-O0), PYTHON the
 # interpreter, BUILD the directory, JOBS how many compilers run at once. Needs GCC, CMake, and a Python that has pybind11
