@@ -155,7 +155,7 @@ def cubic(extents):
         for tau in (1.4, 2.8, 4.0):
             plain = lfq.HMC(target(extent), tau=tau, n_steps=12, **options)
             state = plain.start(32, seed=5, phi=warm.phi)
-            samplers[f"HMC, tau = {tau}"] = plain.tune(0.85, start=state), state, 4000
+            samplers[f"HMC, tau = {tau}"] = plain.tune(0.85, start=state), state, 4000 if extent < 32 else 1500
         for name, (sampler, state, n_samples) in samplers.items():
             block = sampler.advance(state, n_samples)
             estimates = {"M2": estimate(block.observables["M"] ** 2), "phi2": estimate(block.observables["phi2"])}
