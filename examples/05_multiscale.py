@@ -24,7 +24,6 @@ DTYPE, LENGTH_SPREAD = "float32", 0.3
 VARIANTS = {
     "exp(-|s|), 1 block": dict(n_blocks=1, scale="exp(-|s|)"),
     "even, 2 features, 1 block": dict(n_blocks=1, scale="even", features=2),
-    "even, 2 features, 2 blocks": dict(n_blocks=2, scale="even", features=2),
     "even, 2 features, 4 blocks": dict(n_blocks=4, scale="even", features=2),
     "site, 1 block": dict(n_blocks=1),
     "site, 2 blocks": dict(n_blocks=2),
@@ -33,7 +32,6 @@ VARIANTS = {
     "site, 4 blocks": dict(n_blocks=4),
     "site, 4 blocks, one set of weights": dict(n_blocks=4, sublattices=False),
     "site, 2 blocks, 5 x 5": dict(n_blocks=2, kernel_size=5),
-    "site, 2 blocks, a hidden layer of 4": dict(n_blocks=2, hidden=(4,)),
 }
 
 
