@@ -361,6 +361,7 @@ NETS = {
     "k9": "k = 9",
     "b2": "2 blocks",
     "b4": "4 blocks",
+    "b8": "8 blocks",
     "h8": "hidden layer of 8",
     "site1": "`site`, 1 block",
     "site4": "`site`, 4 blocks",
