@@ -168,7 +168,7 @@ def cubic(extents):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--extents", type=int, nargs="+", default=[8, 16, 32, 64, 128])
+    parser.add_argument("--extents", type=int, nargs="+", default=[8, 16, 32, 64])
     parser.add_argument("--results", type=Path, default=Path("multiscale.json"))
     parser.add_argument("--draw", action="store_true", help="draw from the results instead of making them")
     parser.add_argument("--docs", type=Path, default=Path("."), help="where figures/multiscale.png goes")
