@@ -22,7 +22,7 @@ FLOW_RECORD = np.dtype(
         ("weights", "u8"),
     ]
 )
-"""lfq_flow, with addresses of layers on the host and weights on the device."""
+"""lfq_flow, with addresses of layers and weights; for lfq_cuda.h those of the weights on the device."""
 
 TRAINING_RECORD = np.dtype(
     [(name, "i8") for name in ("n", "n_noise", "n_weights")]

@@ -198,12 +198,12 @@ def phi4_observables(theory, phi, smear, observables, n_threads=0):
     )
 
 
-def _of_flow(name, volume, layers, weights, z, *arrays):
-    """A function of a flow alone, and of arrays that begin with its latents or fields."""
+def _of_flow(name, volume, layers, weights, z, *arrays, target=()):
+    """A function of a flow, of a target if there is one, and of arrays that begin with latents or fields."""
     flow, device_layers, _alive = flow_record(volume, layers, weights)
     n = z.size // volume
     addresses = [_address(array) for array in (z, *arrays)]
-    call(name, z.dtype, flow, device_layers, n, *addresses, workspace=("flow", flow, n))
+    call(name, z.dtype, flow, device_layers, *target, n, *addresses, workspace=("flow", flow, n))
 
 
 def flow_forward(volume, layers, weights, z, x, log_det, n_threads=0):
@@ -219,38 +219,11 @@ def flow_vjp(volume, layers, weights, z, dx, dlog_det, dz, dweights, n_threads=0
 
 
 def flow_loss(volume, layers, weights, theory, z, action, log_det, dweights, n_threads=0):
-    flow, device_layers, _alive = flow_record(volume, layers, weights)
-    n = z.size // volume
-    call(
-        "flow_loss",
-        z.dtype,
-        flow,
-        device_layers,
-        theory,
-        n,
-        _address(z),
-        _address(action),
-        _address(log_det),
-        _address(dweights),
-        workspace=("flow", flow, n),
-    )
+    _of_flow("flow_loss", volume, layers, weights, z, action, log_det, dweights, target=(theory,))
 
 
 def pullback_force(volume, layers, weights, theory, z, action, force, n_threads=0):
-    flow, device_layers, _alive = flow_record(volume, layers, weights)
-    n = z.size // volume
-    call(
-        "pullback_force",
-        z.dtype,
-        flow,
-        device_layers,
-        theory,
-        n,
-        _address(z),
-        _address(action),
-        _address(force),
-        workspace=("flow", flow, n),
-    )
+    _of_flow("pullback_force", volume, layers, weights, z, action, force, target=(theory,))
 
 
 def evolve(layers, weights, theory, settings, z, momenta, n_threads=0):

@@ -34,6 +34,7 @@ from numba.extending import (
     unbox,
 )
 
+from ._cuda import FLOW_RECORD
 from .actions import Phi4
 
 # What each letter of a signature stands for. Pointers: v to a structure, r to the type of fields, others by name.
@@ -197,18 +198,6 @@ def hmc_record(hmc, n_samples: int, thin=1, seed=0, first_chain=0, trajectory=0)
     return hmc._settings(n_samples, thin, seed, first_chain, trajectory)
 
 
-FLOW_DTYPE = np.dtype(
-    [
-        ("volume", "i8"),
-        ("n_weights", "i8"),
-        ("n_layers", "i4"),
-        ("reserved", "i4"),
-        ("layers", "u8"),
-        ("weights", "u8"),
-    ]
-)
-
-
 def flow_record(flow, shape) -> np.ndarray:
     """The lfq_flow of a flow for fields of a shape.
 
@@ -219,9 +208,9 @@ def flow_record(flow, shape) -> np.ndarray:
         used where it is and not copied.
     """
     layers, weights = flow.program(shape), flow.weights
-    record = np.zeros(FLOW_DTYPE.itemsize + layers.nbytes + weights.nbytes, dtype=np.uint8)
-    begin, end = FLOW_DTYPE.itemsize, FLOW_DTYPE.itemsize + layers.nbytes
-    head = record[:begin].view(FLOW_DTYPE)
+    record = np.zeros(FLOW_RECORD.itemsize + layers.nbytes + weights.nbytes, dtype=np.uint8)
+    begin, end = FLOW_RECORD.itemsize, FLOW_RECORD.itemsize + layers.nbytes
+    head = record[:begin].view(FLOW_RECORD)
     head["volume"], head["n_weights"], head["n_layers"] = int(np.prod(shape)), weights.size, layers.size
     head["layers"], head["weights"] = record.ctypes.data + begin, record.ctypes.data + end
     record[begin:end], record[end:] = layers.view(np.uint8), weights.view(np.uint8)

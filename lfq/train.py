@@ -323,7 +323,7 @@ def train(
     whole = flow.copy() if prior.map is None else Compose([prior.map.copy(), flow.copy()])
     program, weights = whole.program(target.shape), whole.weights
     volume = target.volume
-    flow_record = np.zeros(1, dtype=native.FLOW_DTYPE)
+    flow_record = np.zeros(1, dtype=native.FLOW_RECORD)
     flow_record["volume"], flow_record["n_weights"], flow_record["n_layers"] = (
         volume,
         weights.size,

@@ -362,38 +362,28 @@ def test_flow_gradients(library, dtype, rng, case):
     dlog_det, dz, dweights = rng.normal(size=3), np.empty_like(z), np.full(weights.size, np.nan)
     scale = 20 if dtype == np.float32 else 100
 
-    call(
-        library,
-        "flow_vjp",
-        dtype,
-        record,
-        pointer(layers),
-        3,
-        pointer(z),
-        pointer(dx),
-        pointer(dlog_det),
-        pointer(dz),
-        pointer(dweights),
-        workspace=("flow", record, 3),
-    )
+    def vjp(dz, dweights):
+        call(
+            library,
+            "flow_vjp",
+            dtype,
+            record,
+            pointer(layers),
+            3,
+            pointer(z),
+            pointer(dx),
+            pointer(dlog_det),
+            pointer(dz),
+            dweights,
+            workspace=("flow", record, 3),
+        )
+
+    vjp(dz, pointer(dweights))
     expected = reference.flow_vjp(reference_flow, weights, flat, dx.astype(np.float64), dlog_det)
     np.testing.assert_allclose(dz.reshape(3, -1), expected[0], **close(dtype, scale))
     np.testing.assert_allclose(dweights, expected[1], **close(dtype, scale))
     without = np.empty_like(z)
-    call(
-        library,
-        "flow_vjp",
-        dtype,
-        record,
-        pointer(layers),
-        3,
-        pointer(z),
-        pointer(dx),
-        pointer(dlog_det),
-        pointer(without),
-        None,
-        workspace=("flow", record, 3),
-    )
+    vjp(without, None)
     np.testing.assert_array_equal(without, dz)
 
     action, log_det = np.empty((2, 3))

@@ -14,7 +14,7 @@ import pytest
 import lfq
 from lfq import _core
 from lfq.custom import _RECORD as CUSTOM_RECORD
-from lfq.native import FLOW_DTYPE
+from lfq.native import FLOW_RECORD
 
 PACKAGE = Path(lfq.__file__).parent
 HEADER = PACKAGE / "include" / "lfq" / "lfq.h"
@@ -130,7 +130,7 @@ def test_header_compiles_alone(standard):
         ("lfq_integrator", _core.hmc_dtype["integrator"]),
         ("lfq_cluster", _core.cluster_dtype),
         ("lfq_heat_bath", _core.heat_bath_dtype),
-        ("lfq_flow", FLOW_DTYPE),
+        ("lfq_flow", FLOW_RECORD),
         ("lfq_custom_f64", CUSTOM_RECORD),
     ],
 )
