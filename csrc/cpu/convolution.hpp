@@ -54,6 +54,8 @@ struct window {
     }
     for (int64_t r = 0; r < l.n_rows; ++r) find_rows(r, starts + r * n_rows);
   }
+  // The sublattice that a tap of a site of another one lies on.
+  int neighbour(int sublattice, int tap) const { return sublattice ^ (2 * flip[row_of[tap]] | ((dx[tap] - radius) & 1)); }
   int opposite(int tap) const { return n_taps - 1 - tap; }
 
   const int64_t* rows(int64_t r) const { return starts + r * n_rows; }

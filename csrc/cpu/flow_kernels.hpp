@@ -24,6 +24,11 @@ struct layer_plan {
   int n_classes;        // sets of weights; of a net without hidden layers one behind the other in weight, transposed, bias
   int64_t class_taps;   // of the first convolution in each
   int64_t class_size;   // of a set in the flow's weight vector
+  unsigned active, frozen;             // sublattices that change, and that nets see
+  int set_of[1 << LFQ_MAX_DIM];        // the set of weights of an active sublattice
+  const int32_t* taps[1 << LFQ_MAX_DIM];  // of an active sublattice those on frozen ones, of a frozen one those on active ones
+  int n_taps[1 << LFQ_MAX_DIM];
+  int direct_taps;      // the number of taps of all active sublattices, or 0 where they differ
   T parameters[1 << (LFQ_MAX_DIM - 1)][2 * LFQ_MAX_FEATURES];
   int64_t parameters_at;
   int64_t cache_at;
@@ -32,8 +37,11 @@ struct layer_plan {
   T factor, coefficient[LFQ_MAX_DIM + 1], width[LFQ_MAX_DIM + 1];
 
   int outputs() const { return channels[n_convolutions]; }
-  // Which set of weights the active sites of a row have.
-  int row_class(int64_t row) const { return n_classes > 1 ? lat.row_class(row) : 0; }
+  // Whether a row has active sites: the sublattice of these, or -1.
+  int active_sublattice(int64_t row) const {
+    const int s = 2 * lat.row_class(row) + (lat.row_parity(row) ^ spec.parity);
+    return active >> s & 1 ? s : -1;
+  }
   const T* class_weight(int q) const { return weight[0] + q * class_taps; }
   const T* class_transposed(int q) const { return transposed[0] + q * class_taps; }
   T class_bias(int q, int output) const { return bias[0] ? bias[0][q * outputs() + output] : T(0); }
@@ -94,7 +102,7 @@ struct flow_plan {
     const auto plain = [](const lfq_layer& l) {
       return l.kind == LFQ_LAYER_COUPLING && l.ndim == 2 && l.kernel_size == 3 && l.n_hidden == 0;
     };
-    const bool pair = a.parity != b.parity && a.scale == b.scale && a.bias == b.bias && a.sublattices == b.sublattices;
+    const bool pair = !a.active && !b.active && !a.frozen && !b.frozen && a.parity != b.parity && a.scale == b.scale && a.bias == b.bias && a.sublattices == b.sublattices;
     return plain(a) && plain(b) && pair && a.scale != LFQ_SCALE_EVEN ? at : -1;
   }
 
@@ -115,6 +123,7 @@ struct flow_plan {
     if (hidden * l.lat.volume > hidden_size) hidden_size = hidden * l.lat.volume;
     if (widest * l.lat.volume > channel_size) channel_size = widest * l.lat.volume;
     l.n_classes = lfq_internal::coupling_classes(s);
+    plan_sublattices(mem, l);
     l.class_size = lfq_internal::class_weights(s);
     int64_t at = 0;
     const int taps = l.win.n_taps;
@@ -147,6 +156,29 @@ struct flow_plan {
       for (int i = 0; i < lfq_internal::coupling_parameters(s); ++i)
         l.parameters[q][i] = T(s.scale == LFQ_SCALE_SITE ? ::exp(from[i]) : from[i]);
       if (s.scale == LFQ_SCALE_SITE) l.parameters[q][3] = T(1) / l.parameters[q][0];
+    }
+  }
+
+  void plan_sublattices(arena& mem, layer_plan<T>& l) {
+    const int n = 1 << l.lat.ndim;
+    unsigned same = 0;
+    for (int s = 0; s < n; ++s)
+      if ((__builtin_popcount(unsigned(s)) & 1) == l.spec.parity) same |= 1u << s;
+    l.active = l.spec.active ? unsigned(l.spec.active) : same;
+    l.frozen = l.spec.frozen ? unsigned(l.spec.frozen) : ~same & ((1u << n) - 1);
+    int set = 0;
+    l.direct_taps = -1;
+    for (int s = 0; s < n; ++s) {
+      const bool active = l.active >> s & 1;
+      l.set_of[s] = l.n_classes > 1 && active ? set++ : 0;
+      const unsigned others = active ? l.frozen : l.active;
+      int32_t* list = mem.take<int32_t>(l.win.n_taps);
+      l.taps[s] = list;
+      l.n_taps[s] = 0;
+      if (!mem.base || (!active && !(l.frozen >> s & 1))) continue;
+      for (int tap = 0; tap < l.win.n_taps; ++tap)
+        if (others >> l.win.neighbour(s, tap) & 1) list[l.n_taps[s]++] = tap;
+      if (active) l.direct_taps = l.direct_taps < 0 || l.direct_taps == l.n_taps[s] ? l.n_taps[s] : 0;
     }
   }
 
@@ -207,10 +239,11 @@ struct row_taps {
   const int32_t* wrap[capacity];
   int32_t number[capacity];
   LFQ_HD int n() const { return NT ? NT : run_time_n; }
-  LFQ_HD row_taps(const window& w, const simd<T>* x, const int64_t* rows) {
-    run_time_n = w.n[1];
+  LFQ_HD row_taps(const layer_plan<T>& l, int sublattice, const simd<T>* x, const int64_t* rows) {
+    const window& w = l.win;
+    run_time_n = l.n_taps[sublattice];
     for (int i = 0; i < n(); ++i) {
-      number[i] = w.taps[1][i];
+      number[i] = l.taps[sublattice][i];
       field[i] = x + rows[w.row_of[number[i]]];
       wrap[i] = w.wrap + w.dx[number[i]];
     }
@@ -234,16 +267,15 @@ struct row_cotangents {
   const int32_t* wrap[capacity];
   const T* weight[capacity];
   LFQ_HD int n() const { return NT ? NT : run_time_n; }
-  LFQ_HD row_cotangents(const layer_plan<T>& l, const simd<T>* du, int64_t r) {
+  LFQ_HD row_cotangents(const layer_plan<T>& l, int sublattice, const simd<T>* du, int64_t r) {
     const window& w = l.win;
     const int64_t* rows = w.rows(r);
-    const int here = l.row_class(r);
-    run_time_n = w.n[1];
+    run_time_n = l.n_taps[sublattice];
     for (int i = 0; i < n(); ++i) {
-      const int tap = w.taps[1][i];
+      const int tap = l.taps[sublattice][i];
       row[i] = du + N * (rows[w.row_of[tap]] / 2);
       wrap[i] = w.wrap + w.dx[tap];
-      weight[i] = l.class_transposed(l.n_classes > 1 ? here ^ w.flip[w.row_of[tap]] : 0) + N * tap;
+      weight[i] = l.class_transposed(l.set_of[w.neighbour(sublattice, tap)]) + N * tap;
     }
   }
   LFQ_HD const simd<T>* at(int i, int x) const { return row[i] + N * (wrap[i][x] >> 1); }
@@ -356,12 +388,14 @@ struct flow_group {
         });
       return;
     }
-    with_taps(l.win.n[1], [&](auto nt) {
+    with_taps(l.direct_taps, [&](auto nt) {
       constexpr int NT = decltype(nt)::value;
       for (int64_t r = 0; r < l.lat.n_rows; ++r) {
+        const int s = l.active_sublattice(r);
+        if (s < 0) continue;
         const int64_t* rows = l.win.rows(r);
-        const row_taps<T, NT> taps(l.win, x, rows);
-        const int q = l.row_class(r);
+        const row_taps<T, NT> taps(l, s, x, rows);
+        const int q = l.set_of[s];
         const T* weight = l.class_weight(q);
         V bias[N];
         for (int i = 0; i < N; ++i) bias[i] = V(l.class_bias(q, i));
@@ -431,7 +465,7 @@ struct flow_group {
       if (l.n_convolutions > 1)
         hidden_backward<WEIGHTS, S, N>(l, x, g, dlog_det);
       else
-        with_taps(l.win.n[1], [&](auto nt) { direct_backward<WEIGHTS, S, N, decltype(nt)::value>(l, x, g, dlog_det); });
+        with_taps(l.direct_taps, [&](auto nt) { direct_backward<WEIGHTS, S, N, decltype(nt)::value>(l, x, g, dlog_det); });
     });
   }
 
@@ -459,9 +493,13 @@ struct flow_group {
   void direct_backward(const layer_plan<T>& l, V* x, V* g, V dlog_det) const {
     V* du = work.du;
     for (int q = 0; q < l.n_classes; ++q) active_backward<WEIGHTS, S, N, NT>(l, q, x, g, dlog_det);
-    for (int64_t r = 0; r < l.lat.n_rows; ++r) {
-      const row_cotangents<T, NT, N> taps(l, du, r);
-      every_other_site<T>(l.lat.row_parity(r) ^ l.spec.parity ^ 1, l.lat.length, [&](auto real, int c) LFQ_LAMBDA_INLINE {
+    for (int64_t r = 0; r < l.lat.n_rows; ++r)
+     for (int column = 0; column < 2; ++column) {
+      const int s = 2 * l.lat.row_class(r) + column;
+      if (!(l.frozen >> s & 1) || !l.n_taps[s]) continue;
+      const auto gather = [&](auto nc) {
+      const row_cotangents<T, decltype(nc)::value, N> taps(l, s, du, r);
+      every_other_site<T>(column, l.lat.length, [&](auto real, int c) LFQ_LAMBDA_INLINE {
         using R = decltype(real);
         using P = span<R>;
         V* target = g + r * l.lat.length + c;
@@ -470,7 +508,9 @@ struct flow_group {
           for (int k = 0; k < N; ++k) sum = fma(R(taps.weight[i][k]), taps.template get<R>(i, c, k), sum);
         P::put(target, 2, sum);
       });
-    }
+      };
+      with_taps(l.n_taps[s], gather);
+     }
   }
   // The active sites of rows of class q: their own gradient, the cotangents of their nets' outputs, in work.du, and with
   // WEIGHTS the gradient of the class's weights.
@@ -488,8 +528,9 @@ struct flow_group {
         for (V& a : acc) a = V(T(0));
     }
     for (int64_t r = 0; r < l.lat.n_rows; ++r) {
-      if (l.row_class(r) != q) continue;
-      const row_taps<T, NT> taps(l.win, x, l.win.rows(r));
+      const int s = l.active_sublattice(r);
+      if (s < 0 || l.set_of[s] != q) continue;
+      const row_taps<T, NT> taps(l, s, x, l.win.rows(r));
       every_other_site<T>(l.lat.row_parity(r) ^ active, L, [&](auto real, int c) LFQ_LAMBDA_INLINE {
         using R = decltype(real);
         using P = span<R>;
@@ -510,11 +551,16 @@ struct flow_group {
     if constexpr (WEIGHTS) {
       if constexpr (NT > 0)
         for (int i = 0; i < NT; ++i)
-          for (int k = 0; k < N; ++k) dw[N * l.win.taps[1][i] + k] += acc[N * i + k];
+          for (int k = 0; k < N; ++k) dw[N * tap_of(l, q, i) + k] += acc[N * i + k];
       if (l.bias[0])
         for (int k = 0; k < N; ++k) work.dweights[l.bias_at[0] + q * l.class_size + k] += bias[k];
       parameters.store(l, q, ~lane_mask<T>{}, work.dweights);
     }
+  }
+
+  static int tap_of(const layer_plan<T>& l, int q, int i) {
+    for (int s = 0;; ++s)
+      if ((l.active >> s & 1) && l.set_of[s] == q) return l.taps[s][i];
   }
 
   template <bool WEIGHTS, scale_kind S, int N>

@@ -13,7 +13,9 @@ inline int coupling_parameters(const lfq_layer& l) {
   return l.scale == LFQ_SCALE_SITE ? 3 : l.scale == LFQ_SCALE_EVEN ? 2 * l.n_features : 0;
 }
 // How many sets of weights a coupling has, and the weights of one.
-inline int coupling_classes(const lfq_layer& l) { return l.sublattices ? 1 << (l.ndim - 1) : 1; }
+inline int coupling_classes(const lfq_layer& l) {
+  return !l.sublattices ? 1 : l.active ? __builtin_popcount(unsigned(l.active)) : 1 << (l.ndim - 1);
+}
 inline int64_t class_weights(const lfq_layer& l) {
   int64_t taps = 1, n = 0, channels = 1;
   for (int i = 0; i < l.ndim; ++i) taps *= l.kernel_size;

@@ -73,7 +73,7 @@ void bind_library(py::module_& m) {
 
   PYBIND11_NUMPY_DTYPE(lfq_phi4, ndim, extent, beta, lam);
   PYBIND11_NUMPY_DTYPE(lfq_layer, kind, ndim, extent, parity, kernel_size, n_hidden, hidden, activation, bias, scale,
-                       n_features, sublattices, weight_offset);
+                       n_features, sublattices, active, frozen, weight_offset);
   PYBIND11_NUMPY_DTYPE(lfq_integrator, n_stages, reserved, kick, drift);
   PYBIND11_NUMPY_DTYPE(lfq_hmc, integrator, step_size, n_steps, thin, n_samples, seed, first_chain, first_trajectory,
                        n_steps_spread, reserved);
