@@ -31,12 +31,7 @@ struct window {
     starts = mem.take<int64_t>(l.n_rows * n_rows);
     n[0] = n[1] = n[2] = 0;
     for (int tap = 0; tap < n_taps; ++tap) {
-      int rest = tap, offset = 0;
-      for (int i = 0; i < l.ndim; ++i) {
-        offset += rest % k - radius;
-        rest /= k;
-      }
-      const int odd = offset & 1;
+      const int odd = tap_is_odd(l.ndim, k, tap);
       if (mem.base) {
         row_of[tap] = tap / k;
         dx[tap] = tap % k;

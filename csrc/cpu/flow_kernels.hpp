@@ -40,11 +40,9 @@ struct layer_plan {
   int64_t cache_size() const {
     if (spec.kind == LFQ_LAYER_COUPLING)
       return ((outputs() > 2 ? outputs() : 2) + 2) * (lat.volume / 2) + (n_convolutions > 1 ? lat.volume : 0);
-    return spec.kind == LFQ_LAYER_UPSAMPLE || spec.kind == LFQ_LAYER_INTERLEAVE ? coarse.volume : 0;
+    return resizes(spec) ? coarse.volume : 0;
   }
 };
-
-LFQ_HD bool resizes(const lfq_layer& l) { return l.kind == LFQ_LAYER_UPSAMPLE || l.kind == LFQ_LAYER_INTERLEAVE; }
 
 // What all threads share: weights in the type and order of the loops, and where things lie.
 template <class T>
@@ -66,8 +64,8 @@ struct flow_plan {
       layer_plan<T> l;
       l.spec = flow.layers[i];
       l.lat = lattice(l.spec.ndim, l.spec.extent);
-      const double* w = flow.weights ? flow.weights + l.spec.weight_offset : nullptr;
-      const bool fill = mem.base && w;
+      const double* w = flow.weights + l.spec.weight_offset;
+      const bool fill = mem.base != nullptr;
       if (l.spec.kind == LFQ_LAYER_COUPLING) plan_coupling(mem, l, w, fill);
       if (l.spec.kind == LFQ_LAYER_RESCALE && fill) {
         l.factor = T(::exp(w[0]));
@@ -75,7 +73,14 @@ struct flow_plan {
       }
       if (resizes(l.spec)) {
         l.coarse = l.lat.halved();
-        plan_upsample(l, w, fill);
+        if (fill) {
+          const upsampling u(l.spec, w, log_det_constant);
+          l.factor = T(u.scale);
+          for (int c = 1; c <= l.lat.ndim; ++c) {
+            l.coefficient[c] = T(u.coefficient[c]);
+            l.width[c] = T(u.width[c]);
+          }
+        }
         if (!resizing) first_volume = l.coarse.volume;
         resizing = true;
       }
@@ -103,7 +108,7 @@ struct flow_plan {
     l.win.plan(mem, l.lat, s.kernel_size);
     l.n_convolutions = s.n_hidden + 1;
     l.channels[0] = 1;
-    const int outputs = lfq_internal::net_outputs(s);
+    const int outputs = outputs_of(s);
     int64_t hidden = 0, widest = outputs > 2 ? outputs : 2;
     for (int c = 0; c < s.n_hidden; ++c) {
       l.channels[c + 1] = s.hidden[c];
@@ -114,9 +119,8 @@ struct flow_plan {
     if (outputs * (l.lat.volume / 2) > cotangent_size) cotangent_size = outputs * (l.lat.volume / 2);
     if (hidden * l.lat.volume > hidden_size) hidden_size = hidden * l.lat.volume;
     if (widest * l.lat.volume > channel_size) channel_size = widest * l.lat.volume;
-    l.n_classes = lfq_internal::coupling_classes(s);
-    l.class_size = lfq_internal::class_weights(s);
-    int64_t at = 0;
+    l.n_classes = sets_of(s);
+    l.class_size = set_size_of(s);
     const int taps = l.win.n_taps;
     for (int c = 0; c < l.n_convolutions; ++c) {
       const int ni = l.channels[c], no = l.channels[c + 1];
@@ -125,10 +129,11 @@ struct flow_plan {
       l.weight[c] = mem.take<T>(n * l.n_classes);
       l.transposed[c] = mem.take<T>(n * l.n_classes);
       l.bias[c] = s.bias ? mem.take<T>(int64_t(no) * l.n_classes) : nullptr;
-      l.weight_at[c] = s.weight_offset + at;
-      l.bias_at[c] = l.weight_at[c] + n;
+      const convolution_layout layout = convolution_of(s, c);
+      l.weight_at[c] = s.weight_offset + layout.weight;
+      l.bias_at[c] = s.weight_offset + layout.bias;
       for (int q = 0; fill && q < l.n_classes; ++q) {
-        const double* from = w + q * l.class_size + at;
+        const double* from = w + q * l.class_size + layout.weight;
         for (int co = 0; co < no; ++co)
           for (int ci = 0; ci < ni; ++ci)
             for (int tap = 0; tap < taps; ++tap) {
@@ -139,37 +144,13 @@ struct flow_plan {
         if (s.bias)
           for (int co = 0; co < no; ++co) l.bias[c][q * no + co] = T(from[n + co]);
       }
-      at += n + (s.bias ? no : 0);
     }
-    l.parameters_at = s.weight_offset + at;
+    const int64_t behind_net = net_weights_of(s);
+    l.parameters_at = s.weight_offset + behind_net;
     for (int q = 0; fill && q < l.n_classes; ++q) {
-      const double* from = w + q * l.class_size + at;
-      for (int i = 0; i < lfq_internal::coupling_parameters(s); ++i)
-        l.parameters[q][i] = T(s.scale == LFQ_SCALE_SITE ? ::exp(from[i]) : from[i]);
+      const double* from = w + q * l.class_size + behind_net;
+      for (int i = 0; i < parameters_of(s); ++i) l.parameters[q][i] = T(parameter_of(s, from[i]));
       if (s.scale == LFQ_SCALE_SITE) l.parameters[q][3] = T(1) / l.parameters[q][0];
-    }
-  }
-
-  void plan_upsample(layer_plan<T>& l, const double* w, bool fill) {
-    const bool noise_only = l.spec.kind == LFQ_LAYER_INTERLEAVE;
-    const int D = l.lat.ndim;
-    if (noise_only) {
-      l.factor = T(1);
-      for (int c = 0; c <= D; ++c) {
-        l.coefficient[c] = T(0);
-        l.width[c] = T(1);
-      }
-    } else if (fill) {
-      const double scale = ::exp(w[0]);
-      l.factor = T(scale);
-      log_det_constant += double(l.coarse.volume) * w[0];
-      double binomial = 1;
-      for (int c = 1; c <= D; ++c) {
-        binomial *= double(D - c + 1) / c;
-        l.coefficient[c] = T(scale * w[2 * c - 1] / double(1 << c));
-        l.width[c] = T(::exp(w[2 * c]));
-        log_det_constant += double(l.coarse.volume) * binomial * w[2 * c];
-      }
     }
   }
 };
@@ -290,7 +271,7 @@ LFQ_HD void with_scale(const lfq_layer& l, F&& f) {
 // The gradient of the weights behind a coupling's net.
 template <class T, scale_kind S, int N>
 struct parameter_gradient {
-  static constexpr int n = n_parameters<S, N>;
+  static constexpr int n = n_parameters(int(S), N);
   simd<T> sum[n ? n : 1];
   parameter_gradient() {
     for (auto& s : sum) s = simd<T>(T(0));
@@ -773,7 +754,7 @@ struct flow_group {
     for (int n = 0; n < plan.n_layers; ++n) {
       const layer_plan<T>& l = plan.layers[n];
       if (l.spec.kind != LFQ_LAYER_COUPLING) {
-        const int64_t m = lfq_layer_n_weights(&l.spec);
+        const int64_t m = weights_of(l.spec);
         for (int64_t i = l.spec.weight_offset; i < l.spec.weight_offset + m; ++i) grad[i] = lanes(i);
         continue;
       }
@@ -788,7 +769,7 @@ struct flow_group {
           if (l.bias[c])
             for (int co = 0; co < no; ++co) grad[l.bias_at[c] + at + co] = lanes(l.bias_at[c] + at + co);
         }
-        for (int i = 0; i < lfq_internal::coupling_parameters(l.spec); ++i)
+        for (int i = 0; i < parameters_of(l.spec); ++i)
           grad[l.parameters_at + at + i] = lanes(l.parameters_at + at + i);
       }
     }

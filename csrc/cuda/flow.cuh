@@ -14,39 +14,11 @@ LFQ_NAMESPACE_BEGIN
 // Output channels that a thread sums at a time.
 constexpr int channel_block = 8;
 
-LFQ_HD bool resizes(const lfq_layer& l) { return l.kind == LFQ_LAYER_UPSAMPLE || l.kind == LFQ_LAYER_INTERLEAVE; }
-LFQ_HD int sites_of(const lfq_layer& l) {
-  int v = 1;
-  for (int i = 0; i < l.ndim; ++i) v *= l.extent[i];
-  return v;
-}
-LFQ_HD int taps_of(const lfq_layer& l) {
-  int n = 1;
-  for (int i = 0; i < l.ndim; ++i) n *= l.kernel_size;
-  return n;
-}
-// Of a coupling's net.
-LFQ_HD int outputs_of(const lfq_layer& l) { return l.scale == LFQ_SCALE_EVEN ? l.n_features : 2; }
+// What a forward pass keeps of a layer for the backward one.
 LFQ_HD int64_t cache_of(const lfq_layer& l) {
-  if (l.kind == LFQ_LAYER_COUPLING) return (outputs_of(l) + 2) * int64_t(sites_of(l) / 2);
+  if (l.kind == LFQ_LAYER_COUPLING) return (outputs_of(l) + 2) * (sites_of(l) / 2);
   return resizes(l) ? sites_of(l) >> l.ndim : 0;
 }
-
-// A coupling's parameters, behind the weights of its net.
-LFQ_HD int parameters_of(const lfq_layer& l) { return l.scale == LFQ_SCALE_SITE ? 3 : l.scale == LFQ_SCALE_EVEN ? 2 * l.n_features : 0; }
-LFQ_HD int64_t net_weights_of(const lfq_layer& l) {
-  int64_t n = 0, n_in = 1;
-  for (int i = 0; i <= l.n_hidden; ++i) {
-    const int64_t n_out = i < l.n_hidden ? l.hidden[i] : outputs_of(l);
-    n += n_in * n_out * taps_of(l) + (l.bias ? n_out : 0);
-    n_in = n_out;
-  }
-  return n;
-}
-
-// A coupling's sets of weights, and the weights of one: those of its net, then its parameters.
-LFQ_HD int sets_of(const lfq_layer& l) { return l.sublattices ? 1 << (l.ndim - 1) : 1; }
-LFQ_HD int64_t set_size_of(const lfq_layer& l) { return net_weights_of(l) + parameters_of(l); }
 
 // A flow with its weights in the type of the loops: those of couplings as they are, but for the logarithms at the end of
 // each set of a site map; of a rescale its factor; of an upsampling its scale, then coefficient and width for each number of odd
@@ -70,23 +42,20 @@ __global__ void prepare_kernel(int n_layers, const lfq_layer* layers, int64_t n_
     const lfq_layer& l = layers[n];
     const double* w = raw + l.weight_offset;
     T* out = weights + l.weight_offset;
-    if (l.kind == LFQ_LAYER_COUPLING && l.scale == LFQ_SCALE_SITE)
-      for (int set = 0; set < sets_of(l); ++set)
-        for (int64_t at = set * set_size_of(l) + net_weights_of(l), i = at; i < at + 3; ++i) out[i] = T(::exp(w[i]));
+    if (l.kind == LFQ_LAYER_COUPLING)
+      for (int64_t set = 0; set < sets_of(l); ++set)
+        for (int64_t at = set * set_size_of(l) + net_weights_of(l), i = at; i < at + parameters_of(l); ++i)
+          out[i] = T(parameter_of(l, w[i]));
     if (l.kind == LFQ_LAYER_RESCALE) {
       out[0] = T(::exp(w[0]));
       sum[0] += double(sites_of(l)) * w[0];
     }
     if (l.kind == LFQ_LAYER_UPSAMPLE) {
-      const double scale = ::exp(w[0]), coarse = double(sites_of(l) >> l.ndim);
-      out[0] = T(scale);
-      sum[0] += coarse * w[0];
-      double binomial = 1;
+      const upsampling u(l, w, sum[0]);
+      out[0] = T(u.scale);
       for (int c = 1; c <= l.ndim; ++c) {
-        binomial *= double(l.ndim - c + 1) / c;
-        out[2 * c - 1] = T(scale * w[2 * c - 1] / double(1 << c));
-        out[2 * c] = T(::exp(w[2 * c]));
-        sum[0] += coarse * binomial * w[2 * c];
+        out[2 * c - 1] = T(u.coefficient[c]);
+        out[2 * c] = T(u.width[c]);
       }
     }
   }
@@ -132,11 +101,7 @@ LFQ_DEVICE int site_of_parity(const lfq_layer& l, int parity, int i) {
 }
 
 // Which set of weights sites with the leading coordinates of a place have, where a coupling has several.
-LFQ_DEVICE int set_of(const lfq_layer& l, const place& at) {
-  int set = 0;
-  for (int i = 0; i < l.ndim - 1; ++i) set = 2 * set + (at.c[i] & 1);
-  return set;
-}
+LFQ_DEVICE int set_of(const lfq_layer& l, const place& at) { return parities_of(at.c, l.ndim - 1); }
 // The i-th site that a coupling changes with one of its several sets: they are a lattice of half the extents.
 LFQ_DEVICE place place_of_set(const lfq_layer& l, int set, int i, int& site) {
   int32_t half[LFQ_MAX_DIM];
@@ -186,7 +151,7 @@ LFQ_DEVICE void each_tap(const lfq_layer& l, const place& at, int set, F&& f) {
       f(j * k + d, row + wrapped(at.c[last] + d - radius, l.extent[last]), flip);
   }
 }
-// The site a tap leads to, and the parity of its offset.
+// The site a tap leads to.
 LFQ_DEVICE int through_tap(const lfq_layer& l, const place& at, int tap) {
   const int k = l.kernel_size, radius = k / 2;
   int site = 0, stride = 1;
@@ -196,14 +161,6 @@ LFQ_DEVICE int through_tap(const lfq_layer& l, const place& at, int tap) {
     stride *= l.extent[i];
   }
   return site;
-}
-LFQ_DEVICE int tap_parity(const lfq_layer& l, int tap) {
-  int sum = 0;
-  for (int i = 0; i < l.ndim; ++i) {
-    sum += tap % l.kernel_size - l.kernel_size / 2;
-    tap /= l.kernel_size;
-  }
-  return sum & 1;
 }
 
 // Sums over the forward neighbours and over all of them.
@@ -275,19 +232,15 @@ struct flow_block {
     int64_t set_size;         // from one set to the next in it; 0 with one alone
   };
   LFQ_DEVICE convolution convolution_of(const lfq_layer& l, int number) const {
+    const convolution_layout layout = lfq::convolution_of(l, number);
     convolution c;
+    c.n_in = layout.n_in;
+    c.n_out = layout.n_out;
     c.taps = taps_of(l);
-    c.weight_at = l.weight_offset;
-    c.set_size = l.sublattices ? set_size_of(l) : 0;
-    c.n_in = 1;
-    for (int i = 0;; ++i) {
-      c.n_out = i < l.n_hidden ? l.hidden[i] : outputs_of(l);
-      if (i == number) break;
-      c.weight_at += int64_t(c.n_in) * c.n_out * c.taps + (l.bias ? c.n_out : 0);
-      c.n_in = c.n_out;
-    }
+    c.weight_at = l.weight_offset + layout.weight;
     c.weight = flow.weights + c.weight_at;
-    c.bias = l.bias ? c.weight + int64_t(c.n_in) * c.n_out * c.taps : nullptr;
+    c.bias = l.bias ? flow.weights + l.weight_offset + layout.bias : nullptr;
+    c.set_size = l.sublattices ? set_size_of(l) : 0;
     return c;
   }
 
@@ -307,7 +260,7 @@ struct flow_block {
 
   // Runs the hidden layers on the frozen sites of the field; returns what the last convolution reads.
   LFQ_CALLED const T* run_hidden(const lfq_layer& l, const T* field) const {
-    const int volume = sites_of(l);
+    const int volume = int(sites_of(l));
     const activation_kind act = activation_kind(l.activation);
     const T* in = field;
     T* h = hidden;
@@ -334,7 +287,7 @@ struct flow_block {
   LFQ_DEVICE void net(const lfq_layer& l, const T* field, F&& f) const {
     const T* in = run_hidden(l, field);
     const convolution c = convolution_of(l, l.n_hidden);
-    const int volume = sites_of(l);
+    const int volume = int(sites_of(l));
     each_of(volume / 2, [&](int64_t i) {
       int site;
       const place at = place_of_parity(l, l.parity, int(i), site);
@@ -442,13 +395,13 @@ struct flow_block {
   // Adds sum over sites of dout[out][site] in[in][site + tap] to the gradient: a warp for each tap, input
   // channel and set of weights.
   LFQ_CALLED void weight_gradient(const lfq_layer& l, const convolution& c, int number, const T* in, const T* dout) const {
-    const int volume = sites_of(l), lane = threadIdx.x % warp_size, n_warps = blockDim.x / warp_size;
+    const int volume = int(sites_of(l)), lane = threadIdx.x % warp_size, n_warps = blockDim.x / warp_size;
     const bool first = number == 0, last = number == l.n_hidden;
     const int n_sets = sets_of(l), changed = volume / 2 / n_sets;
     const int64_t items = int64_t(c.taps) * c.n_in * n_sets;
     for (int64_t item = threadIdx.x / warp_size; item < items; item += n_warps) {
       const int tap = int(item % c.taps), i = int(item / c.taps % c.n_in), set = int(item / c.taps / c.n_in);
-      const int odd = tap_parity(l, tap);
+      const bool odd = tap_is_odd(l.ndim, l.kernel_size, tap);
       // Taps of a first layer that only meet active sites.
       if (first && last && !odd) continue;
       for (int begin = 0; begin < c.n_out; begin += channel_block) {
@@ -501,7 +454,7 @@ struct flow_block {
   // Restores x to the layer's input and turns g from dL/dy into dL/dx.
   template <bool SETS>
   LFQ_CALLED void couple_backward(const lfq_layer& l, const T* kept, T dlog_det) const {
-    const int volume = sites_of(l), scale = l.scale;
+    const int volume = int(sites_of(l)), scale = l.scale;
     const int64_t half = volume / 2;
     T *dout = du, *din = du2, *const x = this->x, *const g = this->g;
     with_outputs(l, [&](auto n) {
@@ -614,7 +567,7 @@ struct flow_block {
 
   // y from the coarse field and the noise in the latent z.
   LFQ_CALLED void upsample(const lfq_layer& l, const T* coarse, const T* z, T* y) const {
-    const int n_coarse = sites_of(l) >> l.ndim;
+    const int n_coarse = int(sites_of(l) >> l.ndim);
     each_of(sites_of(l), [&](int64_t site) {
       const fine_site s(l, int(site));
       if (s.odd == 0) {
@@ -626,7 +579,7 @@ struct flow_block {
     });
   }
   LFQ_CALLED void downsample(const lfq_layer& l, const T* y, T* coarse, T* z) const {
-    const int n_coarse = sites_of(l) >> l.ndim;
+    const int n_coarse = int(sites_of(l) >> l.ndim);
     each_of(sites_of(l), [&](int64_t site) {
       const fine_site s(l, int(site));
       if (s.odd == 0) coarse[s.near(0)] = y[site] / scale_of(l);
@@ -641,7 +594,7 @@ struct flow_block {
   }
   // From g = dL/dy: dL/dx of the coarse field to gc, of the noise to gz.
   LFQ_CALLED void upsample_backward(const lfq_layer& l, const T* coarse, const T* z, T* gc, T dlog_det) const {
-    const int n_coarse = sites_of(l) >> l.ndim, D = l.ndim;
+    const int n_coarse = int(sites_of(l) >> l.ndim), D = l.ndim;
     // d/dscale, then for each number of odd coordinates d/dmean and d/dwidth
     double sum[2 * LFQ_MAX_DIM + 1] = {};
     each_of(sites_of(l), [&](int64_t site) {
