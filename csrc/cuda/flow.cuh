@@ -229,7 +229,7 @@ struct flow_block {
     int n_in, n_out, taps;
     const T *weight, *bias;   // [out][in][tap]; bias null without
     int64_t weight_at;        // in the flow's weight vector
-    int64_t set_size;         // from one set to the next in it; 0 with one alone
+    int set_size;             // from one set to the next in it; 0 with one alone
   };
   LFQ_DEVICE convolution convolution_of(const lfq_layer& l, int number) const {
     const convolution_layout layout = lfq::convolution_of(l, number);
@@ -240,20 +240,21 @@ struct flow_block {
     c.weight_at = l.weight_offset + layout.weight;
     c.weight = flow.weights + c.weight_at;
     c.bias = l.bias ? flow.weights + l.weight_offset + layout.bias : nullptr;
-    c.set_size = l.sublattices ? set_size_of(l) : 0;
+    c.set_size = l.sublattices ? int(set_size_of(l)) : 0;
     return c;
   }
 
-  // The outputs first .. first + N - 1 of a convolution at a site, by its first set of weights.
+  // The outputs first .. first + N - 1 of a convolution at a site.
   template <int N>
-  LFQ_DEVICE void convolve(const lfq_layer& l, const convolution& c, const place& at, int which, const T* in, int volume, int first,
-                           T (&sum)[N]) const {
-    for (int n = 0; n < N; ++n) sum[n] = c.bias && first + n < c.n_out ? c.bias[first + n] : T(0);
+  LFQ_DEVICE void convolve(const lfq_layer& l, const convolution& c, const place& at, int which, const T* in, int volume, int set,
+                           int first, T (&sum)[N]) const {
+    const T* const weight = c.weight + set * c.set_size;
+    for (int n = 0; n < N; ++n) sum[n] = c.bias && first + n < c.n_out ? c.bias[set * c.set_size + first + n] : T(0);
     each_tap(l, at, which, [&](int tap, int site, int) {
       for (int i = 0; i < c.n_in; ++i) {
         const T v = in[int64_t(i) * volume + site];
         for (int n = 0; n < N; ++n)
-          if (first + n < c.n_out) sum[n] = fma(c.weight[(int64_t(first + n) * c.n_in + i) * c.taps + tap], v, sum[n]);
+          if (first + n < c.n_out) sum[n] = fma(weight[(int64_t(first + n) * c.n_in + i) * c.taps + tap], v, sum[n]);
       }
     });
   }
@@ -272,7 +273,8 @@ struct flow_block {
         const place at(l.extent, l.ndim, site);
         T u[channel_block];
         // The first layer sees frozen sites only: an odd offset away from active sites.
-        convolve(l, c, at, number > 0 ? all_taps : at.parity == l.parity ? odd_taps : even_taps, in, volume, first, u);
+        convolve(l, c, at, number > 0 ? all_taps : at.parity == l.parity ? odd_taps : even_taps, in, volume, 0, first,
+                 u);
         for (int n = 0; n < channel_block && first + n < c.n_out; ++n) h[int64_t(first + n) * volume + site] = activate(act, u[n]);
       });
       __syncthreads();
@@ -283,7 +285,7 @@ struct flow_block {
   }
 
   // Calls f(i, site, set of weights, outputs) for the active sites, i = 0 .. V / 2 - 1.
-  template <int N, bool SETS, class F>
+  template <int N, class F>
   LFQ_DEVICE void net(const lfq_layer& l, const T* field, F&& f) const {
     const T* in = run_hidden(l, field);
     const convolution c = convolution_of(l, l.n_hidden);
@@ -292,23 +294,13 @@ struct flow_block {
       int site;
       const place at = place_of_parity(l, l.parity, int(i), site);
       T u[N];
-      if constexpr (SETS) {
-        const int set = set_of(l, at);
-        convolution own = c;
-        own.weight += set * c.set_size;
-        if (c.bias) own.bias += set * c.set_size;
-        convolve(l, own, at, odd_taps, in, volume, 0, u);
-        f(i, site, set, u);
-      } else {
-        convolve(l, c, at, l.n_hidden > 0 ? all_taps : odd_taps, in, volume, 0, u);
-        f(i, site, 0, u);
-      }
+      const int set = c.set_size ? set_of(l, at) : 0;
+      convolve(l, c, at, l.n_hidden > 0 ? all_taps : odd_taps, in, volume, set, 0, u);
+      f(i, site, set, u);
     });
   }
 
   // ---- couplings -----------------------------------------------------------------------------
-  // SETS: of several sets of weights. Compiled apart, so that couplings of one set pay nothing for it.
-
   // Calls f(number of outputs); the net is compiled for each, the couplings of one number are told apart at each site.
   template <class F>
   LFQ_DEVICE static void with_outputs(const lfq_layer& l, F&& f) {
@@ -328,34 +320,41 @@ struct flow_block {
     }
     f(std::integral_constant<scale_kind, scale_kind::even>());
   }
-  // Of a set of weights, as couple_site takes them.
+  // Of a set of weights, as couple_site takes them: in registers where they are few, else from where they lie.
   template <int N>
   struct parameters {
-    T p[2 * N];
-    LFQ_DEVICE parameters(const flow_program<T>& flow, const lfq_layer& l, int set = 0) : p() { load(flow, l, set); }
-    LFQ_DEVICE void load(const flow_program<T>& flow, const lfq_layer& l, int set) {
-      const int n = parameters_of(l);
-      if (n == 0) return;
-      const T* w = flow.weights + l.weight_offset + set * set_size_of(l) + net_weights_of(l);
-      for (int i = 0; i < 2 * N; ++i)
-        if (i < n) p[i] = w[i];
-      if constexpr (N == 2)
-        if (l.scale == LFQ_SCALE_SITE) p[3] = T(1) / p[0];
+    const T* first;  // of the first set
+    int n, set_size;
+    std::conditional_t<N == 2, T[4], const T*> p;
+
+    LFQ_DEVICE parameters(const flow_program<T>& flow, const lfq_layer& l)
+        : first(flow.weights + l.weight_offset + net_weights_of(l)), n(parameters_of(l)), set_size(int(set_size_of(l))), p() {
+      load(0);
+    }
+    LFQ_DEVICE void load(int set) {
+      const T* const w = first + set * set_size;
+      if constexpr (N == 2) {
+        for (int i = 0; i < 4; ++i)
+          if (i < n) p[i] = w[i];
+        if (n == 3) p[3] = T(1) / p[0];  // a site map
+      } else {
+        p = w;
+      }
     }
   };
 
   // What `couple` keeps for backward: h of every output, the slope, and the field before.
-  template <bool SETS>
   LFQ_CALLED void couple(const lfq_layer& l, T* keep, double& log_det) const {
     const int64_t half = sites_of(l) / 2;
     const int scale = l.scale;
+    const bool several = l.sublattices;
     T* const x = this->x;
     double sum = 0;
     with_outputs(l, [&](auto n) {
       constexpr int N = decltype(n)::value;
       parameters<N> by(flow, l);
-      net<N, SETS>(l, x, [&](int64_t i, int site, int set, const T(&u)[N]) {
-        if constexpr (SETS) by.load(flow, l, set);
+      net<N>(l, x, [&](int64_t i, int site, int set, const T(&u)[N]) {
+        if (several) by.load(set);
         with_scale<N>(scale, [&](auto kind) {
           constexpr scale_kind S = decltype(kind)::value;
           const T before = x[site];
@@ -372,16 +371,16 @@ struct flow_block {
     });
     log_det += sum;
   }
-  template <bool SETS>
   LFQ_CALLED void uncouple(const lfq_layer& l, double& log_det) const {
     const int scale = l.scale;
+    const bool several = l.sublattices;
     T* const x = this->x;
     double sum = 0;
     with_outputs(l, [&](auto n) {
       constexpr int N = decltype(n)::value;
       parameters<N> by(flow, l);
-      net<N, SETS>(l, x, [&](int64_t, int site, int set, const T(&u)[N]) {
-        if constexpr (SETS) by.load(flow, l, set);
+      net<N>(l, x, [&](int64_t, int site, int set, const T(&u)[N]) {
+        if (several) by.load(set);
         with_scale<N>(scale, [&](auto kind) {
           T log_dy;
           x[site] = uncouple_site<decltype(kind)::value>(x[site], u, by.p, log_dy);
@@ -452,17 +451,18 @@ struct flow_block {
   }
 
   // Restores x to the layer's input and turns g from dL/dy into dL/dx.
-  template <bool SETS>
   LFQ_CALLED void couple_backward(const lfq_layer& l, const T* kept, T dlog_det) const {
     const int volume = int(sites_of(l)), scale = l.scale;
+    const bool several = l.sublattices;
     const int64_t half = volume / 2;
     T *dout = du, *din = du2, *const x = this->x, *const g = this->g;
     with_outputs(l, [&](auto n) {
       constexpr int N = decltype(n)::value;
       // One set after the other where their parameters' gradients are wanted.
-      const int n_loops = SETS && dweights ? sets_of(l) : 1;
+      const int n_loops = dweights ? sets_of(l) : 1;
+      parameters<N> by(flow, l);
       for (int loop = 0; loop < n_loops; ++loop) {
-        parameters<N> by(flow, l, loop);
+        if (n_loops > 1) by.load(loop);
         double terms[2 * N + (N == 1)] = {};
         each_of(half / n_loops, [&](int64_t j) {
           int site;
@@ -470,9 +470,9 @@ struct flow_block {
             place_of_set(l, loop, int(j), site);
           } else {
             const place at = place_of_parity(l, l.parity, int(j), site);
-            if constexpr (SETS) by.load(flow, l, set_of(l, at));
+            if (several) by.load(set_of(l, at));
           }
-          const int64_t i = SETS ? site / 2 : j;
+          const int64_t i = site / 2;
           const T slope = kept[N * half + i], before = kept[(N + 1) * half + i], dy = g[site];
           T h[N], du[N];
           for (int c = 0; c < N; ++c) h[c] = kept[c * half + i];
@@ -486,13 +486,12 @@ struct flow_block {
           for (int c = 0; c < N; ++c) dout[int64_t(c) * volume + site] = du[c];
           x[site] = before;
         });
-        const int n_terms = dweights ? parameters_of(l) : 0;
-        if (n_terms == 0) continue;
+        if (!dweights || by.n == 0) continue;
         block_sum(terms);
         if (threadIdx.x != 0) continue;
-        double* dw = dweights + l.weight_offset + loop * set_size_of(l) + net_weights_of(l);
+        double* dw = dweights + (by.first - flow.weights) + loop * by.set_size;
         for (int c = 0; c < 2 * N + (N == 1); ++c)
-          if (c < n_terms) dw[c] += terms[c];
+          if (c < by.n) dw[c] += terms[c];
       }
     });
     __syncthreads();
@@ -507,10 +506,10 @@ struct flow_block {
         const place at(l.extent, l.ndim, site);
         if (number == 0 && at.parity == l.parity) return;
         T sum = number > 0 ? T(0) : g[site];
-        const int set = SETS ? set_of(l, at) : 0;
+        const int set = c.set_size ? set_of(l, at) : 0;
         const int which = number < l.n_hidden ? all_taps : at.parity == l.parity ? even_taps : odd_taps;
         each_tap(l, at, which, [&](int tap, int from, int flip) {
-          const T* w = c.weight + (SETS ? (set ^ flip) * c.set_size : 0) + int64_t(i) * c.taps + (c.taps - 1 - tap);
+          const T* w = c.weight + (set ^ flip) * c.set_size + int64_t(i) * c.taps + (c.taps - 1 - tap);
           for (int o = 0; o < c.n_out; ++o)
             sum = fma(w[int64_t(o) * c.n_in * c.taps], dout[int64_t(o) * volume + from], sum);
         });
@@ -662,7 +661,7 @@ struct flow_block {
     for (int n = 0; n < flow.n_layers; ++n) {
       const lfq_layer& l = flow.layers[n];
       if (l.kind == LFQ_LAYER_COUPLING) {
-        l.sublattices ? couple<true>(l, keep ? kept : nullptr, log_det) : couple<false>(l, keep ? kept : nullptr, log_det);
+        couple(l, keep ? kept : nullptr, log_det);
       } else if (l.kind == LFQ_LAYER_RESCALE) {
         const T factor = flow.weights[l.weight_offset];
         each_of(sites_of(l), [&](int64_t i) { x[i] = x[i] * factor; });
@@ -680,7 +679,7 @@ struct flow_block {
     for (int n = flow.n_layers - 1; n >= 0; --n) {
       const lfq_layer& l = flow.layers[n];
       if (l.kind == LFQ_LAYER_COUPLING) {
-        l.sublattices ? uncouple<true>(l, log_det) : uncouple<false>(l, log_det);
+        uncouple(l, log_det);
       } else if (l.kind == LFQ_LAYER_RESCALE) {
         const T factor = flow.weights[l.weight_offset];
         each_of(sites_of(l), [&](int64_t i) { x[i] = x[i] / factor; });
@@ -700,7 +699,7 @@ struct flow_block {
       const lfq_layer& l = flow.layers[n];
       at -= cache_of(l);
       if (l.kind == LFQ_LAYER_COUPLING) {
-        l.sublattices ? couple_backward<true>(l, cache + at, dlog_det) : couple_backward<false>(l, cache + at, dlog_det);
+        couple_backward(l, cache + at, dlog_det);
       } else if (l.kind == LFQ_LAYER_RESCALE) {
         const T factor = flow.weights[l.weight_offset], inverse = T(1) / factor;
         double sum[1] = {0};
@@ -749,22 +748,12 @@ LFQ_DEVICE void each_chain(int64_t n_chains, F&& f) {
   for (int64_t chain = blockIdx.x; chain < n_chains; chain += gridDim.x) f(chain);
 }
 
-constexpr int flow_threads = 256;
+// Two blocks share a multiprocessor: 128 registers a thread. Without being told, ptxas takes all 255 for whatever has a
+// backward pass.
+constexpr int flow_threads = 256, flow_blocks = 2;
 
 template <class T>
-__global__ void __launch_bounds__(flow_threads) forward_kernel(const __grid_constant__ flow_program<T> flow,
-    const __grid_constant__ buffer_plan plan, int64_t n_chains, const T* z, T* out, double* log_det) {
-  each_chain(n_chains, [&](int64_t chain) {
-    flow_block<T> block(flow, plan, false);
-    double sum[1] = {0};
-    block.forward(z + chain * flow.volume, false, sum[0]);
-    each_of(flow.volume, [&](int64_t i) { out[chain * flow.volume + i] = block.x[i]; });
-    block_sum(sum);
-    if (threadIdx.x == 0) log_det[chain] = sum[0] + *flow.log_det;
-  });
-}
-template <class T>
-__global__ void __launch_bounds__(flow_threads) inverse_kernel(const __grid_constant__ flow_program<T> flow,
+__global__ void __launch_bounds__(flow_threads, flow_blocks) inverse_kernel(const __grid_constant__ flow_program<T> flow,
     const __grid_constant__ buffer_plan plan, int64_t n_chains, const T* in, T* z, double* log_det) {
   each_chain(n_chains, [&](int64_t chain) {
     flow_block<T> block(flow, plan, false);
@@ -777,42 +766,6 @@ __global__ void __launch_bounds__(flow_threads) inverse_kernel(const __grid_cons
   });
 }
 
-// What a gradient is taken of: dL/dx and dL/dlog_det that are given, or S(f(z)) - log_det of the theory.
-template <class T>
-struct gradient_arguments {
-  const T* z;
-  const T* dx;               // null: of the theory
-  const double* dlog_det;
-  lfq_phi4 theory;
-  T* dz;                     // null when not wanted; of the theory the force, - dL/dz
-  double *action, *log_det;  // of the theory; log_det null: action is S(f(z)) - log_det
-};
-template <class T>
-__global__ void __launch_bounds__(flow_threads) gradient_kernel(const __grid_constant__ flow_program<T> flow,
-    const __grid_constant__ buffer_plan plan, int64_t n_chains, const __grid_constant__ gradient_arguments<T> a) {
-  if (plan.dweights) each_of(flow.n_weights, [&](int64_t i) { plan.dweights[blockIdx.x * flow.n_weights + i] = 0; });
-  each_chain(n_chains, [&](int64_t chain) {
-    flow_block<T> block(flow, plan, plan.dweights != nullptr);
-    const int64_t first = chain * flow.volume;
-    double e[2] = {0, 0};
-    block.forward(a.z + first, true, e[1]);
-    if (a.dx) {
-      each_of(flow.volume, [&](int64_t i) { block.g[i] = a.dx[first + i]; });
-      __syncthreads();
-    } else {
-      e[0] = block.action_gradient(a.theory);
-      block_sum(e);
-      if (threadIdx.x == 0) {
-        const double log_det = e[1] + *flow.log_det;
-        a.action[chain] = a.log_det ? e[0] : e[0] - log_det;
-        if (a.log_det) a.log_det[chain] = log_det;
-      }
-    }
-    block.backward(a.z + first, T(a.dx ? a.dlog_det[chain] : -1.0));
-    if (a.dz) each_of(flow.volume, [&](int64_t i) { a.dz[first + i] = a.dx ? block.gz[i] : -block.gz[i]; });
-    __syncthreads();
-  });
-}
 // Over blocks, in order.
 static __global__ void weights_kernel(int n_slots, int64_t n_weights, double factor, const double* partial, double* dweights) {
   const int64_t i = blockIdx.x * int64_t(blockDim.x) + threadIdx.x;
@@ -910,6 +863,20 @@ struct pulled_back_block {
         flow.gz[i] = old_g[i];
       });
   }
+  // A trajectory from the momenta that are given, which end it, without an accept step.
+  LFQ_DEVICE void evolve(T* momenta) {
+    each_of(a.volume, [&](int64_t i) {
+      latent[i] = z[i];
+      p[i] = momenta[i];
+    });
+    double s, p2 = 0;
+    const double k = integrate(a.settings, a.settings.n_steps, 1.0, [&](double k, double d) { kick_drift(k, d); });
+    last_kick(k, s, p2);
+    each_of(a.volume, [&](int64_t i) {
+      z[i] = latent[i];
+      momenta[i] = p[i];
+    });
+  }
   LFQ_DEVICE void measure(double* out) {
     const lfq_phi4& t = a.theory;
     constexpr int n_sums = 4 + 2 * LFQ_MAX_DIM;
@@ -948,34 +915,98 @@ struct pulled_back_block {
   }
 };
 
+// ---- everything that begins with x = f(z) --------------------------------------------------------
 template <class T>
-__global__ void __launch_bounds__(flow_threads) flow_hmc_kernel(const __grid_constant__ hmc_arguments a, const __grid_constant__ flow_program<T> flow,
-    const __grid_constant__ buffer_plan plan, T* z, T* phi) {
-  each_chain(a.n_chains, [&](int64_t chain) {
-    pulled_back_block<T> potential(a, flow, plan, z + chain * a.volume, phi + chain * a.volume);
-    run_chain(potential, a, chain);
-    __syncthreads();
-  });
+struct forward_arguments {
+  const T* z;
+  T* x;
+  double* log_det;
+};
+template <class T>
+LFQ_DEVICE void forward_chain(const flow_program<T>& flow, const buffer_plan& plan, const forward_arguments<T>& a, int64_t chain) {
+  flow_block<T> block(flow, plan, false);
+  const int64_t first = chain * flow.volume;
+  double sum[1] = {0};
+  block.forward(a.z + first, false, sum[0]);
+  each_of(flow.volume, [&](int64_t i) { a.x[first + i] = block.x[i]; });
+  block_sum(sum);
+  if (threadIdx.x == 0) a.log_det[chain] = sum[0] + *flow.log_det;
 }
-// The same without refresh and accept step.
+
+// What a gradient is taken of: dL/dx and dL/dlog_det that are given, or S(f(z)) - log_det of the theory.
 template <class T>
-__global__ void __launch_bounds__(flow_threads) flow_evolve_kernel(const __grid_constant__ hmc_arguments a, const __grid_constant__ flow_program<T> flow,
-    const __grid_constant__ buffer_plan plan, T* z, T* momenta) {
-  each_chain(a.n_chains, [&](int64_t chain) {
-    const int64_t first = chain * a.volume;
-    pulled_back_block<T> potential(a, flow, plan, z + first, nullptr);
-    each_of(a.volume, [&](int64_t i) {
-      potential.latent[i] = z[first + i];
-      potential.p[i] = momenta[first + i];
-    });
-    double s, p2 = 0;
-    const double k = integrate(a.settings, a.settings.n_steps, 1.0, [&](double k, double d) { potential.kick_drift(k, d); });
-    potential.last_kick(k, s, p2);
-    each_of(a.volume, [&](int64_t i) {
-      z[first + i] = potential.latent[i];
-      momenta[first + i] = potential.p[i];
-    });
+struct gradient_arguments {
+  const T* z;
+  const T* dx;               // null: of the theory
+  const double* dlog_det;
+  lfq_phi4 theory;
+  T* dz;                     // null when not wanted; of the theory the force, - dL/dz
+  double *action, *log_det;  // of the theory; log_det null: action is S(f(z)) - log_det
+};
+template <class T>
+LFQ_DEVICE void gradient_chain(const flow_program<T>& flow, const buffer_plan& plan, const gradient_arguments<T>& a, int64_t chain) {
+  flow_block<T> block(flow, plan, plan.dweights != nullptr);
+  const int64_t first = chain * flow.volume;
+  double e[2] = {0, 0};
+  block.forward(a.z + first, true, e[1]);
+  if (a.dx) {
+    each_of(flow.volume, [&](int64_t i) { block.g[i] = a.dx[first + i]; });
     __syncthreads();
+  } else {
+    e[0] = block.action_gradient(a.theory);
+    block_sum(e);
+    if (threadIdx.x == 0) {
+      const double log_det = e[1] + *flow.log_det;
+      a.action[chain] = a.log_det ? e[0] : e[0] - log_det;
+      if (a.log_det) a.log_det[chain] = log_det;
+    }
+  }
+  block.backward(a.z + first, T(a.dx ? a.dlog_det[chain] : -1.0));
+  if (a.dz) each_of(flow.volume, [&](int64_t i) { a.dz[first + i] = a.dx ? block.gz[i] : -block.gz[i]; });
+  __syncthreads();
+}
+
+// Of evolve, momenta; of trajectories, the fields of the chains.
+template <class T>
+struct pulled_back_arguments {
+  hmc_arguments hmc;
+  T *z, *phi, *momenta;
+};
+template <class T>
+LFQ_DEVICE void hmc_chain(const flow_program<T>& flow, const buffer_plan& plan, const pulled_back_arguments<T>& a, int64_t chain) {
+  const int64_t first = chain * flow.volume;
+  pulled_back_block<T> potential(a.hmc, flow, plan, a.z + first, a.momenta ? nullptr : a.phi + first);
+  if (a.momenta)
+    potential.evolve(a.momenta + first);
+  else
+    run_chain(potential, a.hmc, chain);
+  __syncthreads();
+}
+
+// One kernel for them all: ptxas compiles what a kernel calls anew for each.
+enum class flow_task { forward, gradient, hmc };
+template <class T>
+struct flow_arguments {
+  flow_task task;
+  int64_t n_chains;
+  flow_program<T> flow;
+  buffer_plan plan;
+  union {
+    forward_arguments<T> forward;
+    gradient_arguments<T> gradient;
+    pulled_back_arguments<T> hmc;
+  };
+};
+template <class T>
+__global__ void __launch_bounds__(flow_threads, flow_blocks) flow_kernel(const __grid_constant__ flow_arguments<T> a) {
+  const buffer_plan& plan = a.plan;
+  if (plan.dweights) each_of(a.flow.n_weights, [&](int64_t i) { plan.dweights[blockIdx.x * a.flow.n_weights + i] = 0; });
+  each_chain(a.n_chains, [&](int64_t chain) {
+    switch (a.task) {
+      case flow_task::forward: return forward_chain(a.flow, plan, a.forward, chain);
+      case flow_task::gradient: return gradient_chain(a.flow, plan, a.gradient, chain);
+      case flow_task::hmc: return hmc_chain(a.flow, plan, a.hmc, chain);
+    }
   });
 }
 
