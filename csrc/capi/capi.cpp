@@ -6,6 +6,7 @@
 
 #include "capi/internal.hpp"
 #include "capi/inverse_vjp.hpp"
+#include "lfq/layers.hpp"
 #include "lfq/philox.hpp"
 
 using namespace lfq_internal;
@@ -88,6 +89,17 @@ int check_layer(int index, const lfq_layer& l) {
   if (l.sublattices != 0 && (l.sublattices != 1 || l.n_hidden > 0))
     return fail(LFQ_ERR_ARGUMENT, "%s: sublattices is %d, must be 0 or 1, and 0 with hidden layers", what,
                 int(l.sublattices));
+  if (l.active || l.frozen) {
+    if (!l.sublattices) return fail(LFQ_ERR_ARGUMENT, "%s: active and frozen go with sublattices", what);
+    const int64_t all = (int64_t(1) << (1 << l.ndim)) - 1;
+    const unsigned same = lfq::sublattices_of_parity(l.ndim, l.parity);
+    if (l.active < 1 || l.active > all || (unsigned(l.active) & ~same))
+      return fail(LFQ_ERR_ARGUMENT, "%s: active is %d, must be some of the sublattices of parity %d, the bits %u", what,
+                  int(l.active), int(l.parity), same);
+    if (l.frozen < 1 || l.frozen > all || (l.frozen & l.active))
+      return fail(LFQ_ERR_ARGUMENT, "%s: frozen is %d, must be some of the %d sublattices that are not active", what,
+                  int(l.frozen), 1 << l.ndim);
+  }
   if (l.bias != 0 && l.bias != 1) return fail(LFQ_ERR_ARGUMENT, "%s: bias is %d, must be 0 or 1", what, int(l.bias));
   return LFQ_OK;
 }
@@ -101,9 +113,7 @@ int check_layers(const lfq_flow* f) {
   for (int i = 0; i < f->n_layers; ++i) {
     const lfq_layer& l = f->layers[i];
     if (int e = check_layer(i, l)) return e;
-    const int64_t v = volume_of(l.ndim, l.extent);
-    const bool resizes = l.kind == LFQ_LAYER_INTERLEAVE || l.kind == LFQ_LAYER_UPSAMPLE;
-    const int64_t reads = resizes ? v >> l.ndim : v;
+    const int64_t v = lfq::sites_of(l), reads = lfq::resizes(l) ? v >> l.ndim : v;
     if (volume >= 0 && reads != volume)
       return fail(LFQ_ERR_ARGUMENT, "layer %d reads %lld sites, but layer %d writes %lld", i, (long long)reads, i - 1,
                   (long long)volume);
@@ -111,7 +121,7 @@ int check_layers(const lfq_flow* f) {
     if (l.weight_offset != weights)
       return fail(LFQ_ERR_ARGUMENT, "layer %d: weight_offset is %lld, must be %lld", i, (long long)l.weight_offset,
                   (long long)weights);
-    weights += lfq_layer_n_weights(&l);
+    weights += lfq::weights_of(l);
   }
   if (volume >= 0 && volume != f->volume)
     return fail(LFQ_ERR_ARGUMENT, "flow: the last layer writes %lld sites, volume is %lld", (long long)volume,
@@ -608,10 +618,8 @@ void lfq_philox4x32(const uint32_t counter[4], const uint32_t key[2], uint32_t o
 
 int64_t lfq_layer_n_weights(const lfq_layer* l) {
   if (!l || l->ndim < 1 || l->ndim > LFQ_MAX_DIM) return 0;
-  if (l->kind == LFQ_LAYER_RESCALE) return 1;
-  if (l->kind == LFQ_LAYER_UPSAMPLE) return 1 + 2 * l->ndim;
-  if (l->kind != LFQ_LAYER_COUPLING || l->n_hidden < 0 || l->n_hidden > LFQ_MAX_HIDDEN) return 0;
-  return lfq_internal::coupling_classes(*l) * lfq_internal::class_weights(*l);
+  if (l->kind == LFQ_LAYER_COUPLING && (l->n_hidden < 0 || l->n_hidden > LFQ_MAX_HIDDEN)) return 0;
+  return lfq::weights_of(*l);
 }
 int lfq_flow_check(const lfq_flow* flow) { return check_flow(flow); }
 int lfq_flow_check_layers(const lfq_flow* flow) { return check_layers(flow); }

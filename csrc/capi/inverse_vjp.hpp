@@ -7,6 +7,7 @@
 #include <cstring>
 
 #include "capi/internal.hpp"
+#include "lfq/layers.hpp"
 
 namespace lfq_internal {
 
@@ -112,9 +113,7 @@ class inverse_vjp {
     copy = flow_.layers[i];
     const double* const weights = flow_.weights + copy.weight_offset;
     copy.weight_offset = 0;
-    int64_t volume = 1;
-    for (int mu = 0; mu < copy.ndim; ++mu) volume *= copy.extent[mu];
-    return {volume, lfq_layer_n_weights(&copy), 1, 0, &copy, weights};
+    return {lfq::sites_of(copy), lfq::weights_of(copy), 1, 0, &copy, weights};
   }
   // The first `count` entries of each chain.
   void move(const T* from, int64_t from_stride, T* to, int64_t to_stride, int64_t count) const {
@@ -123,9 +122,7 @@ class inverse_vjp {
   // f(place, place of the latent entry that a layer that enlarges the lattice puts there, parity, odd coordinates)
   template <class F>
   void over(const lfq_layer& l, F&& f) const {
-    int64_t volume = 1;
-    for (int mu = 0; mu < l.ndim; ++mu) volume *= l.extent[mu];
-    const int64_t coarse = volume >> l.ndim;
+    const int64_t volume = lfq::sites_of(l), coarse = volume >> l.ndim;
     for (int64_t site = 0; site < volume; ++site) {
       int64_t rest = site, half = 0, stride = 1;
       int bits = 0, parity = 0, n_odd = 0;

@@ -14,7 +14,6 @@ struct window {
   int32_t* taps[3];    // tap numbers with an even offset (taken by sites of the same parity), odd, all
   int n[3];
   int32_t* wrap;       // [length + 2 radius]: wrap[x + radius + offset] = (x + offset) mod length
-  int32_t* flip;       // [k^(D-1)] what to XOR a row's class with for that of a neighbouring row
   int64_t* starts;     // [row][k^(D-1)] first sites of the rows around each row
 
   void plan(arena& mem, const lattice& l, int k) {
@@ -27,16 +26,10 @@ struct window {
     dx = mem.take<int32_t>(n_taps);
     for (auto& t : taps) t = mem.take<int32_t>(n_taps);
     wrap = mem.take<int32_t>(l.length + 2 * radius);
-    flip = mem.take<int32_t>(n_rows);
     starts = mem.take<int64_t>(l.n_rows * n_rows);
     n[0] = n[1] = n[2] = 0;
     for (int tap = 0; tap < n_taps; ++tap) {
-      int rest = tap, offset = 0;
-      for (int i = 0; i < l.ndim; ++i) {
-        offset += rest % k - radius;
-        rest /= k;
-      }
-      const int odd = offset & 1;
+      const int odd = tap_is_odd(l.ndim, k, tap);
       if (mem.base) {
         row_of[tap] = tap / k;
         dx[tap] = tap % k;
@@ -48,14 +41,10 @@ struct window {
     }
     if (!mem.base) return;
     for (int x = 0; x < l.length + 2 * radius; ++x) wrap[x] = ((x - radius) % l.length + l.length) % l.length;
-    for (int j = 0; j < n_rows; ++j) {
-      flip[j] = 0;
-      for (int i = 0, rest = j; i < l.ndim - 1; ++i, rest /= k) flip[j] |= ((rest % k - radius) & 1) << i;
-    }
     for (int64_t r = 0; r < l.n_rows; ++r) find_rows(r, starts + r * n_rows);
   }
   // The sublattice that a tap of a site of another one lies on.
-  int neighbour(int sublattice, int tap) const { return sublattice ^ (2 * flip[row_of[tap]] | ((dx[tap] - radius) & 1)); }
+  int neighbour(int sublattice, int tap) const { return sublattice ^ flip_of_tap(lat.ndim, 2 * radius + 1, tap); }
   int opposite(int tap) const { return n_taps - 1 - tap; }
 
   const int64_t* rows(int64_t r) const { return starts + r * n_rows; }

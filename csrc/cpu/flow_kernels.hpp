@@ -24,11 +24,10 @@ struct layer_plan {
   int n_classes;        // sets of weights; of a net without hidden layers one behind the other in weight, transposed, bias
   int64_t class_taps;   // of the first convolution in each
   int64_t class_size;   // of a set in the flow's weight vector
-  unsigned active, frozen;             // sublattices that change, and that nets see
-  int set_of[1 << LFQ_MAX_DIM];        // the set of weights of an active sublattice
-  const int32_t* taps[1 << LFQ_MAX_DIM];  // of an active sublattice those on frozen ones, of a frozen one those on active ones
+  unsigned active, frozen;  // sublattices that change, and that the net sees, a bit each
+  const int32_t* taps[1 << LFQ_MAX_DIM];  // from active sublattices to frozen ones, and from frozen ones to active ones
   int n_taps[1 << LFQ_MAX_DIM];
-  int direct_taps;      // the number of taps of all active sublattices, or 0 where they differ
+  int direct_taps;  // the number of taps of the active sublattices, or 0 where they differ
   T parameters[1 << (LFQ_MAX_DIM - 1)][2 * LFQ_MAX_FEATURES];
   int64_t parameters_at;
   int64_t cache_at;
@@ -37,10 +36,11 @@ struct layer_plan {
   T factor, coefficient[LFQ_MAX_DIM + 1], width[LFQ_MAX_DIM + 1];
 
   int outputs() const { return channels[n_convolutions]; }
-  // Whether a row has active sites: the sublattice of these, or -1.
+  int set_of(int sublattice) const { return set_of_sublattice(spec, sublattice); }
+  // The sublattice of a row's active sites, or -1 where it has none: they are of one parity.
   int active_sublattice(int64_t row) const {
-    const int s = 2 * lat.row_class(row) + (lat.row_parity(row) ^ spec.parity);
-    return active >> s & 1 ? s : -1;
+    const int s = lat.row_sublattice(row);
+    return active >> s & 1 ? s : active >> (s + 1) & 1 ? s + 1 : -1;
   }
   const T* class_weight(int q) const { return weight[0] + q * class_taps; }
   const T* class_transposed(int q) const { return transposed[0] + q * class_taps; }
@@ -48,11 +48,9 @@ struct layer_plan {
   int64_t cache_size() const {
     if (spec.kind == LFQ_LAYER_COUPLING)
       return ((outputs() > 2 ? outputs() : 2) + 2) * (lat.volume / 2) + (n_convolutions > 1 ? lat.volume : 0);
-    return spec.kind == LFQ_LAYER_UPSAMPLE || spec.kind == LFQ_LAYER_INTERLEAVE ? coarse.volume : 0;
+    return resizes(spec) ? coarse.volume : 0;
   }
 };
-
-LFQ_HD bool resizes(const lfq_layer& l) { return l.kind == LFQ_LAYER_UPSAMPLE || l.kind == LFQ_LAYER_INTERLEAVE; }
 
 // What all threads share: weights in the type and order of the loops, and where things lie.
 template <class T>
@@ -74,8 +72,8 @@ struct flow_plan {
       layer_plan<T> l;
       l.spec = flow.layers[i];
       l.lat = lattice(l.spec.ndim, l.spec.extent);
-      const double* w = flow.weights ? flow.weights + l.spec.weight_offset : nullptr;
-      const bool fill = mem.base && w;
+      const double* w = flow.weights + l.spec.weight_offset;
+      const bool fill = mem.base != nullptr;
       if (l.spec.kind == LFQ_LAYER_COUPLING) plan_coupling(mem, l, w, fill);
       if (l.spec.kind == LFQ_LAYER_RESCALE && fill) {
         l.factor = T(::exp(w[0]));
@@ -83,7 +81,14 @@ struct flow_plan {
       }
       if (resizes(l.spec)) {
         l.coarse = l.lat.halved();
-        plan_upsample(l, w, fill);
+        if (fill) {
+          const upsampling u(l.spec, w, log_det_constant);
+          l.factor = T(u.scale);
+          for (int c = 1; c <= l.lat.ndim; ++c) {
+            l.coefficient[c] = T(u.coefficient[c]);
+            l.width[c] = T(u.width[c]);
+          }
+        }
         if (!resizing) first_volume = l.coarse.volume;
         resizing = true;
       }
@@ -102,7 +107,7 @@ struct flow_plan {
     const auto plain = [](const lfq_layer& l) {
       return l.kind == LFQ_LAYER_COUPLING && l.ndim == 2 && l.kernel_size == 3 && l.n_hidden == 0;
     };
-    const bool pair = !a.active && !b.active && !a.frozen && !b.frozen && a.parity != b.parity && a.scale == b.scale && a.bias == b.bias && a.sublattices == b.sublattices;
+    const bool pair = !a.active && !b.active && a.parity != b.parity && a.scale == b.scale && a.bias == b.bias && a.sublattices == b.sublattices;
     return plain(a) && plain(b) && pair && a.scale != LFQ_SCALE_EVEN ? at : -1;
   }
 
@@ -111,7 +116,7 @@ struct flow_plan {
     l.win.plan(mem, l.lat, s.kernel_size);
     l.n_convolutions = s.n_hidden + 1;
     l.channels[0] = 1;
-    const int outputs = lfq_internal::net_outputs(s);
+    const int outputs = outputs_of(s);
     int64_t hidden = 0, widest = outputs > 2 ? outputs : 2;
     for (int c = 0; c < s.n_hidden; ++c) {
       l.channels[c + 1] = s.hidden[c];
@@ -122,10 +127,9 @@ struct flow_plan {
     if (outputs * (l.lat.volume / 2) > cotangent_size) cotangent_size = outputs * (l.lat.volume / 2);
     if (hidden * l.lat.volume > hidden_size) hidden_size = hidden * l.lat.volume;
     if (widest * l.lat.volume > channel_size) channel_size = widest * l.lat.volume;
-    l.n_classes = lfq_internal::coupling_classes(s);
+    l.n_classes = sets_of(s);
+    l.class_size = set_size_of(s);
     plan_sublattices(mem, l);
-    l.class_size = lfq_internal::class_weights(s);
-    int64_t at = 0;
     const int taps = l.win.n_taps;
     for (int c = 0; c < l.n_convolutions; ++c) {
       const int ni = l.channels[c], no = l.channels[c + 1];
@@ -134,10 +138,11 @@ struct flow_plan {
       l.weight[c] = mem.take<T>(n * l.n_classes);
       l.transposed[c] = mem.take<T>(n * l.n_classes);
       l.bias[c] = s.bias ? mem.take<T>(int64_t(no) * l.n_classes) : nullptr;
-      l.weight_at[c] = s.weight_offset + at;
-      l.bias_at[c] = l.weight_at[c] + n;
+      const convolution_layout layout = convolution_of(s, c);
+      l.weight_at[c] = s.weight_offset + layout.weight;
+      l.bias_at[c] = s.weight_offset + layout.bias;
       for (int q = 0; fill && q < l.n_classes; ++q) {
-        const double* from = w + q * l.class_size + at;
+        const double* from = w + q * l.class_size + layout.weight;
         for (int co = 0; co < no; ++co)
           for (int ci = 0; ci < ni; ++ci)
             for (int tap = 0; tap < taps; ++tap) {
@@ -148,60 +153,29 @@ struct flow_plan {
         if (s.bias)
           for (int co = 0; co < no; ++co) l.bias[c][q * no + co] = T(from[n + co]);
       }
-      at += n + (s.bias ? no : 0);
     }
-    l.parameters_at = s.weight_offset + at;
+    const int64_t behind_net = net_weights_of(s);
+    l.parameters_at = s.weight_offset + behind_net;
     for (int q = 0; fill && q < l.n_classes; ++q) {
-      const double* from = w + q * l.class_size + at;
-      for (int i = 0; i < lfq_internal::coupling_parameters(s); ++i)
-        l.parameters[q][i] = T(s.scale == LFQ_SCALE_SITE ? ::exp(from[i]) : from[i]);
+      const double* from = w + q * l.class_size + behind_net;
+      for (int i = 0; i < parameters_of(s); ++i) l.parameters[q][i] = T(parameter_of(s, from[i]));
       if (s.scale == LFQ_SCALE_SITE) l.parameters[q][3] = T(1) / l.parameters[q][0];
     }
   }
 
   void plan_sublattices(arena& mem, layer_plan<T>& l) {
-    const int n = 1 << l.lat.ndim;
-    unsigned same = 0;
-    for (int s = 0; s < n; ++s)
-      if ((__builtin_popcount(unsigned(s)) & 1) == l.spec.parity) same |= 1u << s;
-    l.active = l.spec.active ? unsigned(l.spec.active) : same;
-    l.frozen = l.spec.frozen ? unsigned(l.spec.frozen) : ~same & ((1u << n) - 1);
-    int set = 0;
+    l.active = active_of(l.spec);
+    l.frozen = frozen_of(l.spec);
     l.direct_taps = -1;
-    for (int s = 0; s < n; ++s) {
-      const bool active = l.active >> s & 1;
-      l.set_of[s] = l.n_classes > 1 && active ? set++ : 0;
-      const unsigned others = active ? l.frozen : l.active;
+    for (int s = 0; s < 1 << l.lat.ndim; ++s) {
       int32_t* list = mem.take<int32_t>(l.win.n_taps);
       l.taps[s] = list;
       l.n_taps[s] = 0;
-      if (!mem.base || (!active && !(l.frozen >> s & 1))) continue;
+      if (!mem.base) continue;
+      const unsigned others = l.active >> s & 1 ? l.frozen : l.frozen >> s & 1 ? l.active : 0;
       for (int tap = 0; tap < l.win.n_taps; ++tap)
         if (others >> l.win.neighbour(s, tap) & 1) list[l.n_taps[s]++] = tap;
-      if (active) l.direct_taps = l.direct_taps < 0 || l.direct_taps == l.n_taps[s] ? l.n_taps[s] : 0;
-    }
-  }
-
-  void plan_upsample(layer_plan<T>& l, const double* w, bool fill) {
-    const bool noise_only = l.spec.kind == LFQ_LAYER_INTERLEAVE;
-    const int D = l.lat.ndim;
-    if (noise_only) {
-      l.factor = T(1);
-      for (int c = 0; c <= D; ++c) {
-        l.coefficient[c] = T(0);
-        l.width[c] = T(1);
-      }
-    } else if (fill) {
-      const double scale = ::exp(w[0]);
-      l.factor = T(scale);
-      log_det_constant += double(l.coarse.volume) * w[0];
-      double binomial = 1;
-      for (int c = 1; c <= D; ++c) {
-        binomial *= double(D - c + 1) / c;
-        l.coefficient[c] = T(scale * w[2 * c - 1] / double(1 << c));
-        l.width[c] = T(::exp(w[2 * c]));
-        log_det_constant += double(l.coarse.volume) * binomial * w[2 * c];
-      }
+      if (l.active >> s & 1) l.direct_taps = l.direct_taps < 0 || l.direct_taps == l.n_taps[s] ? l.n_taps[s] : 0;
     }
   }
 };
@@ -230,12 +204,13 @@ struct flow_work {
   }
 };
 
-// The taps of a direct stencil around one row, as pointers; NT = 0 leaves their number to run time.
+// The taps of a direct stencil around one row; NT = 0 leaves their number to run time.
 template <class T, int NT>
 struct row_taps {
   static constexpr int capacity = NT ? NT : max_resolved_taps;
   int run_time_n;
-  const simd<T>* field[capacity];
+  const simd<T>* field[capacity];  // the row of a tap
+  const simd<T>* tap[capacity];    // of the site 0, if it did not leave the row
   const int32_t* wrap[capacity];
   int32_t number[capacity];
   LFQ_HD int n() const { return NT ? NT : run_time_n; }
@@ -245,13 +220,16 @@ struct row_taps {
     for (int i = 0; i < n(); ++i) {
       number[i] = l.taps[sublattice][i];
       field[i] = x + rows[w.row_of[number[i]]];
+      tap[i] = field[i] + (w.dx[number[i]] - w.radius);
       wrap[i] = w.wrap + w.dx[number[i]];
     }
   }
-  // Tap i of the site x in the row, and of the site x + 2.
-  template <class R>
+  // Tap i of the site x in the row, and of the site x + 2; INSIDE: it does not leave the row.
+  template <class R, bool INSIDE>
   LFQ_HD R at(int i, int x) const {
-    if constexpr (span<R>::sites == 2)
+    if constexpr (INSIDE)
+      return span<R>::at(tap[i] + x, 2);
+    else if constexpr (span<R>::sites == 2)
       return {field[i][wrap[i][x]], field[i][wrap[i][x + 2]]};
     else
       return field[i][wrap[i][x]];
@@ -264,6 +242,7 @@ struct row_cotangents {
   static constexpr int capacity = NT ? NT : max_resolved_taps;
   int run_time_n;
   const simd<T>* row[capacity];
+  const simd<T>* tap[capacity];
   const int32_t* wrap[capacity];
   const T* weight[capacity];
   LFQ_HD int n() const { return NT ? NT : run_time_n; }
@@ -272,19 +251,22 @@ struct row_cotangents {
     const int64_t* rows = w.rows(r);
     run_time_n = l.n_taps[sublattice];
     for (int i = 0; i < n(); ++i) {
-      const int tap = l.taps[sublattice][i];
-      row[i] = du + N * (rows[w.row_of[tap]] / 2);
-      wrap[i] = w.wrap + w.dx[tap];
-      weight[i] = l.class_transposed(l.set_of[w.neighbour(sublattice, tap)]) + N * tap;
+      const int number = l.taps[sublattice][i];
+      row[i] = du + N * (rows[w.row_of[number]] / 2);
+      tap[i] = row[i] + N * (((sublattice & 1) + w.dx[number] - w.radius) >> 1);
+      wrap[i] = w.wrap + w.dx[number];
+      weight[i] = l.class_transposed(l.set_of(w.neighbour(sublattice, number))) + N * number;
     }
   }
-  LFQ_HD const simd<T>* at(int i, int x) const { return row[i] + N * (wrap[i][x] >> 1); }
-  template <class R>
-  LFQ_HD R get(int i, int x, int c) const {
-    if constexpr (span<R>::sites == 2)
-      return {at(i, x)[c], at(i, x + 2)[c]};
+  template <class R, bool INSIDE>
+  LFQ_HD R at(int i, int x, int c) const {
+    const auto place = [&](int k) LFQ_LAMBDA_INLINE { return row[i] + N * (wrap[i][k] >> 1) + c; };
+    if constexpr (INSIDE)
+      return span<R>::at(tap[i] + N * (x >> 1) + c, N);
+    else if constexpr (span<R>::sites == 2)
+      return {*place(x), *place(x + 2)};
     else
-      return at(i, x)[c];
+      return *place(x);
   }
 };
 
@@ -295,10 +277,22 @@ LFQ_HD void every_other_site(int x0, int length, F&& f) {
   for (; x + 2 < length; x += 4) f(twin<T>(), x);
   if (x < length) f(simd<T>(), x);
 }
+// The same, f(real, inside, x) with whether windows of a radius around the sites stay in the row.
+template <class T, class F>
+LFQ_HD void every_other_window(int x0, int length, int radius, F&& f) {
+  constexpr constant<true> inside;
+  constexpr constant<false> wrapped;
+  int x = x0;
+  for (; x + 2 < length && x < radius; x += 4) f(twin<T>(), wrapped, x);
+  for (; x + 2 + radius < length; x += 4) f(twin<T>(), inside, x);
+  for (; x + 2 < length; x += 4) f(twin<T>(), wrapped, x);
+  if (x < length) f(simd<T>(), wrapped, x);
+}
 
 template <class F>
 LFQ_HD void with_taps(int n, F&& f) {
   if (n == 4) return f(constant<4>());
+  if (n == 8) return f(constant<8>());
   f(constant<0>());
 }
 
@@ -322,7 +316,7 @@ LFQ_HD void with_scale(const lfq_layer& l, F&& f) {
 // The gradient of the weights behind a coupling's net.
 template <class T, scale_kind S, int N>
 struct parameter_gradient {
-  static constexpr int n = n_parameters<S, N>;
+  static constexpr int n = n_parameters(int(S), N);
   simd<T> sum[n ? n : 1];
   parameter_gradient() {
     for (auto& s : sum) s = simd<T>(T(0));
@@ -395,18 +389,20 @@ struct flow_group {
         if (s < 0) continue;
         const int64_t* rows = l.win.rows(r);
         const row_taps<T, NT> taps(l, s, x, rows);
-        const int q = l.set_of[s];
+        const int q = l.set_of(s);
         const T* weight = l.class_weight(q);
-        V bias[N];
+        V bias[N], kept[NT ? NT : 1][N];
         for (int i = 0; i < N; ++i) bias[i] = V(l.class_bias(q, i));
-        every_other_site<T>(l.lat.row_parity(r) ^ active, l.lat.length, [&](auto real, int c) LFQ_LAMBDA_INLINE {
+        for (int i = 0; i < NT; ++i)
+          for (int k = 0; k < N; ++k) kept[i][k] = V(weight[N * taps.number[i] + k]);
+        every_other_window<T>(s & 1, l.lat.length, l.win.radius, [&](auto real, auto inside, int c) LFQ_LAMBDA_INLINE {
           using R = decltype(real);
           R out[N];
           for (int k = 0; k < N; ++k) out[k] = R(bias[k]);
           for (int i = 0; i < taps.n(); ++i) {
-            const R v = taps.template at<R>(i, c);
-            const T* w = weight + N * taps.number[i];
-            for (int k = 0; k < N; ++k) out[k] = fma(R(w[k]), v, out[k]);
+            const R v = taps.template at<R, decltype(inside)::value>(i, c);
+            for (int k = 0; k < N; ++k)
+              out[k] = fma(NT ? R(kept[NT ? i : 0][k]) : R(weight[N * taps.number[i] + k]), v, out[k]);
           }
           f(r * l.lat.length + c, out, l.parameters[q]);
         });
@@ -492,31 +488,39 @@ struct flow_group {
   template <bool WEIGHTS, scale_kind S, int N, int NT>
   void direct_backward(const layer_plan<T>& l, V* x, V* g, V dlog_det) const {
     V* du = work.du;
-    for (int q = 0; q < l.n_classes; ++q) active_backward<WEIGHTS, S, N, NT>(l, q, x, g, dlog_det);
-    for (int64_t r = 0; r < l.lat.n_rows; ++r)
-     for (int column = 0; column < 2; ++column) {
-      const int s = 2 * l.lat.row_class(r) + column;
-      if (!(l.frozen >> s & 1) || !l.n_taps[s]) continue;
-      const auto gather = [&](auto nc) {
-      const row_cotangents<T, decltype(nc)::value, N> taps(l, s, du, r);
-      every_other_site<T>(column, l.lat.length, [&](auto real, int c) LFQ_LAMBDA_INLINE {
-        using R = decltype(real);
-        using P = span<R>;
-        V* target = g + r * l.lat.length + c;
-        R sum = P::at(target, 2);
-        for (int i = 0; i < taps.n(); ++i)
-          for (int k = 0; k < N; ++k) sum = fma(R(taps.weight[i][k]), taps.template get<R>(i, c, k), sum);
-        P::put(target, 2, sum);
-      });
-      };
-      with_taps(l.n_taps[s], gather);
-     }
+    for (int s = 0; s < 1 << l.lat.ndim; ++s)
+      if (l.active >> s & 1) active_backward<WEIGHTS, S, N, NT>(l, s, x, g, dlog_det);
+    for (int64_t r = 0; r < l.lat.n_rows; ++r) {
+      const int even = l.lat.row_sublattice(r);
+      for (int s = even; s < even + 2; ++s)
+        if (l.frozen >> s & 1)
+          with_taps(l.n_taps[s], [&](auto nt) { collect<N, decltype(nt)::value>(l, s, r, du, g); });
+    }
   }
-  // The active sites of rows of class q: their own gradient, the cotangents of their nets' outputs, in work.du, and with
-  // WEIGHTS the gradient of the class's weights.
+  // What the active sites around those of a frozen sublattice in a row add to their gradient.
+  template <int N, int NT>
+  static void collect(const layer_plan<T>& l, int sublattice, int64_t r, const V* du, V* g) {
+    const row_cotangents<T, NT, N> taps(l, sublattice, du, r);
+    V kept[NT ? NT : 1][N];
+    for (int i = 0; i < NT; ++i)
+      for (int k = 0; k < N; ++k) kept[i][k] = V(taps.weight[i][k]);
+    V* const row = g + r * l.lat.length;
+    every_other_window<T>(sublattice & 1, l.lat.length, l.win.radius, [&](auto real, auto inside, int c) LFQ_LAMBDA_INLINE {
+      using R = decltype(real);
+      using P = span<R>;
+      R sum = P::at(row + c, 2);
+      for (int i = 0; i < taps.n(); ++i)
+        for (int k = 0; k < N; ++k)
+          sum = fma(NT ? R(kept[NT ? i : 0][k]) : R(taps.weight[i][k]), taps.template at<R, decltype(inside)::value>(i, c, k), sum);
+      P::put(row + c, 2, sum);
+    });
+  }
+  // The sites of an active sublattice: their own gradient, the cotangents of their nets' outputs, in work.du, and with
+  // WEIGHTS the gradient of their weights.
   template <bool WEIGHTS, scale_kind S, int N, int NT>
-  void active_backward(const layer_plan<T>& l, int q, V* x, V* g, V dlog_det) const {
-    const int active = l.spec.parity, L = l.lat.length;
+  void active_backward(const layer_plan<T>& l, int sublattice, V* x, V* g, V dlog_det) const {
+    const int L = l.lat.length, q = l.set_of(sublattice);
+    const int32_t* const numbers = l.taps[sublattice];
     V* du = work.du;
     V bias[N], acc[NT ? N * NT : 1];
     parameter_gradient<T, S, N> parameters;
@@ -528,10 +532,9 @@ struct flow_group {
         for (V& a : acc) a = V(T(0));
     }
     for (int64_t r = 0; r < l.lat.n_rows; ++r) {
-      const int s = l.active_sublattice(r);
-      if (s < 0 || l.set_of[s] != q) continue;
-      const row_taps<T, NT> taps(l, s, x, l.win.rows(r));
-      every_other_site<T>(l.lat.row_parity(r) ^ active, L, [&](auto real, int c) LFQ_LAMBDA_INLINE {
+      if (l.lat.row_sublattice(r) != (sublattice & ~1)) continue;
+      const row_taps<T, NT> taps(l, sublattice, x, l.win.rows(r));
+      every_other_window<T>(sublattice & 1, L, l.win.radius, [&](auto real, auto inside, int c) LFQ_LAMBDA_INLINE {
         using R = decltype(real);
         using P = span<R>;
         const int64_t site = r * L + c;
@@ -541,7 +544,7 @@ struct flow_group {
         if constexpr (WEIGHTS) {
           for (int k = 0; k < N; ++k) bias[k] = P::sum(u[k], bias[k]);
           for (int i = 0; i < taps.n(); ++i) {
-            const R v = taps.template at<R>(i, c);
+            const R v = taps.template at<R, decltype(inside)::value>(i, c);
             V* a = NT ? acc + N * i : dw + N * taps.number[i];
             for (int k = 0; k < N; ++k) a[k] = P::dot(u[k], v, a[k]);
           }
@@ -551,16 +554,11 @@ struct flow_group {
     if constexpr (WEIGHTS) {
       if constexpr (NT > 0)
         for (int i = 0; i < NT; ++i)
-          for (int k = 0; k < N; ++k) dw[N * tap_of(l, q, i) + k] += acc[N * i + k];
+          for (int k = 0; k < N; ++k) dw[N * numbers[i] + k] += acc[N * i + k];
       if (l.bias[0])
         for (int k = 0; k < N; ++k) work.dweights[l.bias_at[0] + q * l.class_size + k] += bias[k];
       parameters.store(l, q, ~lane_mask<T>{}, work.dweights);
     }
-  }
-
-  static int tap_of(const layer_plan<T>& l, int q, int i) {
-    for (int s = 0;; ++s)
-      if ((l.active >> s & 1) && l.set_of[s] == q) return l.taps[s][i];
   }
 
   template <bool WEIGHTS, scale_kind S, int N>
@@ -819,7 +817,7 @@ struct flow_group {
     for (int n = 0; n < plan.n_layers; ++n) {
       const layer_plan<T>& l = plan.layers[n];
       if (l.spec.kind != LFQ_LAYER_COUPLING) {
-        const int64_t m = lfq_layer_n_weights(&l.spec);
+        const int64_t m = weights_of(l.spec);
         for (int64_t i = l.spec.weight_offset; i < l.spec.weight_offset + m; ++i) grad[i] = lanes(i);
         continue;
       }
@@ -834,7 +832,7 @@ struct flow_group {
           if (l.bias[c])
             for (int co = 0; co < no; ++co) grad[l.bias_at[c] + at + co] = lanes(l.bias_at[c] + at + co);
         }
-        for (int i = 0; i < lfq_internal::coupling_parameters(l.spec); ++i)
+        for (int i = 0; i < parameters_of(l.spec); ++i)
           grad[l.parameters_at + at + i] = lanes(l.parameters_at + at + i);
       }
     }

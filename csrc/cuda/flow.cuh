@@ -14,39 +14,11 @@ LFQ_NAMESPACE_BEGIN
 // Output channels that a thread sums at a time.
 constexpr int channel_block = 8;
 
-LFQ_HD bool resizes(const lfq_layer& l) { return l.kind == LFQ_LAYER_UPSAMPLE || l.kind == LFQ_LAYER_INTERLEAVE; }
-LFQ_HD int sites_of(const lfq_layer& l) {
-  int v = 1;
-  for (int i = 0; i < l.ndim; ++i) v *= l.extent[i];
-  return v;
-}
-LFQ_HD int taps_of(const lfq_layer& l) {
-  int n = 1;
-  for (int i = 0; i < l.ndim; ++i) n *= l.kernel_size;
-  return n;
-}
-// Of a coupling's net.
-LFQ_HD int outputs_of(const lfq_layer& l) { return l.scale == LFQ_SCALE_EVEN ? l.n_features : 2; }
+// What a forward pass keeps of a layer for the backward one.
 LFQ_HD int64_t cache_of(const lfq_layer& l) {
-  if (l.kind == LFQ_LAYER_COUPLING) return (outputs_of(l) + 2) * int64_t(sites_of(l) / 2);
+  if (l.kind == LFQ_LAYER_COUPLING) return (outputs_of(l) + 2) * (sites_of(l) / 2);
   return resizes(l) ? sites_of(l) >> l.ndim : 0;
 }
-
-// A coupling's parameters, behind the weights of its net.
-LFQ_HD int parameters_of(const lfq_layer& l) { return l.scale == LFQ_SCALE_SITE ? 3 : l.scale == LFQ_SCALE_EVEN ? 2 * l.n_features : 0; }
-LFQ_HD int64_t net_weights_of(const lfq_layer& l) {
-  int64_t n = 0, n_in = 1;
-  for (int i = 0; i <= l.n_hidden; ++i) {
-    const int64_t n_out = i < l.n_hidden ? l.hidden[i] : outputs_of(l);
-    n += n_in * n_out * taps_of(l) + (l.bias ? n_out : 0);
-    n_in = n_out;
-  }
-  return n;
-}
-
-// A coupling's sets of weights, and the weights of one: those of its net, then its parameters.
-LFQ_HD int sets_of(const lfq_layer& l) { return l.sublattices ? 1 << (l.ndim - 1) : 1; }
-LFQ_HD int64_t set_size_of(const lfq_layer& l) { return net_weights_of(l) + parameters_of(l); }
 
 // A flow with its weights in the type of the loops: those of couplings as they are, but for the logarithms at the end of
 // each set of a site map; of a rescale its factor; of an upsampling its scale, then coefficient and width for each number of odd
@@ -70,23 +42,20 @@ __global__ void prepare_kernel(int n_layers, const lfq_layer* layers, int64_t n_
     const lfq_layer& l = layers[n];
     const double* w = raw + l.weight_offset;
     T* out = weights + l.weight_offset;
-    if (l.kind == LFQ_LAYER_COUPLING && l.scale == LFQ_SCALE_SITE)
-      for (int set = 0; set < sets_of(l); ++set)
-        for (int64_t at = set * set_size_of(l) + net_weights_of(l), i = at; i < at + 3; ++i) out[i] = T(::exp(w[i]));
+    if (l.kind == LFQ_LAYER_COUPLING)
+      for (int64_t set = 0; set < sets_of(l); ++set)
+        for (int64_t at = set * set_size_of(l) + net_weights_of(l), i = at; i < at + parameters_of(l); ++i)
+          out[i] = T(parameter_of(l, w[i]));
     if (l.kind == LFQ_LAYER_RESCALE) {
       out[0] = T(::exp(w[0]));
       sum[0] += double(sites_of(l)) * w[0];
     }
     if (l.kind == LFQ_LAYER_UPSAMPLE) {
-      const double scale = ::exp(w[0]), coarse = double(sites_of(l) >> l.ndim);
-      out[0] = T(scale);
-      sum[0] += coarse * w[0];
-      double binomial = 1;
+      const upsampling u(l, w, sum[0]);
+      out[0] = T(u.scale);
       for (int c = 1; c <= l.ndim; ++c) {
-        binomial *= double(l.ndim - c + 1) / c;
-        out[2 * c - 1] = T(scale * w[2 * c - 1] / double(1 << c));
-        out[2 * c] = T(::exp(w[2 * c]));
-        sum[0] += coarse * binomial * w[2 * c];
+        out[2 * c - 1] = T(u.coefficient[c]);
+        out[2 * c] = T(u.width[c]);
       }
     }
   }
@@ -131,42 +100,63 @@ LFQ_DEVICE int site_of_parity(const lfq_layer& l, int parity, int i) {
   return site;
 }
 
-// Which set of weights sites with the leading coordinates of a place have, where a coupling has several.
-LFQ_DEVICE int set_of(const lfq_layer& l, const place& at) {
-  int set = 0;
-  for (int i = 0; i < l.ndim - 1; ++i) set = 2 * set + (at.c[i] & 1);
-  return set;
+LFQ_DEVICE int sublattice_of(const lfq_layer& l, const place& at) { return parities_of(at.c, l.ndim); }
+// How many sites a coupling changes.
+LFQ_DEVICE int active_sites(const lfq_layer& l) {
+  return int(l.active ? count_bits(unsigned(l.active)) * (sites_of(l) >> l.ndim) : sites_of(l) / 2);
 }
 // The i-th site that a coupling changes with one of its several sets: they are a lattice of half the extents.
 LFQ_DEVICE place place_of_set(const lfq_layer& l, int set, int i, int& site) {
+  const int sublattice = sublattice_of_set(l, set);
   int32_t half[LFQ_MAX_DIM];
   for (int axis = 0; axis < l.ndim; ++axis) half[axis] = l.extent[axis] / 2;
   place p(half, l.ndim, i);
   p.parity = l.parity;
   site = 0;
-  for (int axis = 0, rest = l.parity; axis < l.ndim; ++axis) {
-    const int odd = axis < l.ndim - 1 ? set >> (l.ndim - 2 - axis) & 1 : rest;
-    rest ^= odd;
-    p.c[axis] = 2 * p.c[axis] + odd;
+  for (int axis = 0; axis < l.ndim; ++axis) {
+    p.c[axis] = 2 * p.c[axis] + (sublattice >> (l.ndim - 1 - axis) & 1);
     site = site * l.extent[axis] + p.c[axis];
   }
   return p;
 }
 
-// Which taps of a window: those an even offset away, odd, or all.
-enum tap_set { even_taps = 0, odd_taps = 1, all_taps = 2 };
+// The i-th of the sites that a coupling changes, and its set of weights.
+LFQ_DEVICE place active_place(const lfq_layer& l, int i, int& site, int& set) {
+  if (l.active) {
+    const int each = int(sites_of(l) >> l.ndim);
+    set = i / each;
+    return place_of_set(l, set, i % each, site);
+  }
+  const place at = place_of_parity(l, l.parity, i, site);
+  set = set_of_sublattice(l, sublattice_of(l, at));
+  return at;
+}
 
-// Calls f(tap, site + its offset, what turns the set of the one into that of the other by exclusive or).
+// Which taps of a window: those an even offset away, odd, or all; and of these, unless 0, only those on some sublattices.
+enum tap_set { even_taps = 0, odd_taps = 1, all_taps = 2 };
+struct tap_choice {
+  int set;
+  unsigned sublattices;
+  LFQ_DEVICE tap_choice(int s, unsigned on = 0) : set(s), sublattices(on) {}
+};
+// Those by which a net without hidden layers joins active sites and frozen ones; `others` are the frozen sublattices for
+// an active site, the active ones for a frozen one.
+LFQ_DEVICE tap_choice direct_taps(const lfq_layer& l, unsigned others) {
+  return l.active ? tap_choice(all_taps, others) : tap_choice(odd_taps);
+}
+
+// Calls f(tap, site + its offset, what turns the sublattice of the one into that of the other by exclusive or).
 template <class F>
-LFQ_DEVICE void each_tap(const lfq_layer& l, const place& at, int set, F&& f) {
-  const int k = l.kernel_size, radius = k / 2, last = l.ndim - 1;
+LFQ_DEVICE void each_tap(const lfq_layer& l, const place& at, const tap_choice& choice, F&& f) {
+  const int k = l.kernel_size, radius = k / 2, last = l.ndim - 1, set = choice.set;
+  const int sublattice = choice.sublattices ? sublattice_of(l, at) : 0;
   // The nearest neighbours, all that the papers' nets see.
   if (k == 3 && l.ndim == 2 && set == odd_taps) {
     const int height = l.extent[0], width = l.extent[1], y = at.c[0], x = at.c[1], row = y * width;
-    f(1, (y > 0 ? row : height * width) - width + x, 1);
-    f(3, row + (x > 0 ? x : width) - 1, 0);
-    f(5, row + (x + 1 < width ? x + 1 : 0), 0);
-    f(7, (y + 1 < height ? row + width : 0) + x, 1);
+    f(1, (y > 0 ? row : height * width) - width + x, 2);
+    f(3, row + (x > 0 ? x : width) - 1, 1);
+    f(5, row + (x + 1 < width ? x + 1 : 0), 1);
+    f(7, (y + 1 < height ? row + width : 0) + x, 2);
     return;
   }
   int n_rows = 1;
@@ -177,16 +167,19 @@ LFQ_DEVICE void each_tap(const lfq_layer& l, const place& at, int set, F&& f) {
       const int o = rest % k - radius;
       rest /= k;
       offset += o;
-      flip |= (o & 1) << (last - 1 - i);
+      flip |= (o & 1) << (last - i);
       row += wrapped(at.c[i] + o, l.extent[i]) * stride;
       stride *= l.extent[i];
     }
     const int begin = set == all_taps ? 0 : (set ^ offset) & 1;
-    for (int d = begin; d < k; d += set == all_taps ? 1 : 2)
-      f(j * k + d, row + wrapped(at.c[last] + d - radius, l.extent[last]), flip);
+    for (int d = begin; d < k; d += set == all_taps ? 1 : 2) {
+      const int over = flip | ((d - radius) & 1);
+      if (choice.sublattices && !(choice.sublattices >> (sublattice ^ over) & 1)) continue;
+      f(j * k + d, row + wrapped(at.c[last] + d - radius, l.extent[last]), over);
+    }
   }
 }
-// The site a tap leads to, and the parity of its offset.
+// The site a tap leads to.
 LFQ_DEVICE int through_tap(const lfq_layer& l, const place& at, int tap) {
   const int k = l.kernel_size, radius = k / 2;
   int site = 0, stride = 1;
@@ -196,14 +189,6 @@ LFQ_DEVICE int through_tap(const lfq_layer& l, const place& at, int tap) {
     stride *= l.extent[i];
   }
   return site;
-}
-LFQ_DEVICE int tap_parity(const lfq_layer& l, int tap) {
-  int sum = 0;
-  for (int i = 0; i < l.ndim; ++i) {
-    sum += tap % l.kernel_size - l.kernel_size / 2;
-    tap /= l.kernel_size;
-  }
-  return sum & 1;
 }
 
 // Sums over the forward neighbours and over all of them.
@@ -272,42 +257,39 @@ struct flow_block {
     int n_in, n_out, taps;
     const T *weight, *bias;   // [out][in][tap]; bias null without
     int64_t weight_at;        // in the flow's weight vector
-    int64_t set_size;         // from one set to the next in it; 0 with one alone
+    int set_size;             // from one set to the next in it; 0 with one alone
   };
   LFQ_DEVICE convolution convolution_of(const lfq_layer& l, int number) const {
+    const convolution_layout layout = lfq::convolution_of(l, number);
     convolution c;
+    c.n_in = layout.n_in;
+    c.n_out = layout.n_out;
     c.taps = taps_of(l);
-    c.weight_at = l.weight_offset;
-    c.set_size = l.sublattices ? set_size_of(l) : 0;
-    c.n_in = 1;
-    for (int i = 0;; ++i) {
-      c.n_out = i < l.n_hidden ? l.hidden[i] : outputs_of(l);
-      if (i == number) break;
-      c.weight_at += int64_t(c.n_in) * c.n_out * c.taps + (l.bias ? c.n_out : 0);
-      c.n_in = c.n_out;
-    }
+    c.weight_at = l.weight_offset + layout.weight;
     c.weight = flow.weights + c.weight_at;
-    c.bias = l.bias ? c.weight + int64_t(c.n_in) * c.n_out * c.taps : nullptr;
+    c.bias = l.bias ? flow.weights + l.weight_offset + layout.bias : nullptr;
+    c.set_size = l.sublattices ? int(set_size_of(l)) : 0;
     return c;
   }
 
-  // The outputs first .. first + N - 1 of a convolution at a site, by its first set of weights.
+  // The outputs first .. first + N - 1 of a convolution at a site.
   template <int N>
-  LFQ_DEVICE void convolve(const lfq_layer& l, const convolution& c, const place& at, int which, const T* in, int volume, int first,
-                           T (&sum)[N]) const {
-    for (int n = 0; n < N; ++n) sum[n] = c.bias && first + n < c.n_out ? c.bias[first + n] : T(0);
+  LFQ_DEVICE void convolve(const lfq_layer& l, const convolution& c, const place& at, const tap_choice& which, const T* in, int volume, int set,
+                           int first, T (&sum)[N]) const {
+    const T* const weight = c.weight + set * c.set_size;
+    for (int n = 0; n < N; ++n) sum[n] = c.bias && first + n < c.n_out ? c.bias[set * c.set_size + first + n] : T(0);
     each_tap(l, at, which, [&](int tap, int site, int) {
       for (int i = 0; i < c.n_in; ++i) {
         const T v = in[int64_t(i) * volume + site];
         for (int n = 0; n < N; ++n)
-          if (first + n < c.n_out) sum[n] = fma(c.weight[(int64_t(first + n) * c.n_in + i) * c.taps + tap], v, sum[n]);
+          if (first + n < c.n_out) sum[n] = fma(weight[(int64_t(first + n) * c.n_in + i) * c.taps + tap], v, sum[n]);
       }
     });
   }
 
   // Runs the hidden layers on the frozen sites of the field; returns what the last convolution reads.
   LFQ_CALLED const T* run_hidden(const lfq_layer& l, const T* field) const {
-    const int volume = sites_of(l);
+    const int volume = int(sites_of(l));
     const activation_kind act = activation_kind(l.activation);
     const T* in = field;
     T* h = hidden;
@@ -319,7 +301,8 @@ struct flow_block {
         const place at(l.extent, l.ndim, site);
         T u[channel_block];
         // The first layer sees frozen sites only: an odd offset away from active sites.
-        convolve(l, c, at, number > 0 ? all_taps : at.parity == l.parity ? odd_taps : even_taps, in, volume, first, u);
+        convolve(l, c, at, number > 0 ? all_taps : at.parity == l.parity ? odd_taps : even_taps, in, volume, 0, first,
+                 u);
         for (int n = 0; n < channel_block && first + n < c.n_out; ++n) h[int64_t(first + n) * volume + site] = activate(act, u[n]);
       });
       __syncthreads();
@@ -329,33 +312,23 @@ struct flow_block {
     return in;
   }
 
-  // Calls f(i, site, set of weights, outputs) for the active sites, i = 0 .. V / 2 - 1.
-  template <int N, bool SETS, class F>
+  // Calls f(number of the pair of sites in a row that it is one of, site, set of weights, outputs) for the active sites.
+  template <int N, class F>
   LFQ_DEVICE void net(const lfq_layer& l, const T* field, F&& f) const {
     const T* in = run_hidden(l, field);
     const convolution c = convolution_of(l, l.n_hidden);
-    const int volume = sites_of(l);
-    each_of(volume / 2, [&](int64_t i) {
-      int site;
-      const place at = place_of_parity(l, l.parity, int(i), site);
+    const int volume = int(sites_of(l));
+    const tap_choice which = l.n_hidden > 0 ? tap_choice(all_taps) : direct_taps(l, frozen_of(l));
+    each_of(active_sites(l), [&](int64_t i) {
+      int site, set;
+      const place at = active_place(l, int(i), site, set);
       T u[N];
-      if constexpr (SETS) {
-        const int set = set_of(l, at);
-        convolution own = c;
-        own.weight += set * c.set_size;
-        if (c.bias) own.bias += set * c.set_size;
-        convolve(l, own, at, odd_taps, in, volume, 0, u);
-        f(i, site, set, u);
-      } else {
-        convolve(l, c, at, l.n_hidden > 0 ? all_taps : odd_taps, in, volume, 0, u);
-        f(i, site, 0, u);
-      }
+      convolve(l, c, at, which, in, volume, set, 0, u);
+      f(int64_t(site / 2), site, set, u);
     });
   }
 
   // ---- couplings -----------------------------------------------------------------------------
-  // SETS: of several sets of weights. Compiled apart, so that couplings of one set pay nothing for it.
-
   // Calls f(number of outputs); the net is compiled for each, the couplings of one number are told apart at each site.
   template <class F>
   LFQ_DEVICE static void with_outputs(const lfq_layer& l, F&& f) {
@@ -375,34 +348,41 @@ struct flow_block {
     }
     f(std::integral_constant<scale_kind, scale_kind::even>());
   }
-  // Of a set of weights, as couple_site takes them.
+  // Of a set of weights, as couple_site takes them: in registers where they are few, else from where they lie.
   template <int N>
   struct parameters {
-    T p[2 * N];
-    LFQ_DEVICE parameters(const flow_program<T>& flow, const lfq_layer& l, int set = 0) : p() { load(flow, l, set); }
-    LFQ_DEVICE void load(const flow_program<T>& flow, const lfq_layer& l, int set) {
-      const int n = parameters_of(l);
-      if (n == 0) return;
-      const T* w = flow.weights + l.weight_offset + set * set_size_of(l) + net_weights_of(l);
-      for (int i = 0; i < 2 * N; ++i)
-        if (i < n) p[i] = w[i];
-      if constexpr (N == 2)
-        if (l.scale == LFQ_SCALE_SITE) p[3] = T(1) / p[0];
+    const T* first;  // of the first set
+    int n, set_size;
+    std::conditional_t<N == 2, T[4], const T*> p;
+
+    LFQ_DEVICE parameters(const flow_program<T>& flow, const lfq_layer& l)
+        : first(flow.weights + l.weight_offset + net_weights_of(l)), n(parameters_of(l)), set_size(int(set_size_of(l))), p() {
+      load(0);
+    }
+    LFQ_DEVICE void load(int set) {
+      const T* const w = first + set * set_size;
+      if constexpr (N == 2) {
+        for (int i = 0; i < 4; ++i)
+          if (i < n) p[i] = w[i];
+        if (n == 3) p[3] = T(1) / p[0];  // a site map
+      } else {
+        p = w;
+      }
     }
   };
 
   // What `couple` keeps for backward: h of every output, the slope, and the field before.
-  template <bool SETS>
   LFQ_CALLED void couple(const lfq_layer& l, T* keep, double& log_det) const {
     const int64_t half = sites_of(l) / 2;
     const int scale = l.scale;
+    const bool several = l.sublattices;
     T* const x = this->x;
     double sum = 0;
     with_outputs(l, [&](auto n) {
       constexpr int N = decltype(n)::value;
       parameters<N> by(flow, l);
-      net<N, SETS>(l, x, [&](int64_t i, int site, int set, const T(&u)[N]) {
-        if constexpr (SETS) by.load(flow, l, set);
+      net<N>(l, x, [&](int64_t i, int site, int set, const T(&u)[N]) {
+        if (several) by.load(set);
         with_scale<N>(scale, [&](auto kind) {
           constexpr scale_kind S = decltype(kind)::value;
           const T before = x[site];
@@ -419,16 +399,16 @@ struct flow_block {
     });
     log_det += sum;
   }
-  template <bool SETS>
   LFQ_CALLED void uncouple(const lfq_layer& l, double& log_det) const {
     const int scale = l.scale;
+    const bool several = l.sublattices;
     T* const x = this->x;
     double sum = 0;
     with_outputs(l, [&](auto n) {
       constexpr int N = decltype(n)::value;
       parameters<N> by(flow, l);
-      net<N, SETS>(l, x, [&](int64_t, int site, int set, const T(&u)[N]) {
-        if constexpr (SETS) by.load(flow, l, set);
+      net<N>(l, x, [&](int64_t, int site, int set, const T(&u)[N]) {
+        if (several) by.load(set);
         with_scale<N>(scale, [&](auto kind) {
           T log_dy;
           x[site] = uncouple_site<decltype(kind)::value>(x[site], u, by.p, log_dy);
@@ -442,15 +422,15 @@ struct flow_block {
   // Adds sum over sites of dout[out][site] in[in][site + tap] to the gradient: a warp for each tap, input
   // channel and set of weights.
   LFQ_CALLED void weight_gradient(const lfq_layer& l, const convolution& c, int number, const T* in, const T* dout) const {
-    const int volume = sites_of(l), lane = threadIdx.x % warp_size, n_warps = blockDim.x / warp_size;
+    const int volume = int(sites_of(l)), lane = threadIdx.x % warp_size, n_warps = blockDim.x / warp_size;
     const bool first = number == 0, last = number == l.n_hidden;
-    const int n_sets = sets_of(l), changed = volume / 2 / n_sets;
+    const int n_sets = sets_of(l), changed = active_sites(l) / n_sets;
     const int64_t items = int64_t(c.taps) * c.n_in * n_sets;
     for (int64_t item = threadIdx.x / warp_size; item < items; item += n_warps) {
       const int tap = int(item % c.taps), i = int(item / c.taps % c.n_in), set = int(item / c.taps / c.n_in);
-      const int odd = tap_parity(l, tap);
-      // Taps of a first layer that only meet active sites.
-      if (first && last && !odd) continue;
+      const bool odd = tap_is_odd(l.ndim, l.kernel_size, tap);
+      // Taps of a first layer that do not meet frozen sites.
+      if (first && last && !(frozen_of(l) >> (sublattice_of_set(l, set) ^ flip_of_tap(l.ndim, l.kernel_size, tap)) & 1)) continue;
       for (int begin = 0; begin < c.n_out; begin += channel_block) {
         T sum[channel_block] = {};
         const auto add = [&](int site, const place& at) {
@@ -463,7 +443,7 @@ struct flow_block {
           const int parity = last ? l.parity : odd ? l.parity : l.parity ^ 1;
           for (int j = lane; j < changed; j += warp_size) {
             int site;
-            const place at = n_sets > 1 ? place_of_set(l, set, j, site) : place_of_parity(l, parity, j, site);
+            const place at = l.sublattices ? place_of_set(l, set, j, site) : place_of_parity(l, parity, j, site);
             add(site, at);
           }
         } else {
@@ -479,7 +459,7 @@ struct flow_block {
       T sum[channel_block] = {};
       for (int j = lane; j < (last ? changed : volume); j += warp_size) {
         int site = j;
-        if (n_sets > 1)
+        if (l.sublattices)
           place_of_set(l, set, j, site);
         else if (last)
           site = site_of_parity(l, l.parity, j);
@@ -499,27 +479,28 @@ struct flow_block {
   }
 
   // Restores x to the layer's input and turns g from dL/dy into dL/dx.
-  template <bool SETS>
   LFQ_CALLED void couple_backward(const lfq_layer& l, const T* kept, T dlog_det) const {
-    const int volume = sites_of(l), scale = l.scale;
+    const int volume = int(sites_of(l)), scale = l.scale;
+    const bool several = l.sublattices;
     const int64_t half = volume / 2;
     T *dout = du, *din = du2, *const x = this->x, *const g = this->g;
     with_outputs(l, [&](auto n) {
       constexpr int N = decltype(n)::value;
       // One set after the other where their parameters' gradients are wanted.
-      const int n_loops = SETS && dweights ? sets_of(l) : 1;
+      const bool apart = dweights && several;
+      const int n_loops = apart ? sets_of(l) : 1;
+      parameters<N> by(flow, l);
       for (int loop = 0; loop < n_loops; ++loop) {
-        parameters<N> by(flow, l, loop);
+        if (apart) by.load(loop);
         double terms[2 * N + (N == 1)] = {};
-        each_of(half / n_loops, [&](int64_t j) {
-          int site;
-          if (n_loops > 1) {
+        each_of(active_sites(l) / n_loops, [&](int64_t j) {
+          int site, set;
+          if (apart)
             place_of_set(l, loop, int(j), site);
-          } else {
-            const place at = place_of_parity(l, l.parity, int(j), site);
-            if constexpr (SETS) by.load(flow, l, set_of(l, at));
-          }
-          const int64_t i = SETS ? site / 2 : j;
+          else
+            active_place(l, int(j), site, set);
+          if (several && !apart) by.load(set);
+          const int64_t i = site / 2;
           const T slope = kept[N * half + i], before = kept[(N + 1) * half + i], dy = g[site];
           T h[N], du[N];
           for (int c = 0; c < N; ++c) h[c] = kept[c * half + i];
@@ -533,13 +514,12 @@ struct flow_block {
           for (int c = 0; c < N; ++c) dout[int64_t(c) * volume + site] = du[c];
           x[site] = before;
         });
-        const int n_terms = dweights ? parameters_of(l) : 0;
-        if (n_terms == 0) continue;
+        if (!dweights || by.n == 0) continue;
         block_sum(terms);
         if (threadIdx.x != 0) continue;
-        double* dw = dweights + l.weight_offset + loop * set_size_of(l) + net_weights_of(l);
+        double* dw = dweights + (by.first - flow.weights) + loop * by.set_size;
         for (int c = 0; c < 2 * N + (N == 1); ++c)
-          if (c < n_terms) dw[c] += terms[c];
+          if (c < by.n) dw[c] += terms[c];
       }
     });
     __syncthreads();
@@ -552,12 +532,14 @@ struct flow_block {
       each_of(int64_t(c.n_in) * volume, [&](int64_t item) {
         const int site = int(item % volume), i = int(item / volume);
         const place at(l.extent, l.ndim, site);
-        if (number == 0 && at.parity == l.parity) return;
+        const int sublattice = sublattice_of(l, at);
+        if (number == 0 && !(frozen_of(l) >> sublattice & 1)) return;
         T sum = number > 0 ? T(0) : g[site];
-        const int set = SETS ? set_of(l, at) : 0;
-        const int which = number < l.n_hidden ? all_taps : at.parity == l.parity ? even_taps : odd_taps;
+        const tap_choice which = number < l.n_hidden        ? tap_choice(all_taps)
+                                 : at.parity == l.parity && l.n_hidden > 0 ? tap_choice(even_taps)
+                                                                           : direct_taps(l, active_of(l));
         each_tap(l, at, which, [&](int tap, int from, int flip) {
-          const T* w = c.weight + (SETS ? (set ^ flip) * c.set_size : 0) + int64_t(i) * c.taps + (c.taps - 1 - tap);
+          const T* w = c.weight + (c.set_size ? set_of_sublattice(l, sublattice ^ flip) * c.set_size : 0) + int64_t(i) * c.taps + (c.taps - 1 - tap);
           for (int o = 0; o < c.n_out; ++o)
             sum = fma(w[int64_t(o) * c.n_in * c.taps], dout[int64_t(o) * volume + from], sum);
         });
@@ -614,7 +596,7 @@ struct flow_block {
 
   // y from the coarse field and the noise in the latent z.
   LFQ_CALLED void upsample(const lfq_layer& l, const T* coarse, const T* z, T* y) const {
-    const int n_coarse = sites_of(l) >> l.ndim;
+    const int n_coarse = int(sites_of(l) >> l.ndim);
     each_of(sites_of(l), [&](int64_t site) {
       const fine_site s(l, int(site));
       if (s.odd == 0) {
@@ -626,7 +608,7 @@ struct flow_block {
     });
   }
   LFQ_CALLED void downsample(const lfq_layer& l, const T* y, T* coarse, T* z) const {
-    const int n_coarse = sites_of(l) >> l.ndim;
+    const int n_coarse = int(sites_of(l) >> l.ndim);
     each_of(sites_of(l), [&](int64_t site) {
       const fine_site s(l, int(site));
       if (s.odd == 0) coarse[s.near(0)] = y[site] / scale_of(l);
@@ -641,7 +623,7 @@ struct flow_block {
   }
   // From g = dL/dy: dL/dx of the coarse field to gc, of the noise to gz.
   LFQ_CALLED void upsample_backward(const lfq_layer& l, const T* coarse, const T* z, T* gc, T dlog_det) const {
-    const int n_coarse = sites_of(l) >> l.ndim, D = l.ndim;
+    const int n_coarse = int(sites_of(l) >> l.ndim), D = l.ndim;
     // d/dscale, then for each number of odd coordinates d/dmean and d/dwidth
     double sum[2 * LFQ_MAX_DIM + 1] = {};
     each_of(sites_of(l), [&](int64_t site) {
@@ -709,7 +691,7 @@ struct flow_block {
     for (int n = 0; n < flow.n_layers; ++n) {
       const lfq_layer& l = flow.layers[n];
       if (l.kind == LFQ_LAYER_COUPLING) {
-        l.sublattices ? couple<true>(l, keep ? kept : nullptr, log_det) : couple<false>(l, keep ? kept : nullptr, log_det);
+        couple(l, keep ? kept : nullptr, log_det);
       } else if (l.kind == LFQ_LAYER_RESCALE) {
         const T factor = flow.weights[l.weight_offset];
         each_of(sites_of(l), [&](int64_t i) { x[i] = x[i] * factor; });
@@ -727,7 +709,7 @@ struct flow_block {
     for (int n = flow.n_layers - 1; n >= 0; --n) {
       const lfq_layer& l = flow.layers[n];
       if (l.kind == LFQ_LAYER_COUPLING) {
-        l.sublattices ? uncouple<true>(l, log_det) : uncouple<false>(l, log_det);
+        uncouple(l, log_det);
       } else if (l.kind == LFQ_LAYER_RESCALE) {
         const T factor = flow.weights[l.weight_offset];
         each_of(sites_of(l), [&](int64_t i) { x[i] = x[i] / factor; });
@@ -747,7 +729,7 @@ struct flow_block {
       const lfq_layer& l = flow.layers[n];
       at -= cache_of(l);
       if (l.kind == LFQ_LAYER_COUPLING) {
-        l.sublattices ? couple_backward<true>(l, cache + at, dlog_det) : couple_backward<false>(l, cache + at, dlog_det);
+        couple_backward(l, cache + at, dlog_det);
       } else if (l.kind == LFQ_LAYER_RESCALE) {
         const T factor = flow.weights[l.weight_offset], inverse = T(1) / factor;
         double sum[1] = {0};
@@ -796,22 +778,12 @@ LFQ_DEVICE void each_chain(int64_t n_chains, F&& f) {
   for (int64_t chain = blockIdx.x; chain < n_chains; chain += gridDim.x) f(chain);
 }
 
-constexpr int flow_threads = 256;
+// Two blocks share a multiprocessor: 128 registers a thread. Without being told, ptxas takes all 255 for whatever has a
+// backward pass.
+constexpr int flow_threads = 256, flow_blocks = 2;
 
 template <class T>
-__global__ void __launch_bounds__(flow_threads) forward_kernel(const __grid_constant__ flow_program<T> flow,
-    const __grid_constant__ buffer_plan plan, int64_t n_chains, const T* z, T* out, double* log_det) {
-  each_chain(n_chains, [&](int64_t chain) {
-    flow_block<T> block(flow, plan, false);
-    double sum[1] = {0};
-    block.forward(z + chain * flow.volume, false, sum[0]);
-    each_of(flow.volume, [&](int64_t i) { out[chain * flow.volume + i] = block.x[i]; });
-    block_sum(sum);
-    if (threadIdx.x == 0) log_det[chain] = sum[0] + *flow.log_det;
-  });
-}
-template <class T>
-__global__ void __launch_bounds__(flow_threads) inverse_kernel(const __grid_constant__ flow_program<T> flow,
+__global__ void __launch_bounds__(flow_threads, flow_blocks) inverse_kernel(const __grid_constant__ flow_program<T> flow,
     const __grid_constant__ buffer_plan plan, int64_t n_chains, const T* in, T* z, double* log_det) {
   each_chain(n_chains, [&](int64_t chain) {
     flow_block<T> block(flow, plan, false);
@@ -824,42 +796,6 @@ __global__ void __launch_bounds__(flow_threads) inverse_kernel(const __grid_cons
   });
 }
 
-// What a gradient is taken of: dL/dx and dL/dlog_det that are given, or S(f(z)) - log_det of the theory.
-template <class T>
-struct gradient_arguments {
-  const T* z;
-  const T* dx;               // null: of the theory
-  const double* dlog_det;
-  lfq_phi4 theory;
-  T* dz;                     // null when not wanted; of the theory the force, - dL/dz
-  double *action, *log_det;  // of the theory; log_det null: action is S(f(z)) - log_det
-};
-template <class T>
-__global__ void __launch_bounds__(flow_threads) gradient_kernel(const __grid_constant__ flow_program<T> flow,
-    const __grid_constant__ buffer_plan plan, int64_t n_chains, const __grid_constant__ gradient_arguments<T> a) {
-  if (plan.dweights) each_of(flow.n_weights, [&](int64_t i) { plan.dweights[blockIdx.x * flow.n_weights + i] = 0; });
-  each_chain(n_chains, [&](int64_t chain) {
-    flow_block<T> block(flow, plan, plan.dweights != nullptr);
-    const int64_t first = chain * flow.volume;
-    double e[2] = {0, 0};
-    block.forward(a.z + first, true, e[1]);
-    if (a.dx) {
-      each_of(flow.volume, [&](int64_t i) { block.g[i] = a.dx[first + i]; });
-      __syncthreads();
-    } else {
-      e[0] = block.action_gradient(a.theory);
-      block_sum(e);
-      if (threadIdx.x == 0) {
-        const double log_det = e[1] + *flow.log_det;
-        a.action[chain] = a.log_det ? e[0] : e[0] - log_det;
-        if (a.log_det) a.log_det[chain] = log_det;
-      }
-    }
-    block.backward(a.z + first, T(a.dx ? a.dlog_det[chain] : -1.0));
-    if (a.dz) each_of(flow.volume, [&](int64_t i) { a.dz[first + i] = a.dx ? block.gz[i] : -block.gz[i]; });
-    __syncthreads();
-  });
-}
 // Over blocks, in order.
 static __global__ void weights_kernel(int n_slots, int64_t n_weights, double factor, const double* partial, double* dweights) {
   const int64_t i = blockIdx.x * int64_t(blockDim.x) + threadIdx.x;
@@ -957,6 +893,20 @@ struct pulled_back_block {
         flow.gz[i] = old_g[i];
       });
   }
+  // A trajectory from the momenta that are given, which end it, without an accept step.
+  LFQ_DEVICE void evolve(T* momenta) {
+    each_of(a.volume, [&](int64_t i) {
+      latent[i] = z[i];
+      p[i] = momenta[i];
+    });
+    double s, p2 = 0;
+    const double k = integrate(a.settings, a.settings.n_steps, 1.0, [&](double k, double d) { kick_drift(k, d); });
+    last_kick(k, s, p2);
+    each_of(a.volume, [&](int64_t i) {
+      z[i] = latent[i];
+      momenta[i] = p[i];
+    });
+  }
   LFQ_DEVICE void measure(double* out) {
     const lfq_phi4& t = a.theory;
     constexpr int n_sums = 4 + 2 * LFQ_MAX_DIM;
@@ -995,34 +945,98 @@ struct pulled_back_block {
   }
 };
 
+// ---- everything that begins with x = f(z) --------------------------------------------------------
 template <class T>
-__global__ void __launch_bounds__(flow_threads) flow_hmc_kernel(const __grid_constant__ hmc_arguments a, const __grid_constant__ flow_program<T> flow,
-    const __grid_constant__ buffer_plan plan, T* z, T* phi) {
-  each_chain(a.n_chains, [&](int64_t chain) {
-    pulled_back_block<T> potential(a, flow, plan, z + chain * a.volume, phi + chain * a.volume);
-    run_chain(potential, a, chain);
-    __syncthreads();
-  });
+struct forward_arguments {
+  const T* z;
+  T* x;
+  double* log_det;
+};
+template <class T>
+LFQ_DEVICE void forward_chain(const flow_program<T>& flow, const buffer_plan& plan, const forward_arguments<T>& a, int64_t chain) {
+  flow_block<T> block(flow, plan, false);
+  const int64_t first = chain * flow.volume;
+  double sum[1] = {0};
+  block.forward(a.z + first, false, sum[0]);
+  each_of(flow.volume, [&](int64_t i) { a.x[first + i] = block.x[i]; });
+  block_sum(sum);
+  if (threadIdx.x == 0) a.log_det[chain] = sum[0] + *flow.log_det;
 }
-// The same without refresh and accept step.
+
+// What a gradient is taken of: dL/dx and dL/dlog_det that are given, or S(f(z)) - log_det of the theory.
 template <class T>
-__global__ void __launch_bounds__(flow_threads) flow_evolve_kernel(const __grid_constant__ hmc_arguments a, const __grid_constant__ flow_program<T> flow,
-    const __grid_constant__ buffer_plan plan, T* z, T* momenta) {
-  each_chain(a.n_chains, [&](int64_t chain) {
-    const int64_t first = chain * a.volume;
-    pulled_back_block<T> potential(a, flow, plan, z + first, nullptr);
-    each_of(a.volume, [&](int64_t i) {
-      potential.latent[i] = z[first + i];
-      potential.p[i] = momenta[first + i];
-    });
-    double s, p2 = 0;
-    const double k = integrate(a.settings, a.settings.n_steps, 1.0, [&](double k, double d) { potential.kick_drift(k, d); });
-    potential.last_kick(k, s, p2);
-    each_of(a.volume, [&](int64_t i) {
-      z[first + i] = potential.latent[i];
-      momenta[first + i] = potential.p[i];
-    });
+struct gradient_arguments {
+  const T* z;
+  const T* dx;               // null: of the theory
+  const double* dlog_det;
+  lfq_phi4 theory;
+  T* dz;                     // null when not wanted; of the theory the force, - dL/dz
+  double *action, *log_det;  // of the theory; log_det null: action is S(f(z)) - log_det
+};
+template <class T>
+LFQ_DEVICE void gradient_chain(const flow_program<T>& flow, const buffer_plan& plan, const gradient_arguments<T>& a, int64_t chain) {
+  flow_block<T> block(flow, plan, plan.dweights != nullptr);
+  const int64_t first = chain * flow.volume;
+  double e[2] = {0, 0};
+  block.forward(a.z + first, true, e[1]);
+  if (a.dx) {
+    each_of(flow.volume, [&](int64_t i) { block.g[i] = a.dx[first + i]; });
     __syncthreads();
+  } else {
+    e[0] = block.action_gradient(a.theory);
+    block_sum(e);
+    if (threadIdx.x == 0) {
+      const double log_det = e[1] + *flow.log_det;
+      a.action[chain] = a.log_det ? e[0] : e[0] - log_det;
+      if (a.log_det) a.log_det[chain] = log_det;
+    }
+  }
+  block.backward(a.z + first, T(a.dx ? a.dlog_det[chain] : -1.0));
+  if (a.dz) each_of(flow.volume, [&](int64_t i) { a.dz[first + i] = a.dx ? block.gz[i] : -block.gz[i]; });
+  __syncthreads();
+}
+
+// Of evolve, momenta; of trajectories, the fields of the chains.
+template <class T>
+struct pulled_back_arguments {
+  hmc_arguments hmc;
+  T *z, *phi, *momenta;
+};
+template <class T>
+LFQ_DEVICE void hmc_chain(const flow_program<T>& flow, const buffer_plan& plan, const pulled_back_arguments<T>& a, int64_t chain) {
+  const int64_t first = chain * flow.volume;
+  pulled_back_block<T> potential(a.hmc, flow, plan, a.z + first, a.momenta ? nullptr : a.phi + first);
+  if (a.momenta)
+    potential.evolve(a.momenta + first);
+  else
+    run_chain(potential, a.hmc, chain);
+  __syncthreads();
+}
+
+// One kernel for them all: ptxas compiles what a kernel calls anew for each.
+enum class flow_task { forward, gradient, hmc };
+template <class T>
+struct flow_arguments {
+  flow_task task;
+  int64_t n_chains;
+  flow_program<T> flow;
+  buffer_plan plan;
+  union {
+    forward_arguments<T> forward;
+    gradient_arguments<T> gradient;
+    pulled_back_arguments<T> hmc;
+  };
+};
+template <class T>
+__global__ void __launch_bounds__(flow_threads, flow_blocks) flow_kernel(const __grid_constant__ flow_arguments<T> a) {
+  const buffer_plan& plan = a.plan;
+  if (plan.dweights) each_of(a.flow.n_weights, [&](int64_t i) { plan.dweights[blockIdx.x * a.flow.n_weights + i] = 0; });
+  each_chain(a.n_chains, [&](int64_t chain) {
+    switch (a.task) {
+      case flow_task::forward: return forward_chain(a.flow, plan, a.forward, chain);
+      case flow_task::gradient: return gradient_chain(a.flow, plan, a.gradient, chain);
+      case flow_task::hmc: return hmc_chain(a.flow, plan, a.hmc, chain);
+    }
   });
 }
 

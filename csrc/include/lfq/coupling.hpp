@@ -7,10 +7,11 @@
 // Backward needs h (of `site` tanh(c v) and w) and the slope dy/dx besides x and y.
 #pragma once
 #include "lfq/elementary.hpp"
+#include "lfq/layers.hpp"
 
 LFQ_NAMESPACE_BEGIN
 
-enum class scale_kind { neg_abs = 0, exp = 1, even = 2, site = 3 };
+enum class scale_kind { neg_abs = LFQ_SCALE_NEG_ABS, exp = LFQ_SCALE_EXP, even = LFQ_SCALE_EVEN, site = LFQ_SCALE_SITE };
 
 template <class R, int N>
 struct coupled_site {
@@ -118,9 +119,6 @@ LFQ_HD R couple_site_backward(const R (&h)[N], const typename real_traits<R>::sc
 }
 
 // A site's terms of dL/dweights: of `even` a and b, of `site` log a, log b and log c.
-template <scale_kind S, int N>
-constexpr int n_parameters = S == scale_kind::even ? 2 * N : S == scale_kind::site ? 3 : 0;
-
 template <scale_kind S, class R, int N, class Add>
 LFQ_HD void parameter_terms(const R (&h)[N], const typename real_traits<R>::scalar* parameters, R slope, R x, R y, R dy,
                             R dlog_det, Add&& add) {
@@ -140,7 +138,7 @@ LFQ_HD void parameter_terms(const R (&h)[N], const typename real_traits<R>::scal
   }
 }
 
-enum class activation_kind { tanh = 0, leaky_relu = 1 };
+enum class activation_kind { tanh = LFQ_TANH, leaky_relu = LFQ_LEAKY_RELU };
 
 template <class R>
 LFQ_HD R activate(activation_kind k, R u) {

@@ -1,7 +1,6 @@
 // A periodic hypercubic lattice in C order: rows along the last axis, addressed by their first site.
 #pragma once
-#include "lfq/config.hpp"
-#include "lfq/lfq.h"
+#include "lfq/layers.hpp"
 
 LFQ_NAMESPACE_BEGIN
 
@@ -31,12 +30,11 @@ struct lattice {
     for (int i = 0; i < ndim - 1; ++i) p ^= c[i] & 1;
     return p;
   }
-  // The parities of a row's coordinates, the last one in the lowest bit.
-  LFQ_HD int row_class(int64_t row) const {
-    int c[LFQ_MAX_DIM], k = 0;
+  // The sublattice of a row's first site; that of the second is one more.
+  LFQ_HD int row_sublattice(int64_t row) const {
+    int c[LFQ_MAX_DIM];
     coordinates(row, c);
-    for (int i = 0; i < ndim - 1; ++i) k = 2 * k | (c[i] & 1);
-    return k;
+    return 2 * parities_of(c, ndim - 1);
   }
   // The first site of the row at coordinates c (leading axes), each taken modulo its extent.
   LFQ_HD int64_t row_start(const int* c) const {

@@ -102,12 +102,11 @@ typedef struct lfq_layer {
   int32_t bias;                 /* 0 or 1 */
   int32_t scale;
   int32_t n_features;           /* LFQ_SCALE_EVEN: outputs of the net, 1, 2, 4 or 8; else 0 */
-  int32_t sublattices;          /* coupling, without hidden layers: 1 if each of the 2^(ndim-1) sublattices of sites it
-                                 * changes has weights of its own, one set after the other, in the order of the parities
-                                 * of all coordinates but the last as binary digits; else 0 */
-  int32_t active, frozen;       /* with sublattices: which of the 2^ndim sublattices, numbered by the parities of all
-                                 * coordinates as binary digits, it changes (of `parity` only) and its nets see (others
-                                 * than those), a bit each; 0 stands for all of `parity`, or of the other parity */
+  int32_t sublattices;          /* coupling, without hidden layers: 1 if each of the sublattices that it changes has weights
+                                 * of its own, one set after the other; else 0. The 2^ndim sublattices are numbered by the
+                                 * parities of all coordinates as binary digits, the last coordinate's the lowest. */
+  int32_t active, frozen;       /* coupling, with sublattices: those that it changes, all of `parity`, and those others that
+                                 * its nets see, a bit each; both 0: all of `parity`, all of the other parity */
   int64_t weight_offset;        /* where this layer's weights begin in the flow's weight vector */
 } lfq_layer;
 

@@ -1,4 +1,6 @@
-// lfq_cuda.h: flows, HMC through them, and the training step.
+// lfq_cuda.h: flows, HMC through them, and the training step. Included by one file for each type, so that they are
+// compiled side by side.
+#pragma once
 #include "cuda/flow.cuh"
 #include "cuda/theory.hpp"
 #include "cuda/train.cuh"
@@ -125,60 +127,62 @@ size_t workspace(const lfq_flow* f, int64_t n) {
   return most;
 }
 
-// Everything a kernel of flows is launched with.
+// Lays out the workspace and queues the conversion of weights. What the kernel is to do remains to be set.
 template <class T>
-struct prepared {
-  lfq::flow_program<T> program;
-  lfq::buffer_plan plan;
-};
-template <class T>
-int prepare(const lfq_flow& f, const lfq_layer* layers, work what, int64_t n, void* ws, size_t bytes, void* stream, prepared<T>& p) {
+int prepare(const lfq_flow& f, const lfq_layer* layers, work what, int64_t n, void* ws, size_t bytes, void* stream,
+            lfq::flow_arguments<T>& a) {
   if (int e = check_workspace(ws, bytes, bytes_of<T>(f, what, n))) return e;
   pieces mem(ws);
   const flow_work<T> w(mem, f, what, n);
   int64_t first = f.volume;
   for (int i = f.n_layers - 1; i >= 0; --i)
     if (lfq::resizes(f.layers[i])) first = lfq::sites_of(f.layers[i]) >> f.layers[i].ndim;
-  p.program = {f.n_layers, int(first), f.volume, f.n_weights, layers, w.weights, w.log_det};
-  p.plan = w.plan;
-  p.plan.dweights = w.dweights;
+  a.n_chains = n;
+  a.flow = {f.n_layers, int(first), f.volume, f.n_weights, layers, w.weights, w.log_det};
+  a.plan = w.plan;
+  a.plan.dweights = w.dweights;
   return launch("flow's weights", lfq::prepare_kernel<T>, 1, lfq::block_size, lfq::sum_scratch(lfq::block_size, 1), stream, f.n_layers,
                 layers, f.n_weights, f.weights, w.weights, w.log_det);
+}
+template <class T>
+int run(const char* what, const lfq::flow_arguments<T>& a, void* stream) {
+  return launch(what, lfq::flow_kernel<T>, a.plan.n_slots, a.plan.threads, a.plan.shared_bytes, stream, a);
 }
 
 template <class T>
 int forward(const lfq_flow* f, const lfq_layer* layers, int64_t n, const T* z, T* x, double* log_det, void* ws, size_t bytes, void* stream) {
   if (int e = check_flow(f, layers, n)) return e;
   if (n > 0 && (!z || !x || !log_det)) return fail(LFQ_ERR_ARGUMENT, "a field or an output is null");
-  prepared<T> p;
-  if (int e = prepare(*f, layers, work::forward, n, ws, bytes, stream, p)) return e;
-  return launch("flow forward", lfq::forward_kernel<T>, p.plan.n_slots, p.plan.threads, p.plan.shared_bytes, stream, p.program, p.plan, n,
-                z, x, log_det);
+  lfq::flow_arguments<T> a;
+  if (int e = prepare(*f, layers, work::forward, n, ws, bytes, stream, a)) return e;
+  a.task = lfq::flow_task::forward;
+  a.forward = {z, x, log_det};
+  return run("flow forward", a, stream);
 }
 template <class T>
 int inverse(const lfq_flow* f, const lfq_layer* layers, int64_t n, const T* x, T* z, double* log_det, void* ws, size_t bytes, void* stream) {
   if (int e = check_flow(f, layers, n)) return e;
   if (n > 0 && (!z || !x || !log_det)) return fail(LFQ_ERR_ARGUMENT, "a field or an output is null");
-  prepared<T> p;
-  if (int e = prepare(*f, layers, work::forward, n, ws, bytes, stream, p)) return e;
-  return launch("flow inverse", lfq::inverse_kernel<T>, p.plan.n_slots, p.plan.threads, p.plan.shared_bytes, stream, p.program, p.plan, n,
-                x, z, log_det);
+  lfq::flow_arguments<T> a;
+  if (int e = prepare(*f, layers, work::forward, n, ws, bytes, stream, a)) return e;
+  return launch("flow inverse", lfq::inverse_kernel<T>, a.plan.n_slots, a.plan.threads, a.plan.shared_bytes, stream, a.flow, a.plan, n, x,
+                z, log_det);
 }
 
 // dweights null when not wanted; factor: of the sum over chains.
 template <class T>
-int gradient(const lfq_flow& f, const lfq_layer* layers, int64_t n, const lfq::gradient_arguments<T>& a, double* dweights, double factor,
+int gradient(const lfq_flow& f, const lfq_layer* layers, int64_t n, const lfq::gradient_arguments<T>& of, double* dweights, double factor,
              void* ws, size_t bytes, void* stream) {
-  prepared<T> p;
-  if (int e = prepare(f, layers, work::gradient, n, ws, bytes, stream, p)) return e;
-  const double* partial = p.plan.dweights;
-  if (!dweights) p.plan.dweights = nullptr;
-  if (int e = launch("flow backward", lfq::gradient_kernel<T>, p.plan.n_slots, p.plan.threads, p.plan.shared_bytes, stream, p.program,
-                     p.plan, n, a))
-    return e;
+  lfq::flow_arguments<T> a;
+  if (int e = prepare(f, layers, work::gradient, n, ws, bytes, stream, a)) return e;
+  a.task = lfq::flow_task::gradient;
+  a.gradient = of;
+  const double* partial = a.plan.dweights;
+  if (!dweights) a.plan.dweights = nullptr;
+  if (int e = run("flow backward", a, stream)) return e;
   if (!dweights) return LFQ_OK;
   return launch("weight gradient", lfq::weights_kernel, lfq::ceil_div(f.n_weights, lfq::block_size), lfq::block_size, 0, stream,
-                p.plan.n_slots, f.n_weights, factor, partial, dweights);
+                a.plan.n_slots, f.n_weights, factor, partial, dweights);
 }
 
 template <class T>
@@ -215,24 +219,24 @@ template <class T>
 int evolve(const lfq_flow* f, const lfq_layer* layers, const lfq_phi4* t, const lfq_hmc* h, int64_t n, T* z, T* momenta, void* ws,
            size_t bytes, void* stream) {
   if (int e = hmc_arguments(f, layers, t, h, n, z, momenta)) return e;
-  prepared<T> p;
-  if (int e = prepare(*f, layers, work::hmc, n, ws, bytes, stream, p)) return e;
-  const lfq::hmc_arguments a{*t, *h, {}, f->volume, n, nullptr, nullptr, nullptr};
-  return launch("flow-HMC", lfq::flow_evolve_kernel<T>, p.plan.n_slots, p.plan.threads, p.plan.shared_bytes, stream, a, p.program, p.plan,
-                z, momenta);
+  lfq::flow_arguments<T> a;
+  if (int e = prepare(*f, layers, work::hmc, n, ws, bytes, stream, a)) return e;
+  a.task = lfq::flow_task::hmc;
+  a.hmc = {{*t, *h, {}, f->volume, n, nullptr, nullptr, nullptr}, z, nullptr, momenta};
+  return run("flow-HMC", a, stream);
 }
 template <class T>
 int hmc(const lfq_flow* f, const lfq_layer* layers, const lfq_phi4* t, const lfq_hmc* h, int64_t n, T* z, T* phi, double* dh,
         uint8_t* accepted, const double* smear, double* observables, void* ws, size_t bytes, void* stream) {
   if (int e = hmc_arguments(f, layers, t, h, n, z, phi)) return e;
   if (n > 0 && h->n_samples > 0 && !dh) return fail(LFQ_ERR_ARGUMENT, "dh is null");
-  lfq::hmc_arguments a{*t, *h, {}, f->volume, n, dh, accepted, observables};
+  lfq::flow_arguments<T> a;
+  a.task = lfq::flow_task::hmc;
+  a.hmc = {{*t, *h, {}, f->volume, n, dh, accepted, observables}, z, phi, nullptr};
   if (observables)
-    if (int e = smearing_of(*t, smear, a.smear)) return e;
-  prepared<T> p;
-  if (int e = prepare(*f, layers, work::hmc, n, ws, bytes, stream, p)) return e;
-  return launch("flow-HMC", lfq::flow_hmc_kernel<T>, p.plan.n_slots, p.plan.threads, p.plan.shared_bytes, stream, a, p.program, p.plan, z,
-                phi);
+    if (int e = smearing_of(*t, smear, a.hmc.hmc.smear)) return e;
+  if (int e = prepare(*f, layers, work::hmc, n, ws, bytes, stream, a)) return e;
+  return run("flow-HMC", a, stream);
 }
 
 template <class T>
@@ -284,5 +288,3 @@ using namespace lfq_cuda;
     return hmc(f, layers, t, h, n, z, phi, dh, accepted, smear, observables, ws, bytes, stream);                                \
   }                                                                                                                             \
   int lfq_cuda_train_step_##F(const lfq_cuda_training* t, const T* noise, void* stream) { return train_step(t, noise, stream); }
-LFQ_CUDA_FUNCTIONS(float, f32)
-LFQ_CUDA_FUNCTIONS(double, f64)

@@ -1,0 +1,3 @@
+#include "cuda/flow_launch.hpp"
+
+LFQ_CUDA_FUNCTIONS(double, f64)
