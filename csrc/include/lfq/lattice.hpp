@@ -32,9 +32,10 @@ struct lattice {
   }
   // Which set of weights a coupling with several has in a row.
   LFQ_HD int row_class(int64_t row) const {
-    int c[LFQ_MAX_DIM];
+    int c[LFQ_MAX_DIM], k = 0;
     coordinates(row, c);
-    return parities_of(c, ndim - 1);
+    for (int i = 0; i < ndim - 1; ++i) k = 2 * k | (c[i] & 1);
+    return k;
   }
   // The first site of the row at coordinates c (leading axes), each taken modulo its extent.
   LFQ_HD int64_t row_start(const int* c) const {

@@ -64,13 +64,6 @@ LFQ_HD convolution_layout convolution_of(const lfq_layer& l, int number) {
 LFQ_HD int sets_of(const lfq_layer& l) { return l.sublattices ? 1 << (l.ndim - 1) : 1; }
 LFQ_HD int64_t net_weights_of(const lfq_layer& l) { return convolution_of(l, l.n_hidden).end; }
 LFQ_HD int64_t set_size_of(const lfq_layer& l) { return net_weights_of(l) + parameters_of(l); }
-// The parities of coordinates as binary digits, the last one in the lowest: of all coordinates of a site but the last
-// the set of weights it has, of all of them its sublattice.
-LFQ_HD int parities_of(const int* coordinates, int n) {
-  int k = 0;
-  for (int i = 0; i < n; ++i) k = 2 * k | (coordinates[i] & 1);
-  return k;
-}
 
 // ---- all layers ------------------------------------------------------------------------------
 LFQ_HD int64_t weights_of(const lfq_layer& l) {
