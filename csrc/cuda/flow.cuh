@@ -87,7 +87,9 @@ struct place {
   }
 };
 LFQ_DEVICE int wrapped(int x, int n) {
+#pragma unroll 1
   while (x < 0) x += n;
+#pragma unroll 1
   while (x >= n) x -= n;
   return x;
 }
@@ -151,6 +153,7 @@ LFQ_DEVICE void each_tap(const lfq_layer& l, const place& at, int set, F&& f) {
   }
   int n_rows = 1;
   for (int i = 0; i < last; ++i) n_rows *= k;
+#pragma unroll 1
   for (int j = 0; j < n_rows; ++j) {
     int rest = j, row = 0, stride = l.extent[last], offset = radius, flip = 0;
 #pragma unroll
@@ -164,6 +167,7 @@ LFQ_DEVICE void each_tap(const lfq_layer& l, const place& at, int set, F&& f) {
         stride *= n;
       }
     const int begin = set == all_taps ? 0 : (set ^ offset) & 1;
+#pragma unroll 1
     for (int d = begin; d < k; d += set == all_taps ? 1 : 2)
       f(j * k + d, row + wrapped(at.c[0] + d - radius, l.extent[last]), flip);
   }
