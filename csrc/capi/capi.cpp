@@ -606,6 +606,7 @@ const char* lfq_status_message(int status) {
     case LFQ_ERR_WORKSPACE: return "the workspace is too small";
     case LFQ_ERR_NOT_FINITE: return "NaN or Inf in a field, a weight or dH";
     case LFQ_ERR_CALLBACK: return "the action asked to stop";
+    case LFQ_ERR_CUDA: return "a call of the CUDA runtime failed";
   }
   return "unknown status";
 }

@@ -69,19 +69,27 @@ LFQ_DEVICE void each_of(int64_t n, F&& f) {
   for (int64_t i = threadIdx.x; i < n; i += blockDim.x) f(i);
 }
 
+// Coordinates from the last axis to the first. Loops over axes run to LFQ_MAX_DIM and are unrolled, so that coordinates
+// stay in registers.
 struct place {
-  int c[LFQ_MAX_DIM];
-  int parity;
-  LFQ_DEVICE place(const int32_t* extent, int ndim, int site) : parity(0) {
-    for (int i = ndim - 1; i >= 0; --i) {
-      c[i] = site % extent[i];
-      site /= extent[i];
-      parity ^= c[i] & 1;
-    }
+  int c[LFQ_MAX_DIM] = {};
+  int parity = 0;
+  // On a lattice of these extents, shifted.
+  LFQ_DEVICE place(const int32_t* extent, int ndim, int site, int shift = 0) {
+#pragma unroll
+    for (int axis = 0; axis < LFQ_MAX_DIM; ++axis)
+      if (axis < ndim) {
+        const int n = extent[ndim - 1 - axis] >> shift;
+        c[axis] = site % n;
+        site /= n;
+        parity ^= c[axis] & 1;
+      }
   }
 };
 LFQ_DEVICE int wrapped(int x, int n) {
+#pragma unroll 1
   while (x < 0) x += n;
+#pragma unroll 1
   while (x >= n) x -= n;
   return x;
 }
@@ -89,7 +97,7 @@ LFQ_DEVICE int wrapped(int x, int n) {
 LFQ_DEVICE place place_of_parity(const lfq_layer& l, int parity, int i, int& site) {
   place p(l.extent, l.ndim, 2 * i);
   const int odd = p.parity ^ parity;
-  p.c[l.ndim - 1] += odd;
+  p.c[0] += odd;
   p.parity = parity;
   site = 2 * i + odd;
   return p;
@@ -100,23 +108,31 @@ LFQ_DEVICE int site_of_parity(const lfq_layer& l, int parity, int i) {
   return site;
 }
 
-LFQ_DEVICE int sublattice_of(const lfq_layer& l, const place& at) { return parities_of(at.c, l.ndim); }
+LFQ_DEVICE int sublattice_of(const lfq_layer& l, const place& at) {
+  int sublattice = 0;
+#pragma unroll
+  for (int axis = 0; axis < LFQ_MAX_DIM; ++axis)
+    if (axis < l.ndim) sublattice |= (at.c[axis] & 1) << axis;
+  return sublattice;
+}
 // How many sites a coupling changes.
 LFQ_DEVICE int active_sites(const lfq_layer& l) {
   return int(l.active ? count_bits(unsigned(l.active)) * (sites_of(l) >> l.ndim) : sites_of(l) / 2);
 }
 // The i-th site that a coupling changes with one of its several sets: they are a lattice of half the extents.
 LFQ_DEVICE place place_of_set(const lfq_layer& l, int set, int i, int& site) {
-  const int sublattice = sublattice_of_set(l, set);
-  int32_t half[LFQ_MAX_DIM];
-  for (int axis = 0; axis < l.ndim; ++axis) half[axis] = l.extent[axis] / 2;
-  place p(half, l.ndim, i);
+  place p(l.extent, l.ndim, i, 1);
   p.parity = l.parity;
+  const int sublattice = sublattice_of_set(l, set);
+  int stride = 1;
   site = 0;
-  for (int axis = 0; axis < l.ndim; ++axis) {
-    p.c[axis] = 2 * p.c[axis] + (sublattice >> (l.ndim - 1 - axis) & 1);
-    site = site * l.extent[axis] + p.c[axis];
-  }
+#pragma unroll
+  for (int axis = 0; axis < LFQ_MAX_DIM; ++axis)
+    if (axis < l.ndim) {
+      p.c[axis] = 2 * p.c[axis] + (sublattice >> axis & 1);
+      site += p.c[axis] * stride;
+      stride *= l.extent[l.ndim - 1 - axis];
+    }
   return p;
 }
 
@@ -152,7 +168,7 @@ LFQ_DEVICE void each_tap(const lfq_layer& l, const place& at, const tap_choice& 
   const int sublattice = choice.sublattices ? sublattice_of(l, at) : 0;
   // The nearest neighbours, all that the papers' nets see.
   if (k == 3 && l.ndim == 2 && set == odd_taps) {
-    const int height = l.extent[0], width = l.extent[1], y = at.c[0], x = at.c[1], row = y * width;
+    const int height = l.extent[0], width = l.extent[1], y = at.c[1], x = at.c[0], row = y * width;
     f(1, (y > 0 ? row : height * width) - width + x, 2);
     f(3, row + (x > 0 ? x : width) - 1, 1);
     f(5, row + (x + 1 < width ? x + 1 : 0), 1);
@@ -161,21 +177,25 @@ LFQ_DEVICE void each_tap(const lfq_layer& l, const place& at, const tap_choice& 
   }
   int n_rows = 1;
   for (int i = 0; i < last; ++i) n_rows *= k;
+#pragma unroll 1
   for (int j = 0; j < n_rows; ++j) {
     int rest = j, row = 0, stride = l.extent[last], offset = radius, flip = 0;
-    for (int i = last - 1; i >= 0; --i) {
-      const int o = rest % k - radius;
-      rest /= k;
-      offset += o;
-      flip |= (o & 1) << (last - i);
-      row += wrapped(at.c[i] + o, l.extent[i]) * stride;
-      stride *= l.extent[i];
-    }
+#pragma unroll
+    for (int axis = 1; axis < LFQ_MAX_DIM; ++axis)
+      if (axis <= last) {
+        const int o = rest % k - radius, n = l.extent[last - axis];
+        rest /= k;
+        offset += o;
+        flip |= (o & 1) << axis;
+        row += wrapped(at.c[axis] + o, n) * stride;
+        stride *= n;
+      }
     const int begin = set == all_taps ? 0 : (set ^ offset) & 1;
+#pragma unroll 1
     for (int d = begin; d < k; d += set == all_taps ? 1 : 2) {
       const int over = flip | ((d - radius) & 1);
       if (choice.sublattices && !(choice.sublattices >> (sublattice ^ over) & 1)) continue;
-      f(j * k + d, row + wrapped(at.c[last] + d - radius, l.extent[last]), over);
+      f(j * k + d, row + wrapped(at.c[0] + d - radius, l.extent[last]), over);
     }
   }
 }
@@ -183,11 +203,14 @@ LFQ_DEVICE void each_tap(const lfq_layer& l, const place& at, const tap_choice& 
 LFQ_DEVICE int through_tap(const lfq_layer& l, const place& at, int tap) {
   const int k = l.kernel_size, radius = k / 2;
   int site = 0, stride = 1;
-  for (int i = l.ndim - 1; i >= 0; --i) {
-    site += wrapped(at.c[i] + tap % k - radius, l.extent[i]) * stride;
-    tap /= k;
-    stride *= l.extent[i];
-  }
+#pragma unroll
+  for (int axis = 0; axis < LFQ_MAX_DIM; ++axis)
+    if (axis < l.ndim) {
+      const int n = l.extent[l.ndim - 1 - axis];
+      site += wrapped(at.c[axis] + tap % k - radius, n) * stride;
+      tap /= k;
+      stride *= n;
+    }
   return site;
 }
 
@@ -428,9 +451,10 @@ struct flow_block {
     const int64_t items = int64_t(c.taps) * c.n_in * n_sets;
     for (int64_t item = threadIdx.x / warp_size; item < items; item += n_warps) {
       const int tap = int(item % c.taps), i = int(item / c.taps % c.n_in), set = int(item / c.taps / c.n_in);
-      const bool odd = tap_is_odd(l.ndim, l.kernel_size, tap);
+      const int flip = flip_of_tap(l.ndim, l.kernel_size, tap);
+      const bool odd = count_bits(flip) & 1;
       // Taps of a first layer that do not meet frozen sites.
-      if (first && last && !(frozen_of(l) >> (sublattice_of_set(l, set) ^ flip_of_tap(l.ndim, l.kernel_size, tap)) & 1)) continue;
+      if (first && last && !(l.active ? l.frozen >> (sublattice_of_set(l, set) ^ flip) & 1 : odd)) continue;
       for (int begin = 0; begin < c.n_out; begin += channel_block) {
         T sum[channel_block] = {};
         const auto add = [&](int site, const place& at) {
@@ -533,7 +557,7 @@ struct flow_block {
         const int site = int(item % volume), i = int(item / volume);
         const place at(l.extent, l.ndim, site);
         const int sublattice = sublattice_of(l, at);
-        if (number == 0 && !(frozen_of(l) >> sublattice & 1)) return;
+        if (number == 0 && (l.active ? !(l.frozen >> sublattice & 1) : at.parity == l.parity)) return;
         T sum = number > 0 ? T(0) : g[site];
         const tap_choice which = number < l.n_hidden        ? tap_choice(all_taps)
                                  : at.parity == l.parity && l.n_hidden > 0 ? tap_choice(even_taps)
@@ -561,22 +585,25 @@ struct flow_block {
     place at;
     int sublattice, odd;
     LFQ_DEVICE fine_site(const lfq_layer& layer, int site) : l(layer), at(layer.extent, layer.ndim, site), sublattice(0), odd(0) {
-      for (int i = 0; i < l.ndim; ++i) {
-        sublattice = 2 * sublattice + (at.c[i] & 1);
-        odd += at.c[i] & 1;
+#pragma unroll
+      for (int axis = 0; axis < LFQ_MAX_DIM; ++axis) {
+        sublattice |= (at.c[axis] & 1) << axis;
+        odd += at.c[axis] & 1;
       }
     }
     LFQ_DEVICE int near(int j) const {
       int site = 0;
-      for (int i = 0; i < l.ndim; ++i) {
-        const int n = l.extent[i] / 2;
-        int c = at.c[i] / 2;
-        if (at.c[i] & 1) {
-          c += j & 1;
-          j >>= 1;
+#pragma unroll
+      for (int axis = LFQ_MAX_DIM - 1; axis >= 0; --axis)
+        if (axis < l.ndim) {
+          const int n = l.extent[l.ndim - 1 - axis] / 2;
+          int c = at.c[axis] / 2;
+          if (at.c[axis] & 1) {
+            c += j & 1;
+            j >>= 1;
+          }
+          site = site * n + (c < n ? c : 0);
         }
-        site = site * n + (c < n ? c : 0);
-      }
       return site;
     }
     template <class F>
@@ -640,10 +667,8 @@ struct flow_block {
       sum[2 * s.odd] += double(gy * (width(l, s.odd) * z[noise]));
     });
     // A coarse site gathers from the fine sites that it is near to: at 2 c, and where a coordinate is odd at 2 c +- 1.
-    int32_t coarse_extent[LFQ_MAX_DIM];
-    for (int i = 0; i < D; ++i) coarse_extent[i] = l.extent[i] / 2;
     each_of(n_coarse, [&](int64_t c) {
-      const place at(coarse_extent, D, int(c));
+      const place at(l.extent, D, int(c), 1);
       T total = T(0);
       for (int sub = 0; sub < 1 << D; ++sub) {
         int odd = 0;
@@ -651,14 +676,17 @@ struct flow_block {
         T part = T(0);
         for (int j = 0; j < 1 << odd; ++j) {
           int site = 0, rest = j;
-          for (int i = 0; i < D; ++i) {
-            int f = 2 * at.c[i];
-            if (sub >> (D - 1 - i) & 1) {
-              f += rest & 1 ? -1 : 1;
-              rest >>= 1;
+#pragma unroll
+          for (int axis = LFQ_MAX_DIM - 1; axis >= 0; --axis)
+            if (axis < D) {
+              const int n = l.extent[D - 1 - axis];
+              int f = 2 * at.c[axis];
+              if (sub >> axis & 1) {
+                f += rest & 1 ? -1 : 1;
+                rest >>= 1;
+              }
+              site = site * n + (f < 0 ? f + n : f);
             }
-            site = site * l.extent[i] + (f < 0 ? f + l.extent[i] : f);
-          }
           part += g[site];
         }
         total = fma(odd == 0 ? scale_of(l) : coefficient(l, odd), part, total);
@@ -923,7 +951,7 @@ struct pulled_back_block {
       const place at(t.extent, t.ndim, int(i));
       for (int axis = 0; axis < t.ndim; ++axis) {
         double sine, cosine;
-        sincospi(2.0 * at.c[axis] / t.extent[axis], &sine, &cosine);
+        sincospi(2.0 * at.c[t.ndim - 1 - axis] / t.extent[axis], &sine, &cosine);
         sum[4 + 2 * axis] += v * cosine;
         sum[5 + 2 * axis] += v * sine;
       }

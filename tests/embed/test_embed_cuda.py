@@ -1,5 +1,6 @@
 """CUDA programs: built with nvcc against the installed package, and run, without a GPU under the emulator."""
 
+import ctypes
 import subprocess
 
 import emulated
@@ -83,6 +84,16 @@ def guide_follows_the_cpu(program):
     state = HMC.start(64, seed=1)
     block = HMC.advance(lfq.State(2 * state.latent, 0, 1), 5)
     np.testing.assert_allclose(np.array(run(program, 5).split(), float), THEORY.action(block.phi), rtol=1e-9)
+
+
+def test_an_error_of_the_runtime_has_a_code_of_its_own(nvcc):
+    if has_gpu():
+        pytest.skip("there is a GPU")
+    header = (ROOT / "csrc" / "include" / "lfq" / "lfq.h").read_text()
+    function = ctypes.CDLL(str(_cuda.library_path())).lfq_cuda_normal_f64
+    function.argtypes = _cuda.library()._get("normal_f64").argtypes
+    code = function(1, 0, 0, 0, 1, 4, np.empty(4).ctypes.data, None)
+    assert f"LFQ_ERR_CUDA = {code} " in header
 
 
 def test_example(nvcc, cmake_built, flow_file):

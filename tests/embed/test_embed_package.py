@@ -138,7 +138,7 @@ def test_statuses_have_messages_and_the_versions_agree():
     library.lfq_status_message.restype = ctypes.c_char_p
     codes = dict(re.findall(r"(LFQ_(?:OK|ERR_\w+)) = (-?\d+)", HEADER.read_text()))
     messages = [library.lfq_status_message(int(code)) for code in codes.values()]
-    assert len(set(messages)) == len(messages) == 5 and b"unknown status" not in messages
+    assert len(set(messages)) == len(messages) == 6 and b"unknown status" not in messages
     assert library.lfq_status_message(-99) == b"unknown status"
     assert library.lfq_abi_version() == _core.abi_version()
 

@@ -32,9 +32,10 @@ struct lattice {
   }
   // The sublattice of a row's first site; that of the second is one more.
   LFQ_HD int row_sublattice(int64_t row) const {
-    int c[LFQ_MAX_DIM];
+    int c[LFQ_MAX_DIM], s = 0;
     coordinates(row, c);
-    return 2 * parities_of(c, ndim - 1);
+    for (int i = 0; i < ndim - 1; ++i) s = 2 * s | (c[i] & 1);
+    return 2 * s;
   }
   // The first site of the row at coordinates c (leading axes), each taken modulo its extent.
   LFQ_HD int64_t row_start(const int* c) const {

@@ -68,7 +68,8 @@ LFQ_HD convolution_layout convolution_of(const lfq_layer& l, int number) {
   return c;
 }
 
-// The sublattices with an even or odd number of odd coordinates, a bit each.
+// The 2^ndim sublattices are numbered by the parities of all coordinates as binary digits, the last coordinate's the
+// lowest. Those with an even or odd number of odd coordinates, a bit each.
 LFQ_HD unsigned sublattices_of_parity(int ndim, int parity) {
   unsigned found = 0;
   for (int s = 0; s < 1 << ndim; ++s) found |= unsigned(count_bits(unsigned(s)) % 2 == parity) << s;
@@ -85,21 +86,17 @@ LFQ_HD unsigned frozen_of(const lfq_layer& l) {
 // How many sets of weights there are, and the size of one: the net's, then the parameters.
 LFQ_HD int sets_of(const lfq_layer& l) { return l.sublattices ? count_bits(active_of(l)) : 1; }
 LFQ_HD int set_of_sublattice(const lfq_layer& l, int sublattice) {
-  return l.sublattices ? count_bits(active_of(l) & ((1u << sublattice) - 1)) : 0;
+  if (!l.sublattices) return 0;
+  return l.active ? count_bits(unsigned(l.active) & ((1u << sublattice) - 1)) : sublattice >> 1;
 }
 LFQ_HD int sublattice_of_set(const lfq_layer& l, int set) {
-  unsigned left = active_of(l);
+  if (!l.active) return 2 * set + ((count_bits(unsigned(set)) & 1) ^ l.parity);
+  unsigned left = unsigned(l.active);
   for (; set > 0; --set) left &= left - 1;
   return count_bits((left & (0u - left)) - 1);
 }
 LFQ_HD int64_t net_weights_of(const lfq_layer& l) { return convolution_of(l, l.n_hidden).end; }
 LFQ_HD int64_t set_size_of(const lfq_layer& l) { return net_weights_of(l) + parameters_of(l); }
-// The parities of coordinates as binary digits, the last one in the lowest: of all coordinates of a site its sublattice.
-LFQ_HD int parities_of(const int* coordinates, int n) {
-  int k = 0;
-  for (int i = 0; i < n; ++i) k = 2 * k | (coordinates[i] & 1);
-  return k;
-}
 
 // ---- all layers ------------------------------------------------------------------------------
 LFQ_HD int64_t weights_of(const lfq_layer& l) {

@@ -33,7 +33,7 @@
 extern "C" {
 #endif
 
-#define LFQ_ABI_VERSION 4
+#define LFQ_ABI_VERSION 5
 #define LFQ_MAX_DIM 4
 #define LFQ_MAX_HIDDEN 4
 #define LFQ_MAX_CHANNELS 64
@@ -46,7 +46,8 @@ enum lfq_status {
   LFQ_ERR_ARGUMENT = -1,   /* a size, pointer or parameter is out of range */
   LFQ_ERR_WORKSPACE = -2,  /* workspace smaller than the *_workspace function asks for */
   LFQ_ERR_NOT_FINITE = -3, /* NaN or Inf in a field, a weight or dH; see lfq_failure */
-  LFQ_ERR_CALLBACK = -4    /* the caller's own action asked to stop */
+  LFQ_ERR_CALLBACK = -4,   /* the caller's own action asked to stop */
+  LFQ_ERR_CUDA = -5        /* of lfq_cuda.h: a call of the CUDA runtime failed */
 };
 
 /* Random-number purposes: the last word of every Philox counter. One registry, so that no two

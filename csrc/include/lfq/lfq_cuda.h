@@ -5,7 +5,7 @@
  *    aligned to 16 bytes); records (theory, settings, layers) and `smear` are read on the host before the call returns.
  *  - Work is queued on `stream` (a cudaStream_t) of the current device. No call waits for it.
  *  - NaN and Inf are not looked for: they end up in the results.
- *  - The return value is LFQ_OK or a negative code; lfq_cuda_last_error() explains it (per thread).
+ *  - The return value is LFQ_OK or a negative code of lfq_status; lfq_cuda_last_error() explains it (per thread).
  */
 #ifndef LFQ_CUDA_H
 #define LFQ_CUDA_H
@@ -15,8 +15,6 @@
 #ifdef __cplusplus
 extern "C" {
 #endif
-
-enum lfq_cuda_status { LFQ_ERR_CUDA = -4 /* a call of the CUDA runtime failed */ };
 
 /* How fields are kept during HMC without a flow. */
 enum lfq_cuda_path {
