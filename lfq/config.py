@@ -87,6 +87,7 @@ class FlowConfig:
     rescale: bool = _key(True)
     features: int | None = _key(None, at_least=1, at_most=8)
     sublattices: bool | None = _key(None)  # multiscale flows without hidden layers have them, others not
+    order: str | None = _key(None)  # of couplings; by default as lfq.MultiscaleFlow says, else the checkerboard's
 
 
 @dataclass(frozen=True)

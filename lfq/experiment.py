@@ -178,13 +178,13 @@ def multiscale_flow(config: Config) -> lfq.MultiscaleFlow:
         seed = stage_seed(config.run.seed, "weights")
         return lfq.MultiscaleFlow(
             n_levels, settings.n_blocks, settings.scale, settings.kernel_size, settings.hidden, settings.features,
-            seed=seed, ndim=len(shape), sublattices=settings.sublattices,
+            seed=seed, ndim=len(shape), sublattices=settings.sublattices, order=settings.order,
         )  # fmt: skip
 
 
 def initial_flow(config: Config) -> lfq.AffineFlow:
     """The untrained flow of ``[flow]``."""
-    keys = vars(config.flow)
+    keys = {key: value for key, value in vars(config.flow).items() if (key, value) != ("order", None)}
     with _section("flow"):
         seed = stage_seed(config.run.seed, "weights")
         return lfq.AffineFlow(**keys, seed=seed, ndim=len(config.target.shape))

@@ -18,6 +18,10 @@ __all__ = ["AffineFlow", "Compose", "Flow", "InterleaveMap", "MultiscaleFlow", "
 MAX_WEIGHTS = 1 << 26
 """Most weights of a flow: half a GiB of them."""
 
+CHECKERBOARD = "ce|o o|ce"
+COARSE_TO_FINE = "e|c c|e e|c o|ce c|eo e|co o|ce"
+"""The order of couplings in which `MultiscaleFlow` fills a level by default."""
+
 _ACTIVATIONS = {"tanh": 0, "leaky_relu": 1}
 _SITE_MAP = np.log([0.5, 0.5, 1.0])
 """log a, log b, log c of a site map to begin with: the identity up to third order, half of it bent."""
@@ -41,6 +45,35 @@ def _broadcast(array, shape: tuple[int, ...], dtype, name: str, like) -> np.ndar
         return np.broadcast_to(array, shape).astype(dtype, order="C")
     except ValueError:
         raise ValueError(f"{name}: shape {array.shape} does not fit {shape}") from None
+
+
+def _sublattices(letters: str, ndim: int) -> int:
+    """The sublattices that letters of an order stand for, as bits."""
+    of_letter = {
+        "c": lambda n_odd: n_odd == 0,
+        "e": lambda n_odd: n_odd > 0 and n_odd % 2 == 0,
+        "o": lambda n_odd: n_odd % 2 == 1,
+    }
+    return sum(1 << s for s in range(2**ndim) if any(of_letter[letter](s.bit_count()) for letter in letters))
+
+
+def _couplings(order, ndim: int) -> list[tuple[int, int, int]]:
+    """(parity, active, frozen) of each coupling of an order; sublattices as bits."""
+    if not isinstance(order, str) or not order.split():
+        raise ValueError(f"order: must be a string of couplings like {CHECKERBOARD!r}, got {order!r}")
+    found = []
+    for word in order.split():
+        active, bar, frozen = word.partition("|")
+        letters = active + frozen
+        if not (active and bar and frozen) or set(letters) - set("ceo") or len(set(letters)) < len(letters):
+            raise ValueError(f"order: {word!r} is not like 'o|ce', of the letters c, e and o, each at most once")
+        if "o" in active and active != "o":
+            raise ValueError(f"order: {word!r} changes odd sites together with even ones")
+        bits = _sublattices(active, ndim), _sublattices(frozen, ndim)
+        if 0 in bits:
+            raise ValueError(f"order: {word!r} needs sites that a lattice of {ndim} dimension(s) does not have")
+        found.append((int(active == "o"), *bits))
+    return found
 
 
 class Flow(ABC):
@@ -249,6 +282,10 @@ class AffineFlow(Flow):
     sublattices : bool
         Whether each of the 2^(ndim-1) sublattices that a half-update changes, told apart by which coordinates are even,
         has a net and a site map of its own, as suits fields which come from a coarser lattice. Without hidden layers.
+    order : str
+        The couplings of a block, one behind the other, each "sites it changes|sites its nets see": c stands for the
+        sites with even coordinates only, those of the lattice twice as coarse, e for the other even ones, o for the odd
+        ones. Any but the checkerboard's goes with `sublattices`.
     rescale : bool
         Whether a block ends in y = exp(a) x.
     seed : int
@@ -266,7 +303,7 @@ class AffineFlow(Flow):
 
     def __init__(
         self, kernel_size=3, n_blocks=1, hidden=(), activation="tanh", bias=False, scale="exp(-|s|)",
-        rescale=True, seed=0, ndim=2, features=None, sublattices=False,
+        rescale=True, seed=0, ndim=2, features=None, sublattices=False, order=CHECKERBOARD,
     ):  # fmt: skip
         self.kernel_size = check_count(kernel_size, "kernel_size", 3, 9)
         if self.kernel_size % 2 == 0:
@@ -290,6 +327,10 @@ class AffineFlow(Flow):
             raise ValueError(f"sublattices: goes without hidden layers, got hidden={self.hidden}")
         self.rescale = bool(rescale)
         self.ndim = check_count(ndim, "ndim", 1, 4)
+        self._block = _couplings(order, self.ndim)
+        self.order = " ".join(order.split())
+        if self.order != CHECKERBOARD and not self.sublattices:
+            raise ValueError(f"order: {self.order!r} goes with sublattices=True")
         self._n_weights = int(_core.layer_n_weights(self.program((2,) * self.ndim)).sum())
         if self._n_weights > MAX_WEIGHTS:
             raise ValueError(f"AffineFlow: {self._n_weights} weights, at most {MAX_WEIGHTS}")
@@ -317,11 +358,11 @@ class AffineFlow(Flow):
         if self.scale == "site":
             net.append(np.zeros(3))
             means = np.concatenate([means, _SITE_MAP])
-        classes = 2 ** (self.ndim - 1) if self.sublattices else 1
-        net, means = net * classes, np.tile(means, classes)
+        # One net for each coupling, or for each sublattice that it changes.
+        n = sum(active.bit_count() for _, active, _ in self._block) if self.sublattices else len(self._block)
         rescale = np.zeros(int(self.rescale))
-        widths = np.tile(np.concatenate([*net, *net, rescale]), self.n_blocks)
-        means = np.tile(np.concatenate([means, means, rescale]), self.n_blocks)
+        widths = np.tile(np.concatenate([*net * n, rescale]), self.n_blocks)
+        means = np.tile(np.concatenate([np.tile(means, n), rescale]), self.n_blocks)
         normals = np.empty((1, widths.size))
         _core.normal(seed, _core.PURPOSES["weights"], 0, 0, 1, normals, 1)
         return means + widths * normals[0]
@@ -342,12 +383,17 @@ class AffineFlow(Flow):
 
     def program(self, shape) -> np.ndarray:
         shape = self._even_shape(shape, "the checkerboard needs even ones")
-        n = 2 + self.rescale
-        layers = np.zeros(n * self.n_blocks, dtype=_core.layer_dtype)
+        block = np.zeros(len(self._block) + self.rescale, dtype=_core.layer_dtype)
+        block["kind"] = _core.LAYERS["coupling"]
+        for layer, (parity, active, frozen) in zip(block, self._block, strict=False):
+            layer["parity"] = parity
+            if active | frozen != 2 ** 2**self.ndim - 1 or active.bit_count() != frozen.bit_count():
+                layer["active"], layer["frozen"] = active, frozen  # else all sites of a parity, and of the other
+        if self.rescale:
+            block["kind"][-1] = _core.LAYERS["rescale"]
+        layers = np.tile(block, self.n_blocks)
         layers["ndim"] = self.ndim
         layers["extent"][:, : self.ndim] = shape
-        layers["kind"] = np.tile([0, 0, 1][:n], self.n_blocks)
-        layers["parity"] = np.tile([0, 1, 0][:n], self.n_blocks)
         couplings = layers["kind"] == _core.LAYERS["coupling"]
         layers["kernel_size"] = np.where(couplings, self.kernel_size, 0)
         layers["n_hidden"] = np.where(couplings, len(self.hidden), 0)
@@ -362,7 +408,8 @@ class AffineFlow(Flow):
         return layers
 
     def to_dict(self) -> dict:
-        options = {"features": self.features, "sublattices": self.sublattices}
+        order = None if self.order == CHECKERBOARD else self.order
+        options = {"features": self.features, "sublattices": self.sublattices, "order": order}
         return {
             "kind": "affine",
             "kernel_size": self.kernel_size,
@@ -547,8 +594,11 @@ class MultiscaleFlow(Compose):
         How often the lattice is made twice as fine: fields of extents L begin as noise on L / 2^n_levels.
     n_blocks : int
         Of each level.
-    scale, kernel_size, hidden, features, sublattices
-        Of the couplings, see `AffineFlow`; sublattices by default where there are no hidden layers.
+    scale, kernel_size, hidden, features, sublattices, order
+        Of the couplings, see `AffineFlow`; sublattices by default where there are no hidden layers. With them, from two
+        dimensions on, the order is by default "e|c c|e e|c o|ce c|eo e|co o|ce": the other even sites given the coarse
+        ones, these given those, and again those; then the odd ones, both kinds of even ones given all the rest, and the
+        odd ones once more. Else it is the checkerboard's.
     seed : int
         Of the initial weights.
     ndim : int
@@ -561,13 +611,16 @@ class MultiscaleFlow(Compose):
     """
 
     def __init__(
-        self, n_levels, n_blocks=4, scale="site", kernel_size=3, hidden=(), features=None, seed=0, ndim=2,
-        sublattices=None,
+        self, n_levels, n_blocks=1, scale="site", kernel_size=3, hidden=(), features=None, seed=0, ndim=2,
+        sublattices=None, order=None,
     ):  # fmt: skip
         self.n_levels = check_count(n_levels, "n_levels", 1, 16)
+        own = not hidden if sublattices is None else bool(sublattices)
+        if order is None:
+            order = COARSE_TO_FINE if own and ndim != 1 else CHECKERBOARD
         self._blocks = dict(
             n_blocks=n_blocks, scale=scale, kernel_size=kernel_size, hidden=list(hidden), features=features, ndim=ndim,
-            sublattices=not hidden if sublattices is None else bool(sublattices),
+            sublattices=own, order=order,
         )  # fmt: skip
         seed, parts = check_seed(seed), []
         for level in range(self.n_levels):
@@ -601,6 +654,8 @@ def _from_dict(structure, depth: int = 0) -> Flow:
     makers = {"affine": AffineFlow, "interleave": InterleaveMap, "multiscale": MultiscaleFlow, "upsample": UpsampleMap}
     if kind not in makers:
         raise ValueError(f"unknown kind of flow {kind!r}")
+    if kind == "multiscale":
+        arguments.setdefault("order", CHECKERBOARD)  # of files that do not know it
     return makers[kind](**arguments)
 
 

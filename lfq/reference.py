@@ -261,13 +261,14 @@ class Coupling:
     """One half-update of the checkerboard.
 
     Active sites, sum(coordinates) % 2 == parity, change from z to x given u, the output of a convolutional net that
-    sees the field with active sites set to zero; frozen sites stay. Affine kinds: x = z e^q + t and log-det sum q over
-    the active sites, where with h = tanh(u) q = -|h_0| or q = h_0 and t = h_1, or (even) q = sum_c b_c h_c^2 and
-    t = sum_c a_c h_c. The derivative of |h_0| at 0 is 0. Kind "site": x = a v + b tanh(c v) + u_1 of v = z + u_0.
+    sees the field with all but the frozen sites, those of the other parity, set to zero; other sites stay. Affine
+    kinds: x = z e^q + t and log-det sum q over the active sites, where with h = tanh(u) q = -|h_0| or q = h_0 and
+    t = h_1, or (even) q = sum_c b_c h_c^2 and t = sum_c a_c h_c. The derivative of |h_0| at 0 is 0. Kind "site":
+    x = a v + b tanh(c v) + u_1 of v = z + u_0.
 
     Weights, in order of the net's layers: kernel[out][in][k]..[k], then bias[out] if any. Behind them a and b of
-    "even", or log a, log b and log c of "site". With `sublattices` such a set for each sublattice of active sites, in
-    the order of the parities of all coordinates but the last as binary digits.
+    "even", or log a, log b and log c of "site". With `sublattices` such a set for each sublattice of active sites; the
+    2^ndim sublattices are numbered by the parities of all coordinates as binary digits, the last one's the lowest.
 
     Parameters
     ----------
@@ -285,6 +286,9 @@ class Coupling:
     features : int
         Of "even".
     sublattices : bool
+    changed, seen : int
+        With `sublattices`: those of the active sites, all of `parity`, and those of the sites that the net sees, a bit
+        each; 0 for all of `parity`, and for all of the other parity.
     """
 
     shape: tuple
@@ -296,6 +300,8 @@ class Coupling:
     scale: str = "exp(-|s|)"
     features: int = 0
     sublattices: bool = False
+    changed: int = 0
+    seen: int = 0
 
     @property
     def input_shape(self):
@@ -315,21 +321,38 @@ class Coupling:
 
     @property
     def n_weights(self):
-        return self._set_size * (2 ** (len(self.shape) - 1) if self.sublattices else 1)
+        return self._set_size * (len(np.unique(self._numbers[self.active])) if self.sublattices else 1)
 
     def _sets(self, weights):
         """(active sites, weights) of every set of weights."""
         if not self.sublattices:
             return [(self.active, weights)]
+        numbers = np.unique(self._numbers[self.active])
+        parts = weights.reshape(-1, self._set_size)
+        return [(self._numbers == number, part) for number, part in zip(numbers, parts, strict=True)]
+
+    @property
+    def _numbers(self):
+        """The sublattice of every site."""
         number = np.zeros(self.shape, dtype=int)
-        for coordinate in np.indices(self.shape)[:-1]:
+        for coordinate in np.indices(self.shape):
             number = 2 * number + coordinate % 2
-        return [(self.active & (number == i), part) for i, part in enumerate(weights.reshape(-1, self._set_size))]
+        return number
+
+    def _among(self, sublattices, parity):
+        if not sublattices:
+            return np.indices(self.shape).sum(axis=0) % 2 == parity
+        return sublattices >> self._numbers & 1 == 1
 
     @property
     def active(self):
         """(*shape) bool array."""
-        return np.indices(self.shape).sum(axis=0) % 2 == self.parity
+        return self._among(self.changed, self.parity)
+
+    @property
+    def frozen(self):
+        """The sites that the net sees, likewise."""
+        return self._among(self.seen, 1 - self.parity)
 
     def _net_layers(self, weights):
         """(activation, kernel, bias) of every layer of the net."""
@@ -345,7 +368,7 @@ class Coupling:
 
     def _net(self, z, weights):
         """The net's input, the values of its hidden layers, and h, each (channels, ..., *shape)."""
-        values = [np.where(self.active, 0.0, z)[np.newaxis]]
+        values = [np.where(self.frozen, z, 0.0)[np.newaxis]]
         for activation, kernel, bias in self._net_layers(weights):
             u = correlate(values[-1], kernel) + bias.reshape(-1, *[1] * z.ndim)
             values.append(activate(activation, u))
@@ -359,7 +382,7 @@ class Coupling:
             dvalue, dkernel = correlate_vjp(values[i], kernel, du)
             dbias = du.reshape(len(du), -1).sum(axis=1)
             dweights = [dkernel.ravel(), *([dbias] if self.bias else []), *dweights]
-        return np.where(self.active, 0.0, dvalue[0]), np.concatenate(dweights)
+        return np.where(self.frozen, dvalue[0], 0.0), np.concatenate(dweights)
 
     def _affine(self, h, weights):
         """q and t from h."""

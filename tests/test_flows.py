@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import re
 import tracemalloc
 
 import numpy as np
@@ -24,6 +25,7 @@ STRUCTURES = {
     "even": dict(scale="even", features=4),
     "site": dict(scale="site", rescale=False, n_blocks=2),
     "site, sublattices": dict(scale="site", rescale=False, n_blocks=2, sublattices=True),
+    "site, order": dict(scale="site", sublattices=True, order="e|c o|ce c|eo e|co"),
 }
 
 
@@ -55,6 +57,56 @@ KINDS = pytest.mark.parametrize("kind", ["affine", "interleave", "upsample", "co
 
 
 # ---- structure ------------------------------------------------------------------------------
+
+LETTERS = np.array([["c", "o"], ["o", "e"]])
+
+
+@pytest.mark.parametrize("order", ["e|c", "c|e", "o|ce", "c|eo", "e|co", "o|e", "ce|o"])
+def test_an_order_says_which_sites_change_and_which_are_seen(order, rng):
+    flow = lfq.AffineFlow(sublattices=True, scale="site", rescale=False, order=order)
+    letters = np.tile(LETTERS, (3, 2))
+    active, frozen = (np.isin(letters, list(part)) for part in order.split("|"))
+    z = rng.normal(size=(6, 4))
+    x, _ = flow.forward(z)
+    np.testing.assert_array_equal(x != z, active)
+    # A site that changes depends on itself, and on those around it that are seen.
+    for site in np.ndindex(z.shape):
+        dx = np.zeros(z.shape)
+        dx[site] = 1.0
+        near = np.abs(np.array(list(np.ndindex(z.shape))) - site)
+        near = (np.minimum(near, [6, 4] - near).max(axis=1) <= 1).reshape(z.shape)
+        wanted = active[site] & frozen & near
+        wanted[site] = True
+        np.testing.assert_array_equal(flow.vjp(z, dx, 0.0) != 0, wanted)
+
+
+def test_the_checkerboard_is_an_order(rng):
+    z = rng.normal(size=(2, 6, 4))
+    for own in (False, True):
+        plain, ordered = (lfq.AffineFlow(sublattices=own, **extra) for extra in ({}, {"order": " ce|o  o|ce "}))
+        np.testing.assert_array_equal(plain.program((6, 4)), ordered.program((6, 4)))
+        np.testing.assert_array_equal(plain.forward(z)[0], ordered.forward(z)[0])
+        assert plain.to_dict() == ordered.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"order": ""}, "must be a string of couplings"),
+        ({"order": None}, "must be a string of couplings"),
+        ({"order": "ce|o oce"}, "'oce' is not like"),
+        ({"order": "c|c"}, "'c|c' is not like"),
+        ({"order": "c|"}, "'c|' is not like"),
+        ({"order": "c|x"}, "'c|x' is not like"),
+        ({"order": "o|e|c"}, "'o|e|c' is not like"),
+        ({"order": "co|e"}, "'co|e' changes odd sites together with even ones"),
+        ({"order": "e|c", "ndim": 1}, "'e|c' needs sites that a lattice of 1 dimension"),
+        ({"order": "e|c", "sublattices": False}, "'e|c' goes with sublattices=True"),
+    ],
+)
+def test_an_order_that_makes_no_sense_is_refused(options, message):
+    with pytest.raises(ValueError, match=re.escape("order: " + message)):
+        lfq.AffineFlow(**{"sublattices": True} | options)
 
 
 @pytest.mark.parametrize("kernel_size", [3, 5, 7, 9])
@@ -372,6 +424,8 @@ def test_threads_do_not_change_a_bit(rng, dtype):
 @pytest.mark.parametrize("flow", [*STRUCTURES, "interleave", "upsample", "compose"])
 @pytest.mark.parametrize("ndim", [1, 2, 3])
 def test_file_round_trip(flow, ndim, tmp_path, rng):
+    if "order" in flow and ndim == 1:
+        pytest.skip("a chain has no even sites but those of the coarser one")
     flow = make_flow(flow, ndim) if flow in STRUCTURES else make_kind(flow, ndim)
     path = tmp_path / "a flow.safetensors"
     flow.save(path)

@@ -1,10 +1,13 @@
 """Flows that make a field from noise at every scale."""
 
+import json
+
 import numpy as np
 import pytest
 
 import lfq
 from lfq.analysis import estimate
+from lfq.io import save_tensors
 
 THEORIES = [lfq.Phi4((L, L), beta=beta, lam=0.5) for L, beta in ((4, 0.49), (8, 0.576))]
 
@@ -18,13 +21,27 @@ def fits():
 def test_structure():
     flow = lfq.MultiscaleFlow(n_levels=4, n_blocks=3)
     program = flow.program((16, 16))
-    # Each half-update: 2 x 9 taps and three parameters of the site map on two sublattices; each step between levels: 5.
-    assert flow.n_weights == 4 * (3 * 2 * 2 * 21 + 5)
+    # A block has seven couplings, two of which change two sublattices: nine sets of 2 x 9 taps and three parameters of
+    # the site map; each step between levels: 5.
+    assert flow.n_weights == 4 * (3 * 9 * 21 + 5)
+    assert lfq.MultiscaleFlow(n_levels=4, n_blocks=3, order="ce|o o|ce").n_weights == 4 * (3 * 2 * 2 * 21 + 5)
     assert program["extent"][0, :2].tolist() == [2, 2] and program["extent"][-1, :2].tolist() == [16, 16]
     assert lfq.MultiscaleFlow(n_levels=2, ndim=3).program((4, 4, 8))["extent"][0, :3].tolist() == [2, 2, 4]
     with pytest.raises(ValueError, match="odd extent"):
         flow.program((8, 8))
-    assert lfq.MultiscaleFlow(n_levels=1, hidden=(2,)).flows[1].sublattices is False
+    for flow in lfq.MultiscaleFlow(1, hidden=(2,)), lfq.MultiscaleFlow(1, sublattices=False):
+        assert flow.flows[1].sublattices is False and flow.flows[1].order == "ce|o o|ce"
+    assert lfq.MultiscaleFlow(1, ndim=1).flows[1].order == "ce|o o|ce"
+
+
+def test_a_structure_without_an_order_is_the_checkerboard(tmp_path):
+    flow = lfq.MultiscaleFlow(2, order="ce|o o|ce", seed=5)
+    structure = flow.to_dict()
+    del structure["order"]
+    save_tensors(tmp_path / "flow", {"weights": flow.weights}, {"lfq_flow": json.dumps(structure)})
+    found = lfq.load_flow(tmp_path / "flow")
+    assert found.to_dict() == flow.to_dict()
+    np.testing.assert_array_equal(found.weights, flow.weights)
 
 
 @pytest.mark.parametrize("shape", [(8,), (8, 16), (4, 4, 8)], ids=str)

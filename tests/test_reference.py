@@ -37,6 +37,11 @@ COUPLINGS = [
     *[Coupling(shape, len(shape) % 2, 3, scale="site", sublattices=True) for shape in SHAPES],
     Coupling((4, 6), 1, 5, bias=True, sublattices=True),
     Coupling((2, 4, 2), 0, 3, scale="even", features=2, sublattices=True),
+    # the other even sites given the coarse ones, the coarse ones given all others, half of the odd ones given some even
+    Coupling((4, 6), 0, 3, scale="site", sublattices=True, changed=0b1000, seen=0b0001),
+    Coupling((6, 4), 0, 3, scale="site", sublattices=True, changed=0b0001, seen=0b1110),
+    Coupling((4, 6), 1, 5, bias=True, sublattices=True, changed=0b0100, seen=0b1001),
+    Coupling((2, 4, 2), 0, 3, scale="site", sublattices=True, changed=0b01101000, seen=0b00000001),
 ]
 OTHERS = [layer(shape) for layer in (Rescale, Interleave, Upsample) for shape in [*SHAPES, (2, 2, 4, 2)]]
 
@@ -324,14 +329,22 @@ def correlate_by_scipy(field, kernel):
     return scipy.ndimage.correlate(field, kernel, mode="wrap")
 
 
+def sublattice_of(site):
+    return int("".join(str(i % 2) for i in site), 2)
+
+
+def among(sublattice, bits, parity):
+    return bits >> sublattice & 1 if bits else bin(sublattice).count("1") % 2 == parity
+
+
 def coupling_by_scipy(layer, z, weights):
     """The forward pass on one field, from scipy.ndimage and a loop over sites."""
     if not layer.sublattices:
         return sites_by_scipy(layer, z, weights, lambda site: True)
     x, log_det = z.copy(), 0.0
-    odd_ones = list(itertools.product((0, 1), repeat=len(layer.shape) - 1))
-    for odd, part in zip(odd_ones, np.split(weights, len(odd_ones)), strict=True):
-        moved, share = sites_by_scipy(layer, z, part, lambda site, odd=odd: tuple(i % 2 for i in site[:-1]) == odd)
+    active = [s for s in range(2 ** len(layer.shape)) if among(s, layer.changed, layer.parity)]
+    for sublattice, part in zip(active, np.split(weights, len(active)), strict=True):
+        moved, share = sites_by_scipy(layer, z, part, lambda site, number=sublattice: sublattice_of(site) == number)
         x += moved - z
         log_det += share
     return x, log_det
@@ -346,10 +359,10 @@ def sites_by_scipy(layer, z, weights, moves):
         taken, weights[:n] = weights[:n], []
         return taken
 
-    active = [site for site in np.ndindex(layer.shape) if sum(site) % 2 == layer.parity]
     maps = [z.copy()]
-    for site in active:
-        maps[0][site] = 0.0
+    for site in np.ndindex(layer.shape):
+        if not among(sublattice_of(site), layer.seen, 1 - layer.parity):
+            maps[0][site] = 0.0
     last = layer.features or 2
     for i, channels in enumerate([*layer.hidden, last]):
         u = []
@@ -368,7 +381,9 @@ def sites_by_scipy(layer, z, weights, moves):
     a, b, c = map(math.exp, take(3)) if layer.scale == "site" else (0, 0, 0)
     assert not weights
     x, log_det = z.copy(), 0.0
-    for site in filter(moves, active):
+    for site in filter(moves, np.ndindex(layer.shape)):
+        if not among(sublattice_of(site), layer.changed, layer.parity):
+            continue
         h = [value[site] for value in maps]
         if layer.scale == "site":
             v = z[site] + h[0]
@@ -552,7 +567,7 @@ def test_coupling_leaves_frozen_sites(layer):
     x, _ = layer.forward(z, random_weights([layer], rng))
     for site in np.ndindex(layer.shape):
         moved = np.any(x[(..., *site)] != z[(..., *site)])
-        assert moved == (sum(site) % 2 == layer.parity)
+        assert moved == among(sublattice_of(site), layer.changed, layer.parity)
 
 
 @pytest.mark.parametrize("layer", [layer for layer in COUPLINGS if not layer.hidden], ids=name)
@@ -562,9 +577,11 @@ def test_taps_that_meet_zeros_have_no_gradient(layer):
     _, dweights = layer.vjp(z, weights, rng.normal(size=z.shape), rng.normal(size=2))
     ndim = len(layer.shape)
     dkernel = dweights[: math.prod(layer.kernel_shapes[0])].reshape(-1, *[layer.kernel_size] * ndim)
+    # of the first set of weights
+    here = next(s for s in range(2**ndim) if among(s, layer.changed, layer.parity))
     for tap in np.ndindex(dkernel.shape[1:]):
-        offset = sum(tap) - ndim * (layer.kernel_size // 2)
-        assert np.all((dkernel[(..., *tap)] == 0) == (offset % 2 == 0))
+        there = here ^ sublattice_of(i - layer.kernel_size // 2 for i in tap)
+        assert np.all((dkernel[(..., *tap)] != 0) == among(there, layer.seen, 1 - layer.parity))
 
 
 def test_scale_has_slope_zero_where_s_is_zero():

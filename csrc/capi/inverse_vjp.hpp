@@ -50,6 +50,7 @@ class inverse_vjp {
       move(all_y, whole, y, volume, volume);
       move(dx, whole, v, volume, volume);
       std::fill(zero, zero + n_, 0.0);
+      const auto active = [&](int sublattice) { return lfq::active_of(copy) >> sublattice & 1; };
       const auto product = [&](const double* dlog, double* weights) {
         return k.vjp(one, n_, y, seed, dlog, image, weights, bad, p, threads_);
       };
@@ -58,20 +59,19 @@ class inverse_vjp {
           // Only here does the log-det depend on the active sites themselves.
           std::fill(seed, seed + n_ * volume, T(0));
           if (const int e = product(lambda, nullptr)) return e;
-          over(copy, [&](int64_t at, int64_t, int parity, int) {
-            if (parity == copy.parity) v[at] += image[at];
+          over(copy, [&](int64_t at, int64_t, int sublattice, int) {
+            if (active(sublattice)) v[at] += image[at];
           });
         }
-        over(copy, [&](int64_t at, int64_t, int parity, int) { seed[at] = T(parity == copy.parity ? 1 : 0); });
+        over(copy, [&](int64_t at, int64_t, int sublattice, int) { seed[at] = T(active(sublattice) ? 1 : 0); });
         if (const int e = product(zero, nullptr)) return e;
-        over(copy, [&](int64_t at, int64_t, int parity, int) {
-          const bool active = parity == copy.parity;
-          if (active) v[at] /= image[at];
-          seed[at] = active ? -v[at] : T(0);
+        over(copy, [&](int64_t at, int64_t, int sublattice, int) {
+          if (active(sublattice)) v[at] /= image[at];
+          seed[at] = active(sublattice) ? -v[at] : T(0);
         });
         if (const int e = product(lambda, dw)) return e;
-        over(copy, [&](int64_t at, int64_t, int parity, int) {
-          if (parity != copy.parity) v[at] += image[at];
+        over(copy, [&](int64_t at, int64_t, int sublattice, int) {
+          if (!active(sublattice)) v[at] += image[at];
         });
       } else if (copy.kind == LFQ_LAYER_RESCALE) {
         const T factor = T(std::exp(one.weights[0]));
@@ -119,23 +119,22 @@ class inverse_vjp {
   void move(const T* from, int64_t from_stride, T* to, int64_t to_stride, int64_t count) const {
     for (int64_t c = 0; c < n_; ++c) std::copy(from + c * from_stride, from + c * from_stride + count, to + c * to_stride);
   }
-  // f(place, place of the latent entry that a layer that enlarges the lattice puts there, parity, odd coordinates)
+  // f(place, place of the latent entry that a layer that enlarges the lattice puts there, sublattice, odd coordinates)
   template <class F>
   void over(const lfq_layer& l, F&& f) const {
     const int64_t volume = lfq::sites_of(l), coarse = volume >> l.ndim;
     for (int64_t site = 0; site < volume; ++site) {
       int64_t rest = site, half = 0, stride = 1;
-      int bits = 0, parity = 0, n_odd = 0;
+      int bits = 0, n_odd = 0;
       for (int mu = l.ndim - 1; mu >= 0; --mu) {
         const int x = int(rest % l.extent[mu]);
         rest /= l.extent[mu];
         half += (x / 2) * stride;
         stride *= l.extent[mu] / 2;
         bits |= (x & 1) << (l.ndim - 1 - mu);
-        parity ^= x & 1;
         n_odd += x & 1;
       }
-      for (int64_t c = 0; c < n_; ++c) f(c * volume + site, c * volume + bits * coarse + half, parity, n_odd);
+      for (int64_t c = 0; c < n_; ++c) f(c * volume + site, c * volume + bits * coarse + half, bits, n_odd);
     }
   }
 

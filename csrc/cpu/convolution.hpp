@@ -15,6 +15,7 @@ struct window {
   int n[3];
   int32_t* wrap;       // [length + 2 radius]: wrap[x + radius + offset] = (x + offset) mod length
   int64_t* starts;     // [row][k^(D-1)] first sites of the rows around each row
+  int32_t* sublattice; // [row] of its first site; that of the second is one more
 
   void plan(arena& mem, const lattice& l, int k) {
     lat = l;
@@ -27,6 +28,7 @@ struct window {
     for (auto& t : taps) t = mem.take<int32_t>(n_taps);
     wrap = mem.take<int32_t>(l.length + 2 * radius);
     starts = mem.take<int64_t>(l.n_rows * n_rows);
+    sublattice = mem.take<int32_t>(l.n_rows);
     n[0] = n[1] = n[2] = 0;
     for (int tap = 0; tap < n_taps; ++tap) {
       const int odd = tap_is_odd(l.ndim, k, tap);
@@ -41,10 +43,11 @@ struct window {
     }
     if (!mem.base) return;
     for (int x = 0; x < l.length + 2 * radius; ++x) wrap[x] = ((x - radius) % l.length + l.length) % l.length;
-    for (int64_t r = 0; r < l.n_rows; ++r) find_rows(r, starts + r * n_rows);
+    for (int64_t r = 0; r < l.n_rows; ++r) {
+      find_rows(r, starts + r * n_rows);
+      sublattice[r] = l.row_sublattice(r);
+    }
   }
-  // The sublattice that a tap of a site of another one lies on.
-  int neighbour(int sublattice, int tap) const { return sublattice ^ flip_of_tap(lat.ndim, 2 * radius + 1, tap); }
   int opposite(int tap) const { return n_taps - 1 - tap; }
 
   const int64_t* rows(int64_t r) const { return starts + r * n_rows; }

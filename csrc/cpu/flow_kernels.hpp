@@ -9,6 +9,14 @@ LFQ_NAMESPACE_BEGIN
 constexpr int max_convolutions = LFQ_MAX_HIDDEN + 1;
 constexpr int max_resolved_taps = 3281;  // half of 9^4, rounded up
 
+// A tap of a direct stencil: its number, which of the k^(D-1) rows around a site it is in, its offset along the row, and
+// the weights of all outputs.
+template <class T>
+struct direct_tap {
+  int32_t number, row, dx;
+  const T* weight;
+};
+
 template <class T>
 struct layer_plan {
   lfq_layer spec;
@@ -25,7 +33,7 @@ struct layer_plan {
   int64_t class_taps;   // of the first convolution in each
   int64_t class_size;   // of a set in the flow's weight vector
   unsigned active, frozen;  // sublattices that change, and that the net sees, a bit each
-  const int32_t* taps[1 << LFQ_MAX_DIM];  // from active sublattices to frozen ones, and from frozen ones to active ones
+  const direct_tap<T>* taps[1 << LFQ_MAX_DIM];  // from active sublattices to frozen ones, and from frozen to active ones
   int n_taps[1 << LFQ_MAX_DIM];
   int direct_taps;  // the number of taps of the active sublattices, or 0 where they differ
   T parameters[1 << (LFQ_MAX_DIM - 1)][2 * LFQ_MAX_FEATURES];
@@ -39,7 +47,7 @@ struct layer_plan {
   int set_of(int sublattice) const { return set_of_sublattice(spec, sublattice); }
   // The sublattice of a row's active sites, or -1 where it has none: they are of one parity.
   int active_sublattice(int64_t row) const {
-    const int s = lat.row_sublattice(row);
+    const int s = win.sublattice[row];
     return active >> s & 1 ? s : active >> (s + 1) & 1 ? s + 1 : -1;
   }
   const T* class_weight(int q) const { return weight[0] + q * class_taps; }
@@ -108,7 +116,7 @@ struct flow_plan {
       return l.kind == LFQ_LAYER_COUPLING && l.ndim == 2 && l.kernel_size == 3 && l.n_hidden == 0;
     };
     const bool pair = !a.active && !b.active && a.parity != b.parity && a.scale == b.scale && a.bias == b.bias && a.sublattices == b.sublattices;
-    return plain(a) && plain(b) && pair && a.scale != LFQ_SCALE_EVEN ? at : -1;
+    return plain(a) && plain(b) && pair && (a.scale == LFQ_SCALE_NEG_ABS || a.scale == LFQ_SCALE_EXP) ? at : -1;
   }
 
   void plan_coupling(arena& mem, layer_plan<T>& l, const double* w, bool fill) {
@@ -129,7 +137,6 @@ struct flow_plan {
     if (widest * l.lat.volume > channel_size) channel_size = widest * l.lat.volume;
     l.n_classes = sets_of(s);
     l.class_size = set_size_of(s);
-    plan_sublattices(mem, l);
     const int taps = l.win.n_taps;
     for (int c = 0; c < l.n_convolutions; ++c) {
       const int ni = l.channels[c], no = l.channels[c + 1];
@@ -154,6 +161,7 @@ struct flow_plan {
           for (int co = 0; co < no; ++co) l.bias[c][q * no + co] = T(from[n + co]);
       }
     }
+    plan_sublattices(mem, l);
     const int64_t behind_net = net_weights_of(s);
     l.parameters_at = s.weight_offset + behind_net;
     for (int q = 0; fill && q < l.n_classes; ++q) {
@@ -168,14 +176,19 @@ struct flow_plan {
     l.frozen = frozen_of(l.spec);
     l.direct_taps = -1;
     for (int s = 0; s < 1 << l.lat.ndim; ++s) {
-      int32_t* list = mem.take<int32_t>(l.win.n_taps);
+      direct_tap<T>* list = mem.take<direct_tap<T>>(l.win.n_taps);
       l.taps[s] = list;
       l.n_taps[s] = 0;
       if (!mem.base) continue;
-      const unsigned others = l.active >> s & 1 ? l.frozen : l.frozen >> s & 1 ? l.active : 0;
-      for (int tap = 0; tap < l.win.n_taps; ++tap)
-        if (others >> l.win.neighbour(s, tap) & 1) list[l.n_taps[s]++] = tap;
-      if (l.active >> s & 1) l.direct_taps = l.direct_taps < 0 || l.direct_taps == l.n_taps[s] ? l.n_taps[s] : 0;
+      const bool active = l.active >> s & 1;
+      const unsigned others = active ? l.frozen : l.frozen >> s & 1 ? l.active : 0;
+      for (int tap = 0; tap < l.win.n_taps; ++tap) {
+        const int other = s ^ flip_of_tap(l.lat.ndim, l.spec.kernel_size, tap);
+        if (!(others >> other & 1)) continue;
+        const T* weights = active ? l.class_weight(l.set_of(s)) : l.class_transposed(l.set_of(other));
+        list[l.n_taps[s]++] = {tap, l.win.row_of[tap], l.win.dx[tap] - l.win.radius, weights + l.outputs() * tap};
+      }
+      if (active) l.direct_taps = l.direct_taps < 0 || l.direct_taps == l.n_taps[s] ? l.n_taps[s] : 0;
     }
   }
 };
@@ -212,21 +225,20 @@ struct row_taps {
   const simd<T>* field[capacity];  // the row of a tap
   const simd<T>* tap[capacity];    // of the site 0, if it did not leave the row
   const int32_t* wrap[capacity];
-  int32_t number[capacity];
   LFQ_HD int n() const { return NT ? NT : run_time_n; }
-  LFQ_HD row_taps(const layer_plan<T>& l, int sublattice, const simd<T>* x, const int64_t* rows) {
-    const window& w = l.win;
+  LFQ_HD row_taps(const layer_plan<T>& l, int sublattice, const simd<T>* x, int64_t r) {
+    const int64_t* rows = l.win.rows(r);
+    const direct_tap<T>* from = l.taps[sublattice];
     run_time_n = l.n_taps[sublattice];
     for (int i = 0; i < n(); ++i) {
-      number[i] = l.taps[sublattice][i];
-      field[i] = x + rows[w.row_of[number[i]]];
-      tap[i] = field[i] + (w.dx[number[i]] - w.radius);
-      wrap[i] = w.wrap + w.dx[number[i]];
+      field[i] = x + rows[from[i].row];
+      tap[i] = field[i] + from[i].dx;
+      wrap[i] = l.win.wrap + (from[i].dx + l.win.radius);
     }
   }
   // Tap i of the site x in the row, and of the site x + 2; INSIDE: it does not leave the row.
   template <class R, bool INSIDE>
-  LFQ_HD R at(int i, int x) const {
+  LFQ_HD R at(int i, int64_t x) const {
     if constexpr (INSIDE)
       return span<R>::at(tap[i] + x, 2);
     else if constexpr (span<R>::sites == 2)
@@ -244,23 +256,20 @@ struct row_cotangents {
   const simd<T>* row[capacity];
   const simd<T>* tap[capacity];
   const int32_t* wrap[capacity];
-  const T* weight[capacity];
   LFQ_HD int n() const { return NT ? NT : run_time_n; }
   LFQ_HD row_cotangents(const layer_plan<T>& l, int sublattice, const simd<T>* du, int64_t r) {
-    const window& w = l.win;
-    const int64_t* rows = w.rows(r);
+    const int64_t* rows = l.win.rows(r);
+    const direct_tap<T>* from = l.taps[sublattice];
     run_time_n = l.n_taps[sublattice];
     for (int i = 0; i < n(); ++i) {
-      const int number = l.taps[sublattice][i];
-      row[i] = du + N * (rows[w.row_of[number]] / 2);
-      tap[i] = row[i] + N * (((sublattice & 1) + w.dx[number] - w.radius) >> 1);
-      wrap[i] = w.wrap + w.dx[number];
-      weight[i] = l.class_transposed(l.set_of(w.neighbour(sublattice, number))) + N * number;
+      row[i] = du + N * (rows[from[i].row] >> 1);
+      tap[i] = row[i] + N * (((sublattice & 1) + from[i].dx) >> 1);
+      wrap[i] = l.win.wrap + (from[i].dx + l.win.radius);
     }
   }
   template <class R, bool INSIDE>
-  LFQ_HD R at(int i, int x, int c) const {
-    const auto place = [&](int k) LFQ_LAMBDA_INLINE { return row[i] + N * (wrap[i][k] >> 1) + c; };
+  LFQ_HD R at(int i, int64_t x, int c) const {
+    const auto place = [&](int64_t k) LFQ_LAMBDA_INLINE { return row[i] + N * (wrap[i][k] >> 1) + c; };
     if constexpr (INSIDE)
       return span<R>::at(tap[i] + N * (x >> 1) + c, N);
     else if constexpr (span<R>::sites == 2)
@@ -273,7 +282,7 @@ struct row_cotangents {
 // Calls f(real, x) for the sites x = x0, x0 + 2, ... of a row, where a twin stands for two of them.
 template <class T, class F>
 LFQ_HD void every_other_site(int x0, int length, F&& f) {
-  int x = x0;
+  int64_t x = x0;
   for (; x + 2 < length; x += 4) f(twin<T>(), x);
   if (x < length) f(simd<T>(), x);
 }
@@ -282,7 +291,7 @@ template <class T, class F>
 LFQ_HD void every_other_window(int x0, int length, int radius, F&& f) {
   constexpr constant<true> inside;
   constexpr constant<false> wrapped;
-  int x = x0;
+  int64_t x = x0;
   for (; x + 2 < length && x < radius; x += 4) f(twin<T>(), wrapped, x);
   for (; x + 2 + radius < length; x += 4) f(twin<T>(), inside, x);
   for (; x + 2 < length; x += 4) f(twin<T>(), wrapped, x);
@@ -300,12 +309,12 @@ LFQ_HD void with_taps(int n, F&& f) {
 template <class F>
 LFQ_HD void with_fused_scale(const lfq_layer& l, F&& f) {
   if (l.scale == LFQ_SCALE_NEG_ABS) return f(constant<int(scale_kind::neg_abs)>(), constant<2>());
-  if (l.scale == LFQ_SCALE_EXP) return f(constant<int(scale_kind::exp)>(), constant<2>());
-  f(constant<int(scale_kind::site)>(), constant<2>());
+  f(constant<int(scale_kind::exp)>(), constant<2>());
 }
 template <class F>
 LFQ_HD void with_scale(const lfq_layer& l, F&& f) {
   constexpr constant<int(scale_kind::even)> even;
+  if (l.scale == LFQ_SCALE_SITE) return f(constant<int(scale_kind::site)>(), constant<2>());
   if (l.scale != LFQ_SCALE_EVEN) return with_fused_scale(l, f);
   if (l.n_features == 1) return f(even, constant<1>());
   if (l.n_features == 2) return f(even, constant<2>());
@@ -387,22 +396,21 @@ struct flow_group {
       for (int64_t r = 0; r < l.lat.n_rows; ++r) {
         const int s = l.active_sublattice(r);
         if (s < 0) continue;
-        const int64_t* rows = l.win.rows(r);
-        const row_taps<T, NT> taps(l, s, x, rows);
+        const row_taps<T, NT> taps(l, s, x, r);
+        const direct_tap<T>* const from = l.taps[s];
         const int q = l.set_of(s);
-        const T* weight = l.class_weight(q);
         V bias[N], kept[NT ? NT : 1][N];
         for (int i = 0; i < N; ++i) bias[i] = V(l.class_bias(q, i));
         for (int i = 0; i < NT; ++i)
-          for (int k = 0; k < N; ++k) kept[i][k] = V(weight[N * taps.number[i] + k]);
-        every_other_window<T>(s & 1, l.lat.length, l.win.radius, [&](auto real, auto inside, int c) LFQ_LAMBDA_INLINE {
+          for (int k = 0; k < N; ++k) kept[i][k] = V(from[i].weight[k]);
+        every_other_window<T>(s & 1, l.lat.length, l.win.radius, [&](auto real, auto inside, int64_t c) LFQ_LAMBDA_INLINE {
           using R = decltype(real);
           R out[N];
           for (int k = 0; k < N; ++k) out[k] = R(bias[k]);
           for (int i = 0; i < taps.n(); ++i) {
             const R v = taps.template at<R, decltype(inside)::value>(i, c);
             for (int k = 0; k < N; ++k)
-              out[k] = fma(NT ? R(kept[NT ? i : 0][k]) : R(weight[N * taps.number[i] + k]), v, out[k]);
+              out[k] = fma(NT ? R(kept[NT ? i : 0][k]) : R(from[i].weight[k]), v, out[k]);
           }
           f(r * l.lat.length + c, out, l.parameters[q]);
         });
@@ -487,78 +495,89 @@ struct flow_group {
 
   template <bool WEIGHTS, scale_kind S, int N, int NT>
   void direct_backward(const layer_plan<T>& l, V* x, V* g, V dlog_det) const {
-    V* du = work.du;
-    for (int s = 0; s < 1 << l.lat.ndim; ++s)
-      if (l.active >> s & 1) active_backward<WEIGHTS, S, N, NT>(l, s, x, g, dlog_det);
-    for (int64_t r = 0; r < l.lat.n_rows; ++r) {
-      const int even = l.lat.row_sublattice(r);
-      for (int s = even; s < even + 2; ++s)
-        if (l.frozen >> s & 1)
-          with_taps(l.n_taps[s], [&](auto nt) { collect<N, decltype(nt)::value>(l, s, r, du, g); });
+    if constexpr (WEIGHTS) {
+      for (int s = 0; s < 1 << l.lat.ndim; ++s)
+        if (l.active >> s & 1) weights_backward<S, N, NT>(l, s, x, g, dlog_det);
+    } else {
+      for (int64_t r = 0; r < l.lat.n_rows; ++r) active_row<S, N>(l, r, g, dlog_det);
     }
+    for (int64_t r = 0; r < l.lat.n_rows; ++r) frozen_row<N>(l, r, g);
+  }
+  // The active sites of a row: their own gradient, and the cotangents of their nets' outputs in work.du.
+  template <scale_kind S, int N>
+  void active_row(const layer_plan<T>& l, int64_t r, V* g, V dlog_det) const {
+    const int s = l.active_sublattice(r);
+    if (s < 0) return;
+    const T* const parameters = l.parameters[l.set_of(s)];
+    parameter_gradient<T, S, N> none;
+    every_other_site<T>(s & 1, l.lat.length, [&](auto real, int64_t c) LFQ_LAMBDA_INLINE {
+      const int64_t site = r * l.lat.length + c;
+      decltype(real) u[N];
+      site_backward<false>(l, parameters, nullptr, g, site, dlog_det, u, none);
+      for (int k = 0; k < N; ++k) span<decltype(real)>::put(work.du + N * (site >> 1) + k, N, u[k]);
+    });
+  }
+  template <int N>
+  void frozen_row(const layer_plan<T>& l, int64_t r, V* g) const {
+    const int first = l.win.sublattice[r];
+    for (int s = first; s < first + 2; ++s)
+      if (l.frozen >> s & 1)
+        with_taps(l.n_taps[s], [&](auto nt) { collect<N, decltype(nt)::value>(l, s, r, work.du, g); });
   }
   // What the active sites around those of a frozen sublattice in a row add to their gradient.
   template <int N, int NT>
   static void collect(const layer_plan<T>& l, int sublattice, int64_t r, const V* du, V* g) {
     const row_cotangents<T, NT, N> taps(l, sublattice, du, r);
+    const direct_tap<T>* const from = l.taps[sublattice];
     V kept[NT ? NT : 1][N];
     for (int i = 0; i < NT; ++i)
-      for (int k = 0; k < N; ++k) kept[i][k] = V(taps.weight[i][k]);
+      for (int k = 0; k < N; ++k) kept[i][k] = V(from[i].weight[k]);
     V* const row = g + r * l.lat.length;
-    every_other_window<T>(sublattice & 1, l.lat.length, l.win.radius, [&](auto real, auto inside, int c) LFQ_LAMBDA_INLINE {
+    every_other_window<T>(sublattice & 1, l.lat.length, l.win.radius, [&](auto real, auto inside, int64_t c) LFQ_LAMBDA_INLINE {
       using R = decltype(real);
       using P = span<R>;
       R sum = P::at(row + c, 2);
       for (int i = 0; i < taps.n(); ++i)
         for (int k = 0; k < N; ++k)
-          sum = fma(NT ? R(kept[NT ? i : 0][k]) : R(taps.weight[i][k]), taps.template at<R, decltype(inside)::value>(i, c, k), sum);
+          sum = fma(NT ? R(kept[NT ? i : 0][k]) : R(from[i].weight[k]), taps.template at<R, decltype(inside)::value>(i, c, k), sum);
       P::put(row + c, 2, sum);
     });
   }
-  // The sites of an active sublattice: their own gradient, the cotangents of their nets' outputs, in work.du, and with
-  // WEIGHTS the gradient of their weights.
-  template <bool WEIGHTS, scale_kind S, int N, int NT>
-  void active_backward(const layer_plan<T>& l, int sublattice, V* x, V* g, V dlog_det) const {
+  // The sites of an active sublattice: as active_row, and the gradient of their weights.
+  template <scale_kind S, int N, int NT>
+  void weights_backward(const layer_plan<T>& l, int sublattice, V* x, V* g, V dlog_det) const {
     const int L = l.lat.length, q = l.set_of(sublattice);
-    const int32_t* const numbers = l.taps[sublattice];
-    V* du = work.du;
+    const direct_tap<T>* const from = l.taps[sublattice];
+    V *du = work.du, *dw = work.dweights + l.weight_at[0] + q * l.class_size;
     V bias[N], acc[NT ? N * NT : 1];
     parameter_gradient<T, S, N> parameters;
-    V* dw = nullptr;
-    if constexpr (WEIGHTS) {
-      dw = work.dweights + l.weight_at[0] + q * l.class_size;
-      for (V& b : bias) b = V(T(0));
-      if constexpr (NT > 0)
-        for (V& a : acc) a = V(T(0));
-    }
+    for (V& b : bias) b = V(T(0));
+    for (V& a : acc) a = V(T(0));
     for (int64_t r = 0; r < l.lat.n_rows; ++r) {
-      if (l.lat.row_sublattice(r) != (sublattice & ~1)) continue;
-      const row_taps<T, NT> taps(l, sublattice, x, l.win.rows(r));
-      every_other_window<T>(sublattice & 1, L, l.win.radius, [&](auto real, auto inside, int c) LFQ_LAMBDA_INLINE {
+      if (l.win.sublattice[r] != (sublattice & ~1)) continue;
+      const row_taps<T, NT> taps(l, sublattice, x, r);
+      every_other_window<T>(sublattice & 1, L, l.win.radius, [&](auto real, auto inside, int64_t c) LFQ_LAMBDA_INLINE {
         using R = decltype(real);
         using P = span<R>;
         const int64_t site = r * L + c;
         R u[N];
-        site_backward<WEIGHTS>(l, l.parameters[q], x, g, site, dlog_det, u, parameters);
-        for (int k = 0; k < N; ++k) P::put(du + N * (site >> 1) + k, N, u[k]);
-        if constexpr (WEIGHTS) {
-          for (int k = 0; k < N; ++k) bias[k] = P::sum(u[k], bias[k]);
-          for (int i = 0; i < taps.n(); ++i) {
-            const R v = taps.template at<R, decltype(inside)::value>(i, c);
-            V* a = NT ? acc + N * i : dw + N * taps.number[i];
-            for (int k = 0; k < N; ++k) a[k] = P::dot(u[k], v, a[k]);
-          }
+        site_backward<true>(l, l.parameters[q], x, g, site, dlog_det, u, parameters);
+        for (int k = 0; k < N; ++k) {
+          P::put(du + N * (site >> 1) + k, N, u[k]);
+          bias[k] = P::sum(u[k], bias[k]);
+        }
+        for (int i = 0; i < taps.n(); ++i) {
+          const R v = taps.template at<R, decltype(inside)::value>(i, c);
+          V* a = NT ? acc + N * i : dw + N * from[i].number;
+          for (int k = 0; k < N; ++k) a[k] = P::dot(u[k], v, a[k]);
         }
       });
     }
-    if constexpr (WEIGHTS) {
-      if constexpr (NT > 0)
-        for (int i = 0; i < NT; ++i)
-          for (int k = 0; k < N; ++k) dw[N * numbers[i] + k] += acc[N * i + k];
-      if (l.bias[0])
-        for (int k = 0; k < N; ++k) work.dweights[l.bias_at[0] + q * l.class_size + k] += bias[k];
-      parameters.store(l, q, ~lane_mask<T>{}, work.dweights);
-    }
+    for (int i = 0; i < NT; ++i)
+      for (int k = 0; k < N; ++k) dw[N * from[i].number + k] += acc[N * i + k];
+    if (l.bias[0])
+      for (int k = 0; k < N; ++k) work.dweights[l.bias_at[0] + q * l.class_size + k] += bias[k];
+    parameters.store(l, q, ~lane_mask<T>{}, work.dweights);
   }
 
   template <bool WEIGHTS, scale_kind S, int N>
@@ -638,18 +657,27 @@ struct flow_group {
         }
         rows[j] = l.coarse.row_start(d);
       }
-      for (int x = 0; x < Lc; ++x) {
-        for (int j = 0; j < n_rows; ++j) near[j] = rows[j] + x;
-        f(r * l.lat.length + 2 * x, rows[0] + x, sub, n_rows, near);
-        for (int j = 0; j < n_rows; ++j) near[n_rows + j] = rows[j] + (x + 1 < Lc ? x + 1 : 0);
-        f(r * l.lat.length + 2 * x + 1, rows[0] + x, sub | 1, 2 * n_rows, near);
-      }
+      const auto row = [&](auto known) LFQ_LAMBDA_INLINE {
+        const int n = decltype(known)::value ? decltype(known)::value : n_rows;
+        for (int64_t x = 0; x < Lc; ++x) {
+          for (int j = 0; j < n; ++j) near[j] = rows[j] + x;
+          f(r * l.lat.length + 2 * x, rows[0] + x, sub, n, near);
+          for (int j = 0; j < n; ++j) near[n + j] = rows[j] + (x + 1 < Lc ? x + 1 : 0);
+          f(r * l.lat.length + 2 * x + 1, rows[0] + x, sub | 1, 2 * n, near);
+        }
+      };
+      if (n_rows == 1)
+        row(constant<1>());
+      else if (n_rows == 2)
+        row(constant<2>());
+      else
+        row(constant<0>());
     }
   }
   static int odd_axes(int sublattice) { return __builtin_popcount(unsigned(sublattice)); }
 
   void upsample(const layer_plan<T>& l, const V* x, const V* z, V* y) const {
-    sublattices(l, [&](int64_t site, int64_t c, int sub, int n, const int64_t* near) {
+    sublattices(l, [&](int64_t site, int64_t c, int sub, int n, const int64_t* near) LFQ_LAMBDA_INLINE {
       if (sub == 0) {
         y[site] = V(l.factor) * x[c];
         return;
@@ -661,10 +689,10 @@ struct flow_group {
     });
   }
   void downsample(const layer_plan<T>& l, const V* y, V* x, V* z) const {
-    sublattices(l, [&](int64_t site, int64_t c, int sub, int, const int64_t*) {
+    sublattices(l, [&](int64_t site, int64_t c, int sub, int, const int64_t*) LFQ_LAMBDA_INLINE {
       if (sub == 0) x[c] = y[site] / V(l.factor);
     });
-    sublattices(l, [&](int64_t site, int64_t c, int sub, int n, const int64_t* near) {
+    sublattices(l, [&](int64_t site, int64_t c, int sub, int n, const int64_t* near) LFQ_LAMBDA_INLINE {
       if (sub == 0) return;
       V sum(T(0));
       for (int i = 0; i < n; ++i) sum += x[near[i]];
@@ -679,7 +707,7 @@ struct flow_group {
     V dscale(T(0)), dmean[LFQ_MAX_DIM + 1], dwidth[LFQ_MAX_DIM + 1];
     for (int k = 0; k <= D; ++k) dmean[k] = dwidth[k] = V(T(0));
     for (int64_t i = 0; i < l.coarse.volume; ++i) gc[i] = V(T(0));
-    sublattices(l, [&](int64_t site, int64_t c, int sub, int n, const int64_t* near) {
+    sublattices(l, [&](int64_t site, int64_t c, int sub, int n, const int64_t* near) LFQ_LAMBDA_INLINE {
       const V gy = g[site];
       if (sub == 0) {
         gc[c] += V(l.factor) * gy;

@@ -123,6 +123,7 @@ FLOWS = {
     "even": lfq.AffineFlow(hidden=(2,), scale="even", features=4, seed=5),
     "site": lfq.AffineFlow(scale="site", rescale=False, seed=6),
     "sublattices": lfq.AffineFlow(kernel_size=5, bias=True, scale="site", sublattices=True, seed=7),
+    "order": lfq.AffineFlow(scale="site", sublattices=True, order="e|c c|eo o|ce", seed=11),
     "multiscale": lfq.MultiscaleFlow(3, n_blocks=2, seed=8),
     "multiscale of other couplings": lfq.MultiscaleFlow(
         2, n_blocks=1, scale="even", kernel_size=5, hidden=(3,), features=2, seed=9
@@ -138,9 +139,14 @@ DAMAGED = {
     "even, sublattices is true": "sublattices is 1, must be 0 or 1, and 0 with hidden layers",
     "sublattices, sublattices is 1": "sublattices must be true or false",
     "sublattices, sublattices is false": "n_weights is 221, the layers take 111",
+    "order, order is 'e-c'": "no order of couplings: e-c",
+    "order, order is ' '": "an order without couplings",
+    "order, order is 'oe|c'": "active is 14, must be some of the sublattices of parity 1",
+    "order, order is 'e|e'": "frozen is 8, must be some of the 4 sublattices that are not active",
+    "order, order is null": "order",
     "multiscale, n_levels is 0": "n_levels must be an integer from 1 to 16",
     "multiscale, n_levels is 4": "an extent of 1 cannot be halved",
-    "multiscale, n_levels is 2": "n_weights is 519, the layers take 346",
+    "multiscale, n_levels is 2": "n_weights is 1149, the layers take 766",
     "multiscale, n_blocks is 0": "n_blocks must be an integer from 1 to 10000",
     "multiscale, hidden is null": "hidden must be a list",
     "multiscale, scale is missing": '"scale" is missing',

@@ -8,7 +8,9 @@
 #include <cstring>
 #include <fstream>
 #include <map>
+#include <sstream>
 
+#include "lfq/layers.hpp"
 #include "lfq/lfq.hpp"
 
 namespace lfq {
@@ -197,6 +199,35 @@ inline lfq_layer layer_on(const std::vector<int32_t>& extent, int32_t kind) {
   return l;
 }
 
+// The sublattices that letters of an order stand for: c those of even coordinates, e the other even ones, o the odd ones.
+inline int32_t sublattices_of(const std::string& letters, int ndim) {
+  int32_t found = 0;
+  for (int s = 0; s < 1 << ndim; ++s) {
+    const int n_odd = lfq::count_bits(unsigned(s));
+    const char letter = n_odd == 0 ? 'c' : n_odd % 2 ? 'o' : 'e';
+    if (letters.find(letter) != std::string::npos) found |= int32_t(1) << s;
+  }
+  return found;
+}
+// The couplings of an order like "ce|o o|ce", where `coupling` has all else.
+inline std::vector<lfq_layer> couplings_of(const std::string& order, lfq_layer coupling) {
+  std::vector<lfq_layer> made;
+  std::istringstream words(order);
+  for (std::string word; words >> word;) {
+    const size_t bar = word.find('|');
+    if (bar == std::string::npos || word.find_first_not_of("ceo|") != std::string::npos) throw file_error("no order of couplings: " + order);
+    coupling.active = sublattices_of(word.substr(0, bar), coupling.ndim);
+    coupling.frozen = sublattices_of(word.substr(bar + 1), coupling.ndim);
+    coupling.parity = word[0] == 'o';
+    if (unsigned(coupling.active) == lfq::sublattices_of_parity(coupling.ndim, coupling.parity) &&
+        unsigned(coupling.frozen) == lfq::sublattices_of_parity(coupling.ndim, !coupling.parity))
+      coupling.active = coupling.frozen = 0;
+    made.push_back(coupling);
+  }
+  if (made.empty()) throw file_error("an order without couplings");
+  return made;
+}
+
 // The couplings of a structure, n_blocks of them one behind the other on a lattice.
 inline std::vector<lfq_layer> blocks_on(const std::vector<int32_t>& extent, const json& structure, int32_t activation, bool bias,
                                         bool rescale) {
@@ -215,11 +246,11 @@ inline std::vector<lfq_layer> blocks_on(const std::vector<int32_t>& extent, cons
   if (features && features->kind != json::null)
     coupling.n_features = int32_t(features->integer(1, LFQ_MAX_FEATURES, "features"));
   coupling.sublattices = sublattices && sublattices->flag("sublattices");
-  std::vector<lfq_layer> made;
-  for (int64_t block = structure["n_blocks"].integer(1, 10000, "n_blocks"); block > 0; --block) {
-    for (coupling.parity = 0; coupling.parity < 2; ++coupling.parity) made.push_back(coupling);
-    if (rescale) made.push_back(layer_on(extent, LFQ_LAYER_RESCALE));
-  }
+  const json* const order = structure.find("order");
+  std::vector<lfq_layer> block = couplings_of(order ? order->word("order") : "ce|o o|ce", coupling), made;
+  if (rescale) block.push_back(layer_on(extent, LFQ_LAYER_RESCALE));
+  for (int64_t n = structure["n_blocks"].integer(1, 10000, "n_blocks"); n > 0; --n)
+    made.insert(made.end(), block.begin(), block.end());
   return made;
 }
 
