@@ -21,17 +21,20 @@ BATCH = {2: 512, 4: 512, 8: 512, 16: 256, 32: 128, 64: 64, 128: 32}
 CHAINS = {8: 64, 16: 64, 32: 64, 64: 32, 128: 16}
 SECONDS = {8: 3, 16: 5, 32: 15, 64: 60, 128: 60}
 DTYPE, LENGTH_SPREAD = "float32", 0.3
+CHECKERBOARD = "ce|o o|ce"
 VARIANTS = {
-    "exp(-|s|), 1 block": dict(n_blocks=1, scale="exp(-|s|)"),
-    "even, 2 features, 1 block": dict(n_blocks=1, scale="even", features=2),
-    "even, 2 features, 4 blocks": dict(n_blocks=4, scale="even", features=2),
-    "site, 1 block": dict(n_blocks=1),
-    "site, 2 blocks": dict(n_blocks=2),
-    "site, 2 blocks, one set of weights": dict(n_blocks=2, sublattices=False),
-    "site, 3 blocks": dict(n_blocks=3),
-    "site, 4 blocks": dict(n_blocks=4),
-    "site, 4 blocks, one set of weights": dict(n_blocks=4, sublattices=False),
-    "site, 2 blocks, 5 x 5": dict(n_blocks=2, kernel_size=5),
+    "exp(-|s|), 1 checkerboard": dict(order=CHECKERBOARD, scale="exp(-|s|)"),
+    "even, 2 features, 1 checkerboard": dict(order=CHECKERBOARD, scale="even", features=2),
+    "even, 2 features, 4 checkerboards": dict(n_blocks=4, order=CHECKERBOARD, scale="even", features=2),
+    "site, 1 checkerboard": dict(order=CHECKERBOARD),
+    "site, 2 checkerboards": dict(n_blocks=2, order=CHECKERBOARD),
+    "site, 2 checkerboards, one set of weights": dict(n_blocks=2, sublattices=False),
+    "site, 3 checkerboards": dict(n_blocks=3, order=CHECKERBOARD),
+    "site, 2 checkerboards, 5 x 5": dict(n_blocks=2, order=CHECKERBOARD, kernel_size=5),
+    "site, e|c, 2 checkerboards": dict(order="e|c ce|o o|ce ce|o o|ce"),
+    "site, e|c c|e e|c c|e e|c o|ce o|ce": dict(order="e|c c|e e|c c|e e|c o|ce o|ce"),
+    "site, e|c c|e e|c o|ce c|eo e|co o|ce": dict(),
+    "the same, o|ce": dict(order="e|c c|e e|c o|ce c|eo e|co o|ce o|ce"),
 }
 
 
@@ -39,11 +42,11 @@ def theory(extent, beta=None):
     return lfq.Phi4((extent, extent), beta=beta or BETA[extent], lam=0.5)
 
 
-def trained(extent, effort=1.0, n_blocks=2, **structure):
+def trained(extent, effort=1.0, **structure):
     """Flows of 2 x 2, 4 x 4, ... at the coupling of `extent`, each level trained with all below it."""
     extents = [2**n for n in range(1, extent.bit_length())]
     return lfq.train_ladder(
-        lfq.MultiscaleFlow(1, n_blocks, seed=1, **structure), [theory(n, BETA[extent]) for n in extents],
+        lfq.MultiscaleFlow(1, seed=1, **structure), [theory(n, BETA[extent]) for n in extents],
         n_steps=[int(effort * STEPS[n]) for n in extents], batch_size=[BATCH[n] for n in extents], seed=extent,
         learning_rate=[0.015 if n < 64 or extent < 128 else 0.007 for n in extents], dtype=DTYPE, n_threads=1,
     )  # fmt: skip
@@ -139,7 +142,7 @@ def cubic(extents):
 
     found, seconds, options = [], 0.0, dict(dtype=DTYPE, n_threads=1)
     fits = lfq.train_ladder(
-        lfq.MultiscaleFlow(n_levels=1, n_blocks=2, ndim=3, seed=1), [target(n) for n in (2, 4, *extents)],
+        lfq.MultiscaleFlow(n_levels=1, ndim=3, seed=1), [target(n) for n in (2, 4, *extents)],
         n_steps=[2000, 3000, 2000, 800, 300][: 2 + len(extents)], batch_size=[512, 256, 96, 48, 16][: 2 + len(extents)],
         learning_rate=0.015, **options,
     )  # fmt: skip

@@ -324,7 +324,7 @@ def case(request, rng):
     shape, make = FLOWS[request.param]
     flow = make()
     # Many random couplings one behind the other would make the map too steep to compare.
-    with_random_weights(flow, rng, min(0.3, 1.2 / len(flow.program(shape))))
+    with_random_weights(flow, rng, min(0.3, 2.4 / flow.ndim / len(flow.program(shape))))
     layers, weights = flow.program(shape), flow.weights
     record = flow_record(shape, layers, weights)
     return flow, shape, record, (layers, weights)
