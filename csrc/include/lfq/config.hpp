@@ -3,6 +3,8 @@
 
 #if defined(__CUDACC__)
 #define LFQ_HD __host__ __device__ __forceinline__
+#elif defined(LFQ_PLAIN_INLINE)  // unoptimized builds then compile three times as fast
+#define LFQ_HD inline
 #else
 #define LFQ_HD inline __attribute__((always_inline))
 #endif
@@ -14,4 +16,8 @@
 #endif
 #define LFQ_NAMESPACE_BEGIN namespace lfq { inline namespace LFQ_ISA {
 #define LFQ_NAMESPACE_END } }
+#ifdef LFQ_PLAIN_INLINE
+#define LFQ_LAMBDA_INLINE
+#else
 #define LFQ_LAMBDA_INLINE __attribute__((always_inline))
+#endif
