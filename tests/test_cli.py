@@ -478,6 +478,8 @@ def test_sublattices_of_the_flow(tmp_path):
         ("sublattices = false\n", (False, False)),
     ]:
         assert tuple(flow.sublattices for flow in flows(keys)) == wanted, keys
+    assert flows("")[1].order == lfq.MultiscaleFlow(1).flows[-1].order != flows("")[0].order == "ce|o o|ce"
+    assert [flow.order for flow in flows('sublattices = true\norder = "e|c o|ce"\n')] == ["e|c o|ce"] * 2
     text = TARGET + SAMPLING + "[flow]\nsublattices = true\n[training]\nn_steps = 5\nbatch_size = 8\n"
     experiment.run_experiment(config.parse_config(text + '[[prior]]\nkind = "gaussian"\n'), tmp_path / "out")
     assert lfq.load_flow(tmp_path / "out" / "flows" / "gaussian.safetensors").sublattices
