@@ -385,6 +385,24 @@ def _flow_hmc(shape, n, dtype, n_threads):
     )
 
 
+def _multiscale_hmc(shape, n, dtype, n_threads):
+    """With the weights of an untrained flow: it runs equally fast with any."""
+    n_trajectories = 2
+    flow = lfq.MultiscaleFlow(shape[0].bit_length() - 1, seed=1)
+    hmc = lfq.HMC(theory(shape).pullback(flow), tau=0.5, n_steps=N_STEPS, dtype=dtype, n_threads=n_threads)
+    z = lfq.Gaussian(shape).sample(n, seed=1, dtype=dtype)
+    single, layers = z.itemsize == 4, flow.program(shape)
+    step = costs.multiscale_step(layers, single)
+    ends = [costs.refresh(single), costs.Cost(group=6), costs.Cost(other=3, group=9)]
+    return Work(
+        _advance(hmc, flow.forward(z)[0], n_trajectories),
+        z.size * N_STEPS * n_trajectories,
+        [*step, *[(1 / N_STEPS) * phase for phase in ends]],
+        group_bytes(9, shape, dtype, False),
+        z.nbytes,
+    )
+
+
 def _independence(shape, n, dtype, n_threads):
     """Proposals, their weights and observables."""
     flow = lfq.AffineFlow(**PAPER)
@@ -437,6 +455,9 @@ KERNELS = {
     ),
     "train": Kernel("lfq.train, 20 coarse trajectories a step", "sites/s", {"16^2": (_L16, 500)}, _train),
     "flow_hmc": Kernel("flow-HMC trajectory, 10 steps, paper's net", "site-updates/s", _FLOWS, _flow_hmc),
+    "multiscale_hmc": Kernel(
+        "flow-HMC trajectory, 10 steps, multiscale flow", "site-updates/s", _FLOWS, _multiscale_hmc
+    ),
 }
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from lfq import _core
 from lfq.observables import heat_kernel
 
 
@@ -311,6 +312,42 @@ def flow_gradient(flow, single: bool, weights: bool, sums: bool) -> list[Cost]:
         gradient_and_action(2, single) if sums else gradient(2),
         *block_backward(flow, weights) * flow.n_blocks,
     ]
+
+
+def multiscale_step(layers, single: bool) -> list[Cost]:
+    """A step of flow-HMC through the layers of a multiscale flow of site couplings, in two dimensions."""
+    forward, backward = [], []
+    volume = float(np.prod(layers[-1]["extent"][:2]))
+    for layer in layers:
+        share = float(np.prod(layer["extent"][:2])) / volume
+        if layer["kind"] == _core.LAYERS["upsample"]:
+            # Of four sites one is a multiple of a coarse one; the others are sums of 2, 2 and 4, and noise.
+            forward.append(share * Cost(fma=1.75, add=2, group=2))
+            backward.append(share * Cost(fma=1.75, add=2, group=2.5))
+            continue
+        active, frozen = (bin(_bits(layer, name)).count("1") / 4 for name in ("active", "frozen"))
+        net = Cost(fma=2 * _taps_between(layer))
+        site = tanh(single) + net + Cost(fma=2, add=2, group=3)
+        forward.append(share * (active * site + frozen * Cost(group=1)))
+        pulled = Cost(fma=7, add=1, divide=1, group=5)  # the slope and its derivative; h, g, and two cotangents
+        backward += [share * active * pulled, share * (active * (net + Cost(group=2)) + frozen * Cost(group=2))]
+    return [Cost(group=2), *forward, gradient(2), *backward[::-1], Cost(fma=2, group=5)]
+
+
+def _bits(layer, name: str) -> int:
+    """The sublattices that a coupling changes, or sees."""
+    of_parity = (0b1001, 0b0110)
+    return int(layer[name]) or of_parity[int(layer["parity"]) ^ (name == "frozen")]
+
+
+def _taps_between(layer) -> float:
+    """Taps of an active site's window that lie on frozen sites, on average."""
+    window = range(-(layer["kernel_size"] // 2), layer["kernel_size"] // 2 + 1)
+    active = [s for s in range(4) if _bits(layer, "active") >> s & 1]
+    seen = [
+        _bits(layer, "frozen") >> (s ^ (2 * (dy % 2) + dx % 2)) & 1 for s in active for dy in window for dx in window
+    ]
+    return sum(seen) / len(active)
 
 
 def total(phases: list[Cost]) -> Cost:
