@@ -440,7 +440,7 @@ experiment.run_experiment(config.parse_config(text.format(sys.argv[1])), sys.arg
 def resident(n_samples):
     """Largest resident size in MiB of a run with so many samples."""
     command = [sys.executable, "-c", RESIDENT, str(n_samples)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=600, check=True)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=3600, check=True)
     return int(result.stdout) / 1024
 
 
