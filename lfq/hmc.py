@@ -658,10 +658,10 @@ class HMC(KernelSampler):
         """The same HMC with the trajectory length of least cost per independent sample.
 
         Lengths go up from `tau` in steps of a factor sqrt(2), and down where that does not pay, each with the fewest
-        integrator steps that reach `acceptance`, until the cost has risen well above the least one. The cost is
-        2 tau_int of the slowest of `lfq.analysis.SLOW_OBSERVABLES`, from pilot runs, times the seconds of a
-        trajectory, which grow linearly with the force evaluations and are measured for two lengths, or times its
-        force evaluations. Then a larger and a smaller step are tried.
+        integrator steps that reach `acceptance`, until the cost has risen well above the least one, or three lengths in
+        a row were no better. The cost is 2 tau_int of the slowest of `lfq.analysis.SLOW_OBSERVABLES`, from pilot runs,
+        times the seconds of a trajectory, which grow linearly with the force evaluations and are measured for two
+        lengths, or times its force evaluations. Then a larger and a smaller step are tried.
 
         Parameters
         ----------
@@ -708,15 +708,17 @@ class HMC(KernelSampler):
         for numbers in (upwards, range(-1, -11, -1)):
             if best is not None and best.tau != self.tau:
                 break
-            current = tuned
+            current, worse = tuned, 0
             for number in numbers:
                 tau = self.tau * math.sqrt(2) ** number
                 guess = max(1, round(current.n_steps * tau / current.tau))
                 current = replace(current, tau=tau, n_steps=guess).tune(acceptance, n_chains, seed, 20, start=state)
                 cost, state = current._pilot_cost(state, price, 1.3 * least, max_trajectories)
                 if cost < least:
-                    best, least = current, cost
-                elif cost > 1.5 * least or number < 0:
+                    best, least, worse = current, cost, 0
+                    continue
+                worse += 1
+                if cost > 1.5 * least or number < 0 or (worse == 3 and least < math.inf):
                     break
             best = best or current
         for factor in (0.8, 1.25):
