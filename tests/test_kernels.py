@@ -148,6 +148,19 @@ def test_flow_forward_inverse_and_vjp(isa, dtype, name, shape, rng):
     check_flow(flow, layers, shape, dtype, rng)
 
 
+def test_the_largest_window(isa, dtype, rng):
+    """Nine sites wide in four dimensions, on all sublattices but one."""
+    flow = lfq.AffineFlow(kernel_size=9, ndim=4, sublattices=True, order="c|eo", rescale=False)
+    flow.weights = 0.01 * rng.normal(size=flow.n_weights)
+    z, dx = (rng.normal(size=(1, 2, 2, 2, 2)).astype(dtype) for _ in range(2))
+    dz, dweights = flow.vjp(z, dx, 0.5, weights=True)
+    layers, flat = reference_layers(flow, z.shape[1:]), z.reshape(1, -1).astype(np.float64)
+    wanted = reference.flow_vjp(layers, flow.weights, flat, dx.astype(np.float64), np.array([0.5]))
+    close(flow.forward(z)[0].reshape(1, -1), reference.flow_forward(layers, flow.weights, flat)[0], dtype, 6561)
+    close(dz.reshape(1, -1), wanted[0], dtype, 6561)
+    close(dweights, wanted[1], dtype, 6561)
+
+
 @pytest.mark.parametrize("shape", [(8,), (8, 4), (4, 4, 8)], ids=str)
 @pytest.mark.parametrize("kind", ["interleave", "upsample", "multiscale"])
 def test_enlarging_flows(isa, dtype, kind, shape, rng):

@@ -7,7 +7,7 @@
 LFQ_NAMESPACE_BEGIN
 
 constexpr int max_convolutions = LFQ_MAX_HIDDEN + 1;
-constexpr int max_resolved_taps = 3281;  // half of 9^4, rounded up
+constexpr int max_taps = 6561;  // 9^4
 
 // A tap of a direct stencil: its number, which of the k^(D-1) rows around a site it is in, its offset along the row, and
 // the weights of all outputs.
@@ -113,10 +113,11 @@ struct flow_plan {
     if (at < 0) return -1;
     const lfq_layer &a = flow.layers[at], &b = flow.layers[at + 1];
     const auto plain = [](const lfq_layer& l) {
-      return l.kind == LFQ_LAYER_COUPLING && l.ndim == 2 && l.kernel_size == 3 && l.n_hidden == 0;
+      return l.kind == LFQ_LAYER_COUPLING && l.ndim == 2 && l.kernel_size == 3 && l.n_hidden == 0 && !l.active;
     };
-    const bool pair = !a.active && !b.active && a.parity != b.parity && a.scale == b.scale && a.bias == b.bias && a.sublattices == b.sublattices;
-    return plain(a) && plain(b) && pair && (a.scale == LFQ_SCALE_NEG_ABS || a.scale == LFQ_SCALE_EXP) ? at : -1;
+    const bool pair = a.parity != b.parity && a.scale == b.scale && a.bias == b.bias && a.sublattices == b.sublattices;
+    const bool fused = a.scale == LFQ_SCALE_NEG_ABS || a.scale == LFQ_SCALE_EXP;
+    return plain(a) && plain(b) && pair && fused ? at : -1;
   }
 
   void plan_coupling(arena& mem, layer_plan<T>& l, const double* w, bool fill) {
@@ -220,7 +221,7 @@ struct flow_work {
 // The taps of a direct stencil around one row; NT = 0 leaves their number to run time.
 template <class T, int NT>
 struct row_taps {
-  static constexpr int capacity = NT ? NT : max_resolved_taps;
+  static constexpr int capacity = NT ? NT : max_taps;
   int run_time_n;
   const simd<T>* field[capacity];  // the row of a tap
   const simd<T>* tap[capacity];    // of the site 0, if it did not leave the row
@@ -251,7 +252,7 @@ struct row_taps {
 // The same of N numbers for each site of one parity.
 template <class T, int NT, int N>
 struct row_cotangents {
-  static constexpr int capacity = NT ? NT : max_resolved_taps;
+  static constexpr int capacity = NT ? NT : max_taps;
   int run_time_n;
   const simd<T>* row[capacity];
   const simd<T>* tap[capacity];
