@@ -49,12 +49,12 @@ def _broadcast(array, shape: tuple[int, ...], dtype, name: str, like) -> np.ndar
 
 def _sublattices(letters: str, ndim: int) -> int:
     """The sublattices that letters of an order stand for, as bits."""
-    of_letter = {
-        "c": lambda n_odd: n_odd == 0,
-        "e": lambda n_odd: n_odd > 0 and n_odd % 2 == 0,
-        "o": lambda n_odd: n_odd % 2 == 1,
-    }
-    return sum(1 << s for s in range(2**ndim) if any(of_letter[letter](s.bit_count()) for letter in letters))
+
+    def letter(sublattice: int) -> str:
+        n_odd = sublattice.bit_count()
+        return "eo"[n_odd % 2] if n_odd else "c"
+
+    return sum(1 << s for s in range(2**ndim) if letter(s) in letters)
 
 
 def _couplings(order, ndim: int) -> list[tuple[int, int, int]]:

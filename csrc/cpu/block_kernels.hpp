@@ -25,6 +25,7 @@ struct fused_block {
   using V = simd<T>;
   static constexpr bool WEIGHTS = OUT == block_output::weights, STEP = OUT == block_output::step;
   static constexpr int stride = N + 2;
+  static constexpr const T* parameters = nullptr;  // the kinds that are fused have none
   enum { up, left, right, down };
 
   struct net {
@@ -88,7 +89,6 @@ struct fused_block {
   int n, n_rows;
   site_sum<T> action, log_det;
   net_gradient grad_a[2], grad_b[2];
-  parameter_gradient<T, S, N> parameters_a[2], parameters_b[2];
   V phi4_sum;              // of y^4
   V *moved = nullptr, *momenta = nullptr;  // STEP: the input and its momenta, changed in place
   V kick = V(T(0)), drift = V(T(0));
@@ -160,7 +160,6 @@ struct fused_block {
   template <bool ENERGY>
   void stage_a(int r) {
     const net& row_net = net_a[r & 1];
-    const T* parameters = first.parameters[r & (first.n_classes - 1)];
     sites(r, first.spec.parity, [&](auto real, int64_t s, int c) LFQ_LAMBDA_INLINE {
       using R = decltype(real);
       R tap[4], u[N];
@@ -180,7 +179,6 @@ struct fused_block {
   template <bool ENERGY>
   void stage_b(int r) {
     const net& row_net = net_b[r & 1];
-    const T* parameters = second.parameters[r & (second.n_classes - 1)];
     sites(r, second.spec.parity, [&](auto real, int64_t s, int c) LFQ_LAMBDA_INLINE {
       using R = decltype(real);
       R tap[4], u[N], cotangent[N];
@@ -195,7 +193,6 @@ struct fused_block {
       for (int i = 0; i < 4; ++i) span<R>::put(parts_b + 4 * (s >> 1) + i, 4, row_net.part(i, cotangent, hopping));
       if constexpr (WEIGHTS) {
         for (int i = 0; i < N; ++i) span<R>::put(du + N * (s >> 1) + i, N, cotangent[i]);
-        parameters_b[r & 1].add(parameters, a.h, a.slope, before, a.y, dy, R(dlog_det));
         phi4_sum = span<R>::dot(a.y * a.y, a.y * a.y, phi4_sum);
       }
       if constexpr (ENERGY) {
@@ -210,7 +207,6 @@ struct fused_block {
   template <bool ENERGY>
   void stage_c(int r) {
     const net& row_net = net_a[r & 1];
-    const T* parameters = first.parameters[r & (first.n_classes - 1)];
     sites(r, first.spec.parity, [&](auto real, int64_t s, int c) LFQ_LAMBDA_INLINE {
       using R = decltype(real);
       const V* k = kept + stride * (s >> 1);
@@ -222,7 +218,6 @@ struct fused_block {
       for (int i = 0; i < 4; ++i) span<R>::put(parts_c + 4 * (s >> 1) + i, 4, row_net.part(i, cotangent, R(T(0))));
       if constexpr (WEIGHTS) {
         for (int i = 0; i < N; ++i) span<R>::put(du + N * (s >> 1) + i, N, cotangent[i]);
-        parameters_a[r & 1].add(parameters, h, slope, before, y, dy, R(dlog_det));
         phi4_sum = span<R>::dot(y * y, y * y, phi4_sum);
       }
       if constexpr (ENERGY) {
@@ -303,8 +298,6 @@ struct fused_block {
       const int a = q & (first.n_classes - 1), b = q & (second.n_classes - 1);
       grad_a[q].store(first, a, keep, dweights);
       grad_b[q].store(second, b, keep, dweights);
-      parameters_a[q].store(first, a, keep, dweights);
-      parameters_b[q].store(second, b, keep, dweights);
     }
     if (plan.fused_at + 2 == plan.n_layers) return;
     // sum of y dS/dy = 2 S + 2 lam sum of y^4

@@ -336,8 +336,8 @@ struct parameter_gradient {
     parameter_terms<S>(h, parameters, slope, x, y, dy, dlog_det,
                        [&](int i, R a, R b) LFQ_LAMBDA_INLINE { sum[i] = span<R>::dot(a, b, sum[i]); });
   }
-  void store(const layer_plan<T>& l, int q, lane_mask<T> keep, simd<T>* dweights) const {
-    for (int i = 0; i < n; ++i) dweights[l.parameters_at + q * l.class_size + i] += masked<T>(keep, sum[i]);
+  void store(const layer_plan<T>& l, int q, simd<T>* dweights) const {
+    for (int i = 0; i < n; ++i) dweights[l.parameters_at + q * l.class_size + i] += sum[i];
   }
 };
 
@@ -578,7 +578,7 @@ struct flow_group {
       for (int k = 0; k < N; ++k) dw[N * from[i].number + k] += acc[N * i + k];
     if (l.bias[0])
       for (int k = 0; k < N; ++k) work.dweights[l.bias_at[0] + q * l.class_size + k] += bias[k];
-    parameters.store(l, q, ~lane_mask<T>{}, work.dweights);
+    parameters.store(l, q, work.dweights);
   }
 
   template <bool WEIGHTS, scale_kind S, int N>
@@ -595,7 +595,7 @@ struct flow_group {
         site_backward<WEIGHTS>(l, l.parameters[0], x, g, site, dlog_det, u, parameters);
         for (int k = 0; k < N; ++k) span<R>::put(dout + N * site + k, 2 * N, u[k]);
       });
-    if constexpr (WEIGHTS) parameters.store(l, 0, ~lane_mask<T>{}, work.dweights);
+    if constexpr (WEIGHTS) parameters.store(l, 0, work.dweights);
     const V* input = net_input(l);
     run_hidden(l, input);
     const V* h = work.hidden;
