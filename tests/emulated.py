@@ -1,6 +1,7 @@
 """A GPU for machines without one: liblfq_cuda compiled for the host, and as much of CuPy as lfq uses, on NumPy."""
 
 import fcntl
+import functools
 import os
 import shutil
 import subprocess
@@ -13,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 import lfq
-from lfq import _cuda
+from lfq import _cuda, _gpu
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
@@ -147,4 +148,6 @@ def install(monkeypatch, tmp_path_factory) -> types.ModuleType:
     monkeypatch.setitem(sys.modules, "cupy", module)
     monkeypatch.setattr(_cuda, "library", lambda: found)
     monkeypatch.setattr(_cuda, "library_path", lambda: found.path)
+    # Arrays of this GPU, not of one that is there.
+    monkeypatch.setattr(_gpu, "_uploaded", functools.lru_cache(_gpu._uploaded.__wrapped__))
     return module

@@ -37,7 +37,7 @@ def close(dtype, scale=1.0):
     return {"rtol": 8 * np.finfo(dtype).eps, "atol": scale * (2e-4 if dtype == np.float32 else 1e-11)}
 
 
-SHAPES = [(6,), (37,), (4, 4), (5, 3), (16, 16), (10, 34), (2, 1), (4, 6, 3), (2, 4, 2, 6)]
+SHAPES = [(6,), (37,), (4, 4), (5, 3), (16, 16), (10, 34), (2, 1), (4, 6, 3), (2, 4, 2, 6), (48, 16), (8, 6, 8), (16, 2, 3, 4)]
 
 
 def theory(shape):
@@ -136,13 +136,16 @@ def test_hmc_follows_the_chains_of_the_cpu(library, dtype, shape, integrator, pa
         np.testing.assert_allclose(values[..., i], expected.observables[name], **close(dtype, 10))
 
 
-@pytest.mark.parametrize("shape", [(36, 34), (66, 200)], ids=str)
-def test_long_strips_are_rejected_and_accepted(library, dtype, shape):
-    """Lattices of long strips, with a step so coarse that trajectories are rejected."""
+REJECTED = [((36, 34), 4), ((66, 200), 7), ((64, 64), 7), ((32, 128), 7), ((16, 16, 16), 7), ((16, 8, 4, 8), 5)]
+
+
+@pytest.mark.parametrize("shape, n_steps", REJECTED, ids=str)
+def test_large_shares_are_rejected_and_accepted(library, dtype, shape, n_steps):
+    """Lattices of long strips and of tiles, with a step so coarse that trajectories are rejected."""
     t = lfq.Phi4(shape, beta=0.55, lam=0.5)
     if not library.call("resident", dtype, t._record()):
         pytest.skip("a chain of this type does not fit one block")
-    hmc = lfq.HMC(t, tau=1.0, n_steps=4 if t.volume < 2000 else 7, dtype=str(dtype))
+    hmc = lfq.HMC(t, tau=1.0, n_steps=n_steps, dtype=str(dtype))
     state = hmc.advance(hmc.start(4, seed=3, first_chain=5), 1, 7).state
     expected = hmc.advance(state, 4)
     assert 0 < expected.accepted.mean() < 1

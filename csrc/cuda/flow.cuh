@@ -895,19 +895,20 @@ struct pulled_back_block {
     __syncthreads();
     return p2;
   }
-  LFQ_DEVICE void kick_drift(double k, double d) {
+  LFQ_DEVICE void kick_drift(int kick, int drift) {
     if (!gradient_known) gradient();
     gradient_known = false;
-    const T vk(-k), vd(d);
+    const T vk(-a.steps.kick[kick]), vd(a.steps.drift[drift]);
     each_of(a.volume, [&](int64_t i) {
       p[i] = fma(vk, flow.gz[i], p[i]);
       latent[i] = fma(vd, p[i], latent[i]);
     });
   }
-  LFQ_DEVICE void last_kick(double k, double& s, double& p2) {
+  LFQ_DEVICE void last_kick(int kick, double& s, double& p2) {
     s = gradient();
+    const T vk(-a.steps.kick[kick]);
     each_of(a.volume, [&](int64_t i) {
-      const double m = double(fma(T(-k), flow.gz[i], p[i]));
+      const double m = double(fma(vk, flow.gz[i], p[i]));
       p[i] = T(m);
       p2 += m * m;
     });
@@ -928,8 +929,8 @@ struct pulled_back_block {
       p[i] = momenta[i];
     });
     double s, p2 = 0;
-    const double k = integrate(a.settings, a.settings.n_steps, 1.0, [&](double k, double d) { kick_drift(k, d); });
-    last_kick(k, s, p2);
+    const int last = integrate(a.steps, a.settings.n_steps, [&](int kick, int drift) { kick_drift(kick, drift); });
+    last_kick(last, s, p2);
     each_of(a.volume, [&](int64_t i) {
       z[i] = latent[i];
       momenta[i] = p[i];

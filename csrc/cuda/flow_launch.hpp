@@ -222,7 +222,7 @@ int evolve(const lfq_flow* f, const lfq_layer* layers, const lfq_phi4* t, const 
   lfq::flow_arguments<T> a;
   if (int e = prepare(*f, layers, work::hmc, n, ws, bytes, stream, a)) return e;
   a.task = lfq::flow_task::hmc;
-  a.hmc = {{*t, *h, {}, f->volume, n, nullptr, nullptr, nullptr}, z, nullptr, momenta};
+  a.hmc = {{*t, *h, lfq::schedule(*h, 1.0), {}, f->volume, n, nullptr, nullptr, nullptr}, z, nullptr, momenta};
   return run("flow-HMC", a, stream);
 }
 template <class T>
@@ -232,7 +232,7 @@ int hmc(const lfq_flow* f, const lfq_layer* layers, const lfq_phi4* t, const lfq
   if (n > 0 && h->n_samples > 0 && !dh) return fail(LFQ_ERR_ARGUMENT, "dh is null");
   lfq::flow_arguments<T> a;
   a.task = lfq::flow_task::hmc;
-  a.hmc = {{*t, *h, {}, f->volume, n, dh, accepted, observables}, z, phi, nullptr};
+  a.hmc = {{*t, *h, lfq::schedule(*h, lfq::momentum_unit(*h)), {}, f->volume, n, dh, accepted, observables}, z, phi, nullptr};
   if (observables)
     if (int e = smearing_of(*t, smear, a.hmc.hmc.smear)) return e;
   if (int e = prepare(*f, layers, work::hmc, n, ws, bytes, stream, a)) return e;

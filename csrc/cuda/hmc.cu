@@ -9,20 +9,34 @@ namespace {
 // How a chain fits one block: the kernel, its threads and shared memory; no kernel where it does not.
 template <class T>
 struct residence {
-  void (*kernel)(lfq::hmc_arguments, T*) = nullptr;
+  void (*kernel)(lfq::resident_arguments<T>, T*) = nullptr;
   int threads = 0;
   size_t shared = 0;
+
+  // With `fields` copies of the field in shared memory.
+  template <class P, int THREADS>
+  bool takes(const lfq_phi4& t, int64_t n_threads, int fields) {
+    if (n_threads > THREADS) return false;
+    threads = lfq::whole_warps(n_threads);
+    shared = lfq::sum_scratch(threads, lfq::moments<LFQ_MAX_DIM>::size) + fields * size_t(volume_of(t)) * sizeof(T);
+    if (shared > shared_limit()) return false;
+    kernel = lfq::resident_kernel<T, P, THREADS>;
+    return true;
+  }
 };
 
-template <class T, int D, int R, int THREADS>
-bool fits(const lfq_phi4& t, residence<T>& r) {
-  const int64_t strips = volume_of(t) / t.extent[0] * lfq::ceil_div(t.extent[0], R);
-  if (strips > THREADS) return false;
-  r.threads = lfq::whole_warps(strips);
-  r.shared = lfq::sum_scratch(r.threads, lfq::moments<D>::size) + size_t(volume_of(t)) * sizeof(T);
-  if (r.shared > shared_limit()) return false;
-  r.kernel = lfq::resident_kernel<T, D, R, THREADS>;
-  return true;
+template <int D, int R, int THREADS, class T>
+bool fits_strips(const lfq_phi4& t, residence<T>& r) {
+  return r.template takes<lfq::strip_phi4<T, D, R>, THREADS>(t, lfq::strip<D, R>::per_chain(t), 1);
+}
+// Observables are measured in strips of as many sites.
+template <int D, int R, int LEAST, class T>
+bool fits_tiles(const lfq_phi4& t, residence<T>& r) {
+  constexpr int most = sizeof(T) == 4 ? 1024 : 512;
+  const int row = t.extent[D - 1];
+  if (row < 4 || row > 4 * lfq::warp_size || (row & (row - 1)) || t.extent[0] % (4 * R)) return false;
+  const int64_t tiles = lfq::tile<D, R>::per_chain(t);
+  return tiles >= LEAST && r.template takes<lfq::tile_phi4<T, D, R>, most>(t, tiles, 2);
 }
 
 template <class T>
@@ -30,12 +44,14 @@ residence<T> find_residence(const lfq_phi4& t) {
   residence<T> r;
   with_dimension(t.ndim, [&](auto dimension) {
     constexpr int D = decltype(dimension)::value;
+    // Small lattices take small shares, so as to fill more of a block.
+    if constexpr (D > 1)
+      if (fits_tiles<D, 4, 64>(t, r) || fits_tiles<D, 2, 32>(t, r) || fits_tiles<D, 1, 1>(t, r)) return 0;
     if constexpr (D == 2) {
-      // Small lattices take short strips, so as to fill more of a block.
-      if (fits<T, D, 4, 256>(t, r) || fits<T, D, 16, 512>(t, r)) return 0;
-      if constexpr (sizeof(T) == 4) fits<T, D, 16, 1024>(t, r);
+      if (fits_strips<D, 4, 256>(t, r) || fits_strips<D, 16, 512>(t, r)) return 0;
+      if constexpr (sizeof(T) == 4) fits_strips<D, 16, 1024>(t, r);
     } else {
-      fits<T, D, 4, 1024>(t, r);
+      fits_strips<D, 4, 1024>(t, r);
     }
     return 0;
   });
@@ -79,16 +95,17 @@ int resident(const lfq_phi4* t) {
 // A trajectory from `from` through the buffers of w in turn, momenta in w.p, up to the last kick. Returns where the
 // field is.
 template <class T, int D>
-int drift_through(const lfq_phi4& t, const lfq_hmc& h, int n_steps, double unit, int64_t n, const T* from, const hmc_work<T>& w,
+int drift_through(const lfq_phi4& t, const lfq::schedule& steps, int n_steps, int64_t n, const T* from, const hmc_work<T>& w,
                   const T*& end, double& last_kick, void* stream) {
   int code = LFQ_OK, buffer = 0;
-  last_kick = lfq::integrate(h, n_steps, unit, [&](double k, double d) {
+  const int last = lfq::integrate(steps, n_steps, [&](int kick, int drift) {
     if (code) return;
-    code = launch("kick and drift", lfq::kick_drift_kernel<T, D>, n * w.n_parts, lfq::block_size, 0, stream, t, k, d, volume_of(t),
-                  w.n_parts, from, w.field[buffer], w.p);
+    code = launch("kick and drift", lfq::kick_drift_kernel<T, D>, n * w.n_parts, lfq::block_size, 0, stream, t, steps.kick[kick],
+                  steps.drift[drift], volume_of(t), w.n_parts, from, w.field[buffer], w.p);
     from = w.field[buffer];
     buffer ^= 1;
   });
+  last_kick = steps.kick[last];
   end = from;
   return code;
 }
@@ -98,6 +115,7 @@ int tiled(const lfq_phi4& t, const lfq_hmc& h, int64_t n, T* phi, double* dh, ui
           double* observables, const hmc_work<T>& w, void* stream) {
   const int64_t volume = volume_of(t);
   const double unit = lfq::momentum_unit(h);
+  const lfq::schedule steps(h, unit);
   return with_dimension(t.ndim, [&](auto dimension) -> int {
     constexpr int D = decltype(dimension)::value;
     const size_t scratch = lfq::sum_scratch(lfq::block_size, 2);
@@ -114,7 +132,7 @@ int tiled(const lfq_phi4& t, const lfq_hmc& h, int64_t n, T* phi, double* dh, ui
           return e;
         const T* end;
         double k;
-        if (int e = drift_through<T, D>(t, h, lfq::drawn_steps(h, number), unit, n, phi, w, end, k, stream)) return e;
+        if (int e = drift_through<T, D>(t, steps, lfq::drawn_steps(h, number), n, phi, w, end, k, stream)) return e;
         if (int e = launch("last kick", lfq::last_kick_kernel<T, D>, n * w.n_parts, lfq::block_size, scratch, stream, t, k, volume,
                            w.n_parts, end, w.p, w.e1))
           return e;
@@ -144,14 +162,14 @@ template <class T>
 int hmc(const lfq_phi4* t, const lfq_hmc* h, int32_t path, int64_t n, T* phi, double* dh, uint8_t* accepted, const double* smear,
         double* observables, void* ws, size_t bytes, void* stream) {
   if (int e = arguments<T>(t, h, n, phi, h && h->n_samples > 0 ? static_cast<const void*>(dh) : phi)) return e;
-  lfq::hmc_arguments a{*t, *h, {}, volume_of(*t), n, dh, accepted, observables};
+  lfq::hmc_arguments a{*t, *h, lfq::schedule(*h, lfq::momentum_unit(*h)), {}, volume_of(*t), n, dh, accepted, observables};
   if (observables)
     if (int e = smearing_of(*t, smear, a.smear)) return e;
   if (h->n_samples == 0) return LFQ_OK;
   if (path < LFQ_CUDA_AUTO || path > LFQ_CUDA_TILED) return fail(LFQ_ERR_ARGUMENT, "path: unknown value %d", int(path));
   const residence<T> r = path == LFQ_CUDA_TILED ? residence<T>() : find_residence<T>(*t);
   if (path == LFQ_CUDA_RESIDENT && !r.kernel) return fail(LFQ_ERR_ARGUMENT, "path: a chain of this theory does not fit one block");
-  if (r.kernel) return launch("HMC", r.kernel, n, r.threads, r.shared, stream, a, phi);
+  if (r.kernel) return launch("HMC", r.kernel, n, r.threads, r.shared, stream, lfq::resident_arguments<T>(a), phi);
   if (int e = check_workspace(ws, bytes, workspace<T>(t, n))) return e;
   pieces mem(ws);
   return tiled(*t, *h, n, phi, dh, accepted, a.smear, observables, hmc_work<T>(mem, *t, n), stream);
@@ -168,7 +186,7 @@ int evolve(const lfq_phi4* t, const lfq_hmc* h, int64_t n, T* phi, T* momenta, v
     constexpr int D = decltype(dimension)::value;
     const T* end;
     double k;
-    if (int e = drift_through<T, D>(*t, *h, h->n_steps, 1.0, n, phi, w, end, k, stream)) return e;
+    if (int e = drift_through<T, D>(*t, lfq::schedule(*h, 1.0), h->n_steps, n, phi, w, end, k, stream)) return e;
     if (int e = launch("last kick", lfq::last_kick_kernel<T, D>, n * w.n_parts, lfq::block_size, lfq::sum_scratch(lfq::block_size, 2),
                        stream, *t, k, volume_of(*t), w.n_parts, end, momenta, w.e1))
       return e;

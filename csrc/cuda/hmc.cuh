@@ -21,21 +21,35 @@ LFQ_HD int drawn_steps(const lfq_hmc& h, uint64_t number) {
   return h.n_steps - h.n_steps_spread + int32_t(uint64_t(x0) * (2 * uint64_t(h.n_steps_spread) + 1) >> 32);
 }
 
-// One trajectory of the splitting, adjacent kicks merged: kick_drift(k, d) with k and d in units of `unit`; returns
-// the last kick.
+// The kicks and drifts of trajectories, times the step size and in the units of the momenta. kick[0] begins a trajectory,
+// kick[i] follows the i-th drift of a step; after the last one it is that of two adjacent steps, or kick[n_stages + 1],
+// which ends the trajectory.
+struct schedule {
+  int n_stages;
+  double kick[LFQ_MAX_STAGES + 2], drift[LFQ_MAX_STAGES];
+  schedule() = default;
+  schedule(const lfq_hmc& h, double unit) : n_stages(h.integrator.n_stages), kick{}, drift{} {
+    const lfq_integrator& in = h.integrator;
+    for (int i = 0; i < n_stages; ++i) {
+      kick[i] = in.kick[i] * h.step_size * unit;
+      drift[i] = in.drift[i] * h.step_size / unit;
+    }
+    kick[n_stages] = (in.kick[n_stages] + in.kick[0]) * h.step_size * unit;
+    kick[n_stages + 1] = in.kick[n_stages] * h.step_size * unit;
+  }
+};
+
+// Calls kick_drift(number of the kick, number of the drift) for a trajectory; returns the number of the last kick.
 #pragma nv_exec_check_disable
 template <class F>
-LFQ_HD double integrate(const lfq_hmc& h, int n_steps, double unit, F&& kick_drift) {
-  const lfq_integrator& in = h.integrator;
-  double kick = in.kick[0];
-  for (int step = 0; step < n_steps; ++step) {
-    for (int stage = 0; stage < in.n_stages; ++stage) {
-      kick_drift(kick * h.step_size * unit, in.drift[stage] * h.step_size / unit);
-      kick = in.kick[stage + 1];
+LFQ_HD int integrate(const schedule& s, int n_steps, F&& kick_drift) {
+  int kick = 0;
+  for (int step = 0; step < n_steps; ++step)
+    for (int stage = 0; stage < s.n_stages; ++stage) {
+      kick_drift(kick, stage);
+      kick = stage + 1;
     }
-    if (step + 1 < n_steps) kick += in.kick[0];
-  }
-  return kick * h.step_size * unit;
+  return s.n_stages + 1;
 }
 
 LFQ_HD bool accepts(double dh, const lfq_hmc& h, uint64_t number, uint32_t chain) {
@@ -45,6 +59,7 @@ LFQ_HD bool accepts(double dh, const lfq_hmc& h, uint64_t number, uint32_t chain
 struct hmc_arguments {
   lfq_phi4 theory;
   lfq_hmc settings;
+  schedule steps;
   smearing smear;
   int64_t volume, n_chains;
   double* dh;
@@ -53,7 +68,8 @@ struct hmc_arguments {
 };
 
 // All trajectories of one chain, in one block. A potential has start() -> S; refresh(stream, chain, unit) -> sum of
-// p^2; kick_drift(k, d); last_kick(k, S, sum of p^2); settle(accept); measure(out). Sums are a thread's share.
+// p^2; kick_drift(kick, drift) and last_kick(kick, S, sum of p^2), which take numbers of the schedule's; settle(accept);
+// measure(out). Sums are a thread's share.
 template <class P>
 LFQ_DEVICE void run_chain(P& potential, const hmc_arguments& a, int64_t chain) {
   const lfq_hmc& h = a.settings;
@@ -67,8 +83,8 @@ LFQ_DEVICE void run_chain(P& potential, const hmc_arguments& a, int64_t chain) {
       const uint64_t number = h.first_trajectory + uint64_t(n);
       // k0, s1, k1
       double e[3] = {potential.refresh(stream{h.seed, number, LFQ_PURPOSE_MOMENTA}, global_chain, unit), 0, 0};
-      const double k = integrate(h, drawn_steps(h, number), unit, [&](double k, double d) { potential.kick_drift(k, d); });
-      potential.last_kick(k, e[1], e[2]);
+      const int last = integrate(a.steps, drawn_steps(h, number), [&](int kick, int drift) { potential.kick_drift(kick, drift); });
+      potential.last_kick(last, e[1], e[2]);
       block_sum(e);
       const double dh = (e[1] - s0[0]) + (e[2] - e[0]) * half_mass;
       const bool finite = dh - dh == 0.0, accept = finite && accepts(dh, h, number, global_chain);

@@ -160,6 +160,10 @@ template <class T>
 T __shfl_xor_sync(unsigned, T value, int mask) {
   return emulator::shuffle(value, (emulator::running->current & 31u) ^ unsigned(mask));
 }
+template <class T>
+T __shfl_sync(unsigned, T value, int lane) {
+  return emulator::shuffle(value, unsigned(lane));
+}
 inline void sincospi(double x, double* s, double* c) {
   *s = std::sin(3.14159265358979323846 * x);
   *c = std::cos(3.14159265358979323846 * x);
