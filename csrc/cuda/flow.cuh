@@ -1042,8 +1042,8 @@ LFQ_DEVICE void hmc_chain(const flow_program<T>& flow, const buffer_plan& plan, 
   __syncthreads();
 }
 
-// One kernel for them all: ptxas compiles what a kernel calls anew for each.
-enum class flow_task { forward, gradient, hmc };
+// One kernel for them all but inverse: ptxas compiles what a kernel calls anew for each.
+enum class flow_task { forward, inverse, gradient, hmc };
 template <class T>
 struct flow_arguments {
   flow_task task;
@@ -1063,6 +1063,7 @@ __global__ void __launch_bounds__(flow_threads, flow_blocks) flow_kernel(const _
   each_chain(a.n_chains, [&](int64_t chain) {
     switch (a.task) {
       case flow_task::forward: return forward_chain(a.flow, plan, a.forward, chain);
+      case flow_task::inverse: return;
       case flow_task::gradient: return gradient_chain(a.flow, plan, a.gradient, chain);
       case flow_task::hmc: return hmc_chain(a.flow, plan, a.hmc, chain);
     }

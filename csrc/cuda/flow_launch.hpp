@@ -2,6 +2,7 @@
 // compiled side by side.
 #pragma once
 #include "cuda/flow.cuh"
+#include "cuda/resident_flow.hpp"
 #include "cuda/theory.hpp"
 #include "cuda/train.cuh"
 
@@ -13,6 +14,8 @@ using lfq::n_buffers;
 // Two blocks are to share a multiprocessor.
 constexpr size_t most_shared = 100 * 1024;
 constexpr int most_slots = 1024;
+// Blocks that share the chains of a gradient by the weights of a resident flow.
+constexpr int most_resident_slots = 2048;
 constexpr int64_t most_slot_bytes = int64_t(2) << 30;
 // Most that a block adds up at a time: for observables, or of the parameters of a coupling.
 constexpr int n_sums = 2 * LFQ_MAX_FEATURES > 4 + 2 * LFQ_MAX_DIM ? 2 * LFQ_MAX_FEATURES : 4 + 2 * LFQ_MAX_DIM;
@@ -31,6 +34,10 @@ int check_flow_on(const lfq_flow* f, const lfq_layer* device_layers, const lfq_p
   if (int e = check_flow(f, device_layers, n_chains)) return e;
   if (f->volume != volume_of(*t))
     return fail(LFQ_ERR_ARGUMENT, "flow: makes fields of %lld sites, the theory has %lld", (long long)f->volume, (long long)volume_of(*t));
+  for (int i = 0; f->n_layers > 0 && i < t->ndim; ++i) {
+    const lfq_layer& l = f->layers[f->n_layers - 1];
+    if (l.ndim != t->ndim || l.extent[i] != t->extent[i]) return fail(LFQ_ERR_ARGUMENT, "flow: ends on another lattice than the theory's");
+  }
   return LFQ_OK;
 }
 
@@ -101,7 +108,11 @@ struct flow_work {
   lfq::buffer_plan plan;
   T* weights;
   double *log_det, *dweights;
-  flow_work(pieces& mem, const lfq_flow& f, work what, int64_t n_chains) : plan(plan_buffers<T>(f, what, n_chains)) {
+  flow_work(pieces& mem, const lfq_flow& f, work what, int64_t n_chains) : plan{} {
+    if (find_flow_residence<T>(f).rows)
+      plan.n_slots = int(n_chains < most_resident_slots ? n_chains : most_resident_slots);
+    else
+      plan = plan_buffers<T>(f, what, n_chains);
     weights = mem.take<T>(f.n_weights);
     log_det = mem.take<double>(1);
     dweights = what == work::gradient ? mem.take<double>(plan.n_slots * f.n_weights) : nullptr;
@@ -145,8 +156,41 @@ int prepare(const lfq_flow& f, const lfq_layer* layers, work what, int64_t n, vo
                 layers, f.n_weights, f.weights, w.weights, w.log_det);
 }
 template <class T>
-int run(const char* what, const lfq::flow_arguments<T>& a, void* stream) {
-  return launch(what, lfq::flow_kernel<T>, a.plan.n_slots, a.plan.threads, a.plan.shared_bytes, stream, a);
+int run(const char* what, const lfq_flow& f, const lfq::flow_arguments<T>& a, void* stream) {
+  const flow_residence r = find_flow_residence<T>(f);
+  if (!r.rows) {
+    if (a.task == lfq::flow_task::inverse)
+      return launch(what, lfq::inverse_kernel<T>, a.plan.n_slots, a.plan.threads, a.plan.shared_bytes, stream, a.flow, a.plan,
+                    a.n_chains, a.forward.z, a.forward.x, a.forward.log_det);
+    return launch(what, lfq::flow_kernel<T>, a.plan.n_slots, a.plan.threads, a.plan.shared_bytes, stream, a);
+  }
+  lfq::resident_flow_arguments<T> to{};
+  to.lattice.ndim = 2;
+  for (int i = 0; i < 2; ++i) to.lattice.extent[i] = f.layers[0].extent[i];
+  to.layers = layers_of(f);
+  to.n_chains = a.n_chains;
+  to.n_weights = f.n_weights;
+  to.weights = a.flow.weights;
+  to.log_det = a.flow.log_det;
+  to.dweights = a.plan.dweights;
+  switch (a.task) {
+    case lfq::flow_task::forward:
+      to.forward = a.forward;
+      return launch_resident_flow(resident_task::forward, r, a.n_chains, to, stream);
+    case lfq::flow_task::inverse:
+      to.forward = a.forward;
+      return launch_resident_flow(resident_task::inverse, r, a.n_chains, to, stream);
+    case lfq::flow_task::gradient:
+      to.gradient = a.gradient;
+      to.lattice.beta = a.gradient.theory.beta;
+      to.lattice.lam = a.gradient.theory.lam;
+      if (!to.dweights) return launch_resident_flow(resident_task::gradient, r, a.n_chains, to, stream);
+      return launch_resident_flow(resident_task::weight_gradient, r, a.plan.n_slots, to, stream);
+    case lfq::flow_task::hmc:
+      to.hmc = a.hmc;
+      return launch_resident_flow(resident_task::hmc, r, a.n_chains, to, stream);
+  }
+  return LFQ_OK;
 }
 
 template <class T>
@@ -157,7 +201,7 @@ int forward(const lfq_flow* f, const lfq_layer* layers, int64_t n, const T* z, T
   if (int e = prepare(*f, layers, work::forward, n, ws, bytes, stream, a)) return e;
   a.task = lfq::flow_task::forward;
   a.forward = {z, x, log_det};
-  return run("flow forward", a, stream);
+  return run("flow forward", *f, a, stream);
 }
 template <class T>
 int inverse(const lfq_flow* f, const lfq_layer* layers, int64_t n, const T* x, T* z, double* log_det, void* ws, size_t bytes, void* stream) {
@@ -165,8 +209,9 @@ int inverse(const lfq_flow* f, const lfq_layer* layers, int64_t n, const T* x, T
   if (n > 0 && (!z || !x || !log_det)) return fail(LFQ_ERR_ARGUMENT, "a field or an output is null");
   lfq::flow_arguments<T> a;
   if (int e = prepare(*f, layers, work::forward, n, ws, bytes, stream, a)) return e;
-  return launch("flow inverse", lfq::inverse_kernel<T>, a.plan.n_slots, a.plan.threads, a.plan.shared_bytes, stream, a.flow, a.plan, n, x,
-                z, log_det);
+  a.task = lfq::flow_task::inverse;
+  a.forward = {x, z, log_det};
+  return run("flow inverse", *f, a, stream);
 }
 
 // dweights null when not wanted; factor: of the sum over chains.
@@ -179,7 +224,7 @@ int gradient(const lfq_flow& f, const lfq_layer* layers, int64_t n, const lfq::g
   a.gradient = of;
   const double* partial = a.plan.dweights;
   if (!dweights) a.plan.dweights = nullptr;
-  if (int e = run("flow backward", a, stream)) return e;
+  if (int e = run("flow backward", f, a, stream)) return e;
   if (!dweights) return LFQ_OK;
   return launch("weight gradient", lfq::weights_kernel, lfq::ceil_div(f.n_weights, lfq::block_size), lfq::block_size, 0, stream,
                 a.plan.n_slots, f.n_weights, factor, partial, dweights);
@@ -223,7 +268,7 @@ int evolve(const lfq_flow* f, const lfq_layer* layers, const lfq_phi4* t, const 
   if (int e = prepare(*f, layers, work::hmc, n, ws, bytes, stream, a)) return e;
   a.task = lfq::flow_task::hmc;
   a.hmc = {{*t, *h, lfq::schedule(*h, 1.0), {}, f->volume, n, nullptr, nullptr, nullptr}, z, nullptr, momenta};
-  return run("flow-HMC", a, stream);
+  return run("flow-HMC", *f, a, stream);
 }
 template <class T>
 int hmc(const lfq_flow* f, const lfq_layer* layers, const lfq_phi4* t, const lfq_hmc* h, int64_t n, T* z, T* phi, double* dh,
@@ -236,7 +281,7 @@ int hmc(const lfq_flow* f, const lfq_layer* layers, const lfq_phi4* t, const lfq
   if (observables)
     if (int e = smearing_of(*t, smear, a.hmc.hmc.smear)) return e;
   if (int e = prepare(*f, layers, work::hmc, n, ws, bytes, stream, a)) return e;
-  return run("flow-HMC", a, stream);
+  return run("flow-HMC", *f, a, stream);
 }
 
 template <class T>

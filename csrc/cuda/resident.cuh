@@ -133,6 +133,21 @@ template <class T>
 LFQ_DEVICE bool aligned(const T* p) {
   return reinterpret_cast<uintptr_t>(p) % 16 == 0;
 }
+template <class T>
+LFQ_DEVICE quad<T> load_sites(const T* p) {
+  quad<T> q;
+  for (int i = 0; i < 4; ++i) q.v[i] = p[i];
+  return q;
+}
+template <class T>
+LFQ_DEVICE void store_sites(T* p, const quad<T>& q) {
+  for (int i = 0; i < 4; ++i) p[i] = q.v[i];
+}
+// Summed in pairs: fewer conversions to double, and no more rounding than a site's own.
+template <class T>
+LFQ_DEVICE double squares(const quad<T>& q) {
+  return double(fma(q.v[0], q.v[0], q.v[1] * q.v[1]) + fma(q.v[2], q.v[2], q.v[3] * q.v[3]));
+}
 
 // A thread's share of a lattice whose rows are 4, 8, ..., 128 sites long: in R successive rows along the first axis, the
 // same four sites. Threads beyond the last tile repeat what others do.
@@ -172,6 +187,20 @@ struct tile {
     right = first | ((lane + 1) & (lanes - 1));
   }
 };
+
+// Momenta in units of 1 / unit; returns the thread's share of their squares. A block of the stream makes the four sites
+// of a row.
+template <class T, int D, int R>
+LFQ_DEVICE double fill_momenta(const tile<D, R>& own, const stream& rng, uint32_t chain, T unit, quad<T> (&p)[R]) {
+  double p2 = 0;
+#pragma unroll
+  for (int r = 0; r < R; ++r) {
+    normal_block<T>(rng, uint32_t(own.block + r * own.slice) / 4, chain, p[r].v);
+    for (int i = 0; i < 4; ++i) p[r].v[i] *= unit;
+    p2 += squares(p[r]);
+  }
+  return own.counts ? p2 : 0.0;
+}
 
 // A chain whose field and momenta are in registers. Shared memory holds the field twice, the rows that other threads
 // need: those of the step before, and those that this step writes. z is the last accepted field.
@@ -228,10 +257,7 @@ struct tile_phi4 {
 #pragma unroll
     for (int r = 0; r < R; ++r) {
       const T* const row = z + own.block + r * own.slice;
-      if (whole)
-        x[r] = load_quad(row);
-      else
-        for (int i = 0; i < 4; ++i) x[r].v[i] = row[i];
+      x[r] = whole ? load_quad(row) : load_sites(row);
       publish(r);
     }
     published();
@@ -244,21 +270,8 @@ struct tile_phi4 {
           [&](int) { s += double(row); });
     return own.counts ? s : 0.0;
   }
-  // A block of the stream makes the four sites of a row.
   LFQ_DEVICE double refresh(const stream& rng, uint32_t chain, double unit) {
-    double p2 = 0;
-    const T scale(unit);
-#pragma unroll
-    for (int r = 0; r < R; ++r) {
-      normal_block<T>(rng, uint32_t(own.block + r * own.slice) / 4, chain, p[r].v);
-      for (int i = 0; i < 4; ++i) p[r].v[i] *= scale;
-      p2 += squares(p[r]);
-    }
-    return own.counts ? p2 : 0.0;
-  }
-  // Summed in pairs: fewer conversions to double, and no more rounding than a site's own.
-  static LFQ_DEVICE double squares(const quad<T>& q) {
-    return double(fma(q.v[0], q.v[0], q.v[1] * q.v[1]) + fma(q.v[2], q.v[2], q.v[3] * q.v[3]));
+    return fill_momenta(own, rng, chain, T(unit), p);
   }
   LFQ_DEVICE void kick_drift(int k, int d) {
     const phi4_kick<T> kick = a.kick[k];
@@ -293,7 +306,7 @@ struct tile_phi4 {
       if (whole)
         store_quad(row, x[r]);
       else
-        for (int i = 0; i < 4; ++i) row[i] = x[r].v[i];
+        store_sites(row, x[r]);
     }
   }
   LFQ_DEVICE void measure(double* out) {
