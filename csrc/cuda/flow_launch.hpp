@@ -226,8 +226,8 @@ int gradient(const lfq_flow& f, const lfq_layer* layers, int64_t n, const lfq::g
   if (!dweights) a.plan.dweights = nullptr;
   if (int e = run("flow backward", f, a, stream)) return e;
   if (!dweights) return LFQ_OK;
-  return launch("weight gradient", lfq::weights_kernel, lfq::ceil_div(f.n_weights, lfq::block_size), lfq::block_size, 0, stream,
-                a.plan.n_slots, f.n_weights, factor, partial, dweights);
+  return launch("weight gradient", lfq::weights_kernel, lfq::ceil_div(f.n_weights, lfq::weights_of_block), lfq::block_size,
+                lfq::block_size * sizeof(double), stream, a.plan.n_slots, f.n_weights, factor, partial, dweights);
 }
 
 template <class T>
@@ -292,7 +292,10 @@ int train_step(const lfq_cuda_training* t, const T* noise, void* stream) {
   const lfq::train_arguments<T> a{t->n, t->n_noise, t->n_weights, t->copies, noise, t->coarse_action, t->target_action, t->log_det,
                                   t->gradient, t->weights, t->first_moment, t->second_moment, t->log_w, t->history, t->failed_step,
                                   t->step, t->total_steps, t->learning_rate};
-  constexpr int threads = 512;
+  constexpr int threads = 1024;
+  if (int e = launch("log-weights", lfq::log_weights_kernel<T>, lfq::ceil_div(t->n, lfq::block_size / lfq::warp_size), lfq::block_size, 0,
+                     stream, a))
+    return e;
   return launch("training step", lfq::train_step_kernel<T>, 1, threads, lfq::sum_scratch(threads, 3), stream, a);
 }
 

@@ -17,24 +17,30 @@ struct train_arguments {
   double learning_rate;
 };
 
+// One warp a latent.
+template <class T>
+__global__ void log_weights_kernel(train_arguments<T> a) {
+  if (*a.failed_step >= 0) return;
+  const int lane = threadIdx.x % warp_size;
+  const int64_t i = (blockIdx.x * int64_t(blockDim.x) + threadIdx.x) / warp_size;
+  if (i >= a.n) return;
+  double sum[1] = {0};
+  for (int64_t j = lane; j < a.n_noise; j += warp_size) {
+    const double v = double(a.noise[i * a.n_noise + j]);
+    sum[0] -= 0.5 * v * v;
+  }
+  for (int64_t j = lane; j < a.copies; j += warp_size) sum[0] -= a.coarse_action[i * a.copies + j];
+  warp_sum(sum);
+  // log sqrt(2 pi)
+  if (lane == 0) a.log_w[i] = a.log_det[i] - a.target_action[i] - (sum[0] - 0.91893853320467274178 * double(a.n_noise));
+}
+
 // One block.
 template <class T>
 __global__ void train_step_kernel(train_arguments<T> a) {
   if (*a.failed_step >= 0) return;
   __syncthreads();
   const int lane = threadIdx.x % warp_size, n_warps = blockDim.x / warp_size;
-  for (int64_t i = threadIdx.x / warp_size; i < a.n; i += n_warps) {
-    double sum[1] = {0};
-    for (int64_t j = lane; j < a.n_noise; j += warp_size) {
-      const double v = double(a.noise[i * a.n_noise + j]);
-      sum[0] -= 0.5 * v * v;
-    }
-    for (int64_t j = lane; j < a.copies; j += warp_size) sum[0] -= a.coarse_action[i * a.copies + j];
-    warp_sum(sum);
-    // log sqrt(2 pi)
-    if (lane == 0) a.log_w[i] = a.log_det[i] - a.target_action[i] - (sum[0] - 0.91893853320467274178 * double(a.n_noise));
-  }
-  __syncthreads();
   // sum of log w; zero unless something is not finite
   double total[2] = {0, 0};
   double largest = -HUGE_VAL;
