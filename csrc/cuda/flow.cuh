@@ -824,24 +824,6 @@ __global__ void __launch_bounds__(flow_threads, flow_blocks) inverse_kernel(cons
   });
 }
 
-// Sums over slots, a fixed share of them a thread. As many weights a block as fill a sector of memory.
-constexpr int weights_of_block = 4;
-static __global__ void weights_kernel(int n_slots, int64_t n_weights, double factor, const double* partial, double* dweights) {
-  double* const sums = reinterpret_cast<double*>(lfq_shared);
-  const int64_t i = blockIdx.x * int64_t(weights_of_block) + threadIdx.x % weights_of_block;
-  double sum = 0;
-  if (i < n_weights) {
-#pragma unroll 4
-    for (int s = threadIdx.x / weights_of_block; s < n_slots; s += blockDim.x / weights_of_block) sum += partial[s * n_weights + i];
-  }
-  sums[threadIdx.x] = sum;
-  for (unsigned left = blockDim.x / 2; left >= weights_of_block; left /= 2) {
-    __syncthreads();
-    if (threadIdx.x < left) sums[threadIdx.x] += sums[threadIdx.x + left];
-  }
-  if (threadIdx.x < weights_of_block && i < n_weights) dweights[i] = sums[threadIdx.x] * factor;
-}
-
 // ---- HMC of the pulled-back theory ------------------------------------------------------------------
 // z and phi in device memory are the last accepted latent and its field; old_g is the gradient there.
 template <class T>

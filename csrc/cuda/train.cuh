@@ -1,4 +1,4 @@
-// The end of a training step: log-weights of the batch, what they say, and Adam.
+// The end of a training step: the gradient summed over blocks, log-weights of the batch, what they say, and Adam.
 #pragma once
 #include "cuda/device.cuh"
 
@@ -16,6 +16,24 @@ struct train_arguments {
   int64_t step, total_steps;
   double learning_rate;
 };
+
+// Sums over slots, a fixed share of them a thread. As many weights a block as fill a sector of memory.
+constexpr int weights_of_block = 4;
+static __global__ void weights_kernel(int n_slots, int64_t n_weights, double factor, const double* partial, double* dweights) {
+  double* const sums = reinterpret_cast<double*>(lfq_shared);
+  const int64_t i = blockIdx.x * int64_t(weights_of_block) + threadIdx.x % weights_of_block;
+  double sum = 0;
+  if (i < n_weights) {
+#pragma unroll 4
+    for (int s = threadIdx.x / weights_of_block; s < n_slots; s += blockDim.x / weights_of_block) sum += partial[s * n_weights + i];
+  }
+  sums[threadIdx.x] = sum;
+  for (unsigned left = blockDim.x / 2; left >= weights_of_block; left /= 2) {
+    __syncthreads();
+    if (threadIdx.x < left) sums[threadIdx.x] += sums[threadIdx.x + left];
+  }
+  if (threadIdx.x < weights_of_block && i < n_weights) dweights[i] = sums[threadIdx.x] * factor;
+}
 
 // One warp a latent.
 template <class T>
