@@ -14,6 +14,7 @@ struct strip {
   int extent;  // of the first axis
   int place;   // within a slice
   int first, count;
+  bool full;   // of R sites
   int up[D > 1 ? D - 1 : 1], down[D > 1 ? D - 1 : 1];  // the neighbours' places within a slice
 
   static LFQ_HD int64_t per_chain(const lfq_phi4& t) {
@@ -28,6 +29,8 @@ struct strip {
     first = int(index / slice) * R;
     count = extent - first;
     count = count < 0 ? 0 : count > R ? R : count;
+    // Not count == R: ptxas 13.0 makes of that a predicate of the minimum that holds for shorter strips too.
+    full = (first + R - 1) * slice + place < extent * slice;
     int rest = place, stride = 1;
     for (int i = D - 1; i >= 1; --i) {
       const int n = t.extent[i], c = rest % n;
@@ -43,7 +46,7 @@ struct strip {
   // Calls f(k, site).
   template <class F>
   LFQ_DEVICE void each(F&& f) const {
-    if (count == R)
+    if (full)
       each_row<true>(f);
     else
       each_row<false>(f);
@@ -52,7 +55,7 @@ struct strip {
   // Calls f(k, site, phi, sum over forward neighbours, sum over all neighbours); own(k, site) is phi at site k.
   template <class T, class Own, class F>
   LFQ_DEVICE void visit(const T* phi, Own&& own, F&& f) const {
-    if (count == R)
+    if (full)
       visit_rows<true>(phi, own, f);
     else if (count > 0)
       visit_rows<false>(phi, own, f);

@@ -107,7 +107,7 @@ template <class R>
 LFQ_HD R tanh(R x) {
   R n, d;
   tanh_ratio(x, n, d);
-  return with_sign(n / d, x);
+  return with_sign(quotient(n, d), x);
 }
 
 // Natural logarithm of x 2^-shift, for a positive normal number x.
@@ -127,7 +127,7 @@ LFQ_HD R log(R x, int shift = 0) {
   const T one = T(C::round / T(1.5));  // in units of its last place
   const R n = from_bits<R>((offset >> M) | to_bits(R(one))) - R(one + T(bias) + T(shift));
   const R f = m - R(T(1));
-  const R s = f / (f + R(T(2)));
+  const R s = quotient(f, f + R(T(2)));
   const R z = s * s;
   R q;
   if constexpr (sizeof(T) == 8)
