@@ -20,7 +20,7 @@ bool fits(const lfq_phi4& t, residence<T>& r) {
   if (strips > THREADS) return false;
   r.threads = lfq::whole_warps(strips);
   r.shared = lfq::sum_scratch(r.threads, lfq::moments<D>::size) + size_t(volume_of(t)) * sizeof(T);
-  if (r.shared > shared_limit()) return false;
+  if (r.shared > shared_limit() || !lfq::can_measure<T>(t, volume_of(t), r.threads)) return false;
   r.kernel = lfq::resident_kernel<T, D, R, THREADS>;
   return true;
 }
@@ -44,15 +44,14 @@ residence<T> find_residence(const lfq_phi4& t) {
 
 template <class T>
 struct hmc_work {
-  int n_parts, refresh_parts, settle_parts;
+  int n_parts, refresh_parts;
   T *field[2], *p;
   double *k0, *e1, *s0;
   uint8_t* moves;
   measure_work<T> measured;
   hmc_work(pieces& mem, const lfq_phi4& t, int64_t n_chains)
-      : n_parts(lfq::parts_of(strips_of(t))),
+      : n_parts(shares(t, width_of<T>(t)).n_parts),
         refresh_parts(lfq::parts_of(lfq::ceil_div(volume_of(t), 4))),
-        settle_parts(refresh_parts),
         field{mem.take<T>(n_chains * volume_of(t)), mem.take<T>(n_chains * volume_of(t))},
         p(mem.take<T>(n_chains * volume_of(t))),
         k0(mem.take<double>(n_chains * refresh_parts)),
@@ -78,19 +77,34 @@ int resident(const lfq_phi4* t) {
 
 // A trajectory from `from` through the buffers of w in turn, momenta in w.p, up to the last kick. Returns where the
 // field is.
-template <class T, int D>
+template <class T>
 int drift_through(const lfq_phi4& t, const lfq_hmc& h, int n_steps, double unit, int64_t n, const T* from, const hmc_work<T>& w,
                   const T*& end, double& last_kick, void* stream) {
   int code = LFQ_OK, buffer = 0;
   last_kick = lfq::integrate(h, n_steps, unit, [&](double k, double d) {
     if (code) return;
-    code = launch("kick and drift", lfq::kick_drift_kernel<T, D>, n * w.n_parts, lfq::block_size, 0, stream, t, k, d, volume_of(t),
-                  w.n_parts, from, w.field[buffer], w.p);
-    from = w.field[buffer];
+    T* const to = w.field[buffer];
+    const int width = aligned(from, to, w.p) ? width_of<T>(t) : 1;
+    const shares own(t, width);
+    code = with_width<T>(t, width, [&](auto dimension, auto at_once) {
+      return launch("kick and drift", lfq::kick_drift_kernel<T, decltype(dimension)::value, decltype(at_once)::value>, n * own.n_parts,
+                    own.threads, 0, stream, t, k, d, volume_of(t), own.n_parts, from, to, w.p);
+    });
+    from = to;
     buffer ^= 1;
   });
   end = from;
   return code;
+}
+// The last kick of w.p, into p_end, or to the parts of w.e1.
+template <class T>
+int kick_last(const lfq_phi4& t, double k, int64_t n, const T* phi, const hmc_work<T>& w, T* p_end, double* partial, void* stream) {
+  const int width = partial || aligned(phi, w.p, p_end) ? width_of<T>(t) : 1;
+  const shares own(t, width);
+  return with_width<T>(t, width, [&](auto dimension, auto at_once) {
+    return launch("last kick", lfq::last_kick_kernel<T, decltype(dimension)::value, decltype(at_once)::value>, n * own.n_parts,
+                  own.threads, lfq::sum_scratch(own.threads, 2), stream, t, k, volume_of(t), own.n_parts, phi, w.p, p_end, partial);
+  });
 }
 
 template <class T>
@@ -98,38 +112,36 @@ int tiled(const lfq_phi4& t, const lfq_hmc& h, int64_t n, T* phi, double* dh, ui
           double* observables, const hmc_work<T>& w, void* stream) {
   const int64_t volume = volume_of(t);
   const double unit = lfq::momentum_unit(h);
-  return with_dimension(t.ndim, [&](auto dimension) -> int {
-    constexpr int D = decltype(dimension)::value;
-    const size_t scratch = lfq::sum_scratch(lfq::block_size, 2);
-    if (int e = launch("action", lfq::action_kernel<T, D>, n * w.n_parts, lfq::block_size, scratch, stream, t, volume, w.n_parts, phi,
-                       w.e1))
-      return e;
-    if (int e = launch("action", lfq::finish_kernel<1>, n, lfq::block_size, scratch, stream, w.n_parts, w.e1, w.s0)) return e;
-    int64_t at = 0;
-    for (int64_t sample = 0; sample < h.n_samples; ++sample) {
-      for (int i = 0; i < h.thin; ++i, ++at) {
-        const uint64_t number = h.first_trajectory + uint64_t(at);
-        if (int e = launch("momenta", lfq::refresh_kernel<T>, n * w.refresh_parts, lfq::block_size, scratch, stream,
-                           lfq::stream{h.seed, number, LFQ_PURPOSE_MOMENTA}, h.first_chain, unit, volume, w.refresh_parts, w.p, w.k0))
-          return e;
-        const T* end;
-        double k;
-        if (int e = drift_through<T, D>(t, h, lfq::drawn_steps(h, number), unit, n, phi, w, end, k, stream)) return e;
-        if (int e = launch("last kick", lfq::last_kick_kernel<T, D>, n * w.n_parts, lfq::block_size, scratch, stream, t, k, volume,
-                           w.n_parts, end, w.p, w.e1))
-          return e;
-        if (int e = launch("accept step", lfq::decide_kernel, n, lfq::block_size, scratch, stream, h, number, w.refresh_parts, w.k0,
-                           w.n_parts, w.e1, w.s0, dh + at * n, accepted ? accepted + at * n : nullptr, w.moves))
-          return e;
-        if (int e = launch("accept step", lfq::settle_kernel<T>, n * w.settle_parts, lfq::block_size, 0, stream, volume,
-                           w.settle_parts, w.moves, end, phi))
-          return e;
-      }
-      if (observables)
-        if (int e = measure(t, n, phi, s, w.measured, observables + sample * n * LFQ_N_OBSERVABLES, stream)) return e;
+  const size_t scratch = lfq::sum_scratch(lfq::block_size, 2);
+  if (int e = actions(t, n, phi, w.e1, w.s0, stream)) return e;
+  int64_t at = 0;
+  for (int64_t sample = 0; sample < h.n_samples; ++sample) {
+    for (int i = 0; i < h.thin; ++i, ++at) {
+      const uint64_t number = h.first_trajectory + uint64_t(at);
+      if (int e = with_alignment(volume, w.p, [&](auto a) {
+            return launch("momenta", lfq::refresh_kernel<T, decltype(a)::value>, n * w.refresh_parts, lfq::block_size, scratch, stream,
+                          lfq::stream{h.seed, number, LFQ_PURPOSE_MOMENTA}, h.first_chain, unit, volume, w.refresh_parts, w.p, w.k0);
+          }))
+        return e;
+      const T* end;
+      double k;
+      if (int e = drift_through<T>(t, h, lfq::drawn_steps(h, number), unit, n, phi, w, end, k, stream)) return e;
+      if (int e = kick_last<T>(t, k, n, end, w, nullptr, w.e1, stream)) return e;
+      if (int e = launch("accept step", lfq::decide_kernel, n, lfq::block_size, scratch, stream, h, number, w.refresh_parts, w.k0,
+                         w.n_parts, w.e1, w.s0, dh + at * n, accepted ? accepted + at * n : nullptr, w.moves))
+        return e;
+      if (int e = with_alignment(volume, phi, [&](auto a) {
+            constexpr int W = decltype(a)::value ? 16 / int(sizeof(T)) : 1;
+            const int n_parts = int(lfq::ceil_div(volume, W * lfq::settle_vectors * lfq::block_size));
+            return launch("accept step", lfq::settle_kernel<T, W>, n * n_parts, lfq::block_size, 0, stream, volume, n_parts, w.moves,
+                          end, phi);
+          }))
+        return e;
     }
-    return LFQ_OK;
-  });
+    if (observables)
+      if (int e = measure(t, n, phi, s, w.measured, observables + sample * n * LFQ_N_OBSERVABLES, stream)) return e;
+  }
+  return LFQ_OK;
 }
 
 template <class T>
@@ -146,7 +158,7 @@ int hmc(const lfq_phi4* t, const lfq_hmc* h, int32_t path, int64_t n, T* phi, do
   if (int e = arguments<T>(t, h, n, phi, h && h->n_samples > 0 ? static_cast<const void*>(dh) : phi)) return e;
   lfq::hmc_arguments a{*t, *h, {}, volume_of(*t), n, dh, accepted, observables};
   if (observables)
-    if (int e = smearing_of(*t, smear, a.smear)) return e;
+    if (int e = smearing_of(*t, smear, a.smear, least_factor<T>)) return e;
   if (h->n_samples == 0) return LFQ_OK;
   if (path < LFQ_CUDA_AUTO || path > LFQ_CUDA_TILED) return fail(LFQ_ERR_ARGUMENT, "path: unknown value %d", int(path));
   const residence<T> r = path == LFQ_CUDA_TILED ? residence<T>() : find_residence<T>(*t);
@@ -164,17 +176,12 @@ int evolve(const lfq_phi4* t, const lfq_hmc* h, int64_t n, T* phi, T* momenta, v
   pieces mem(ws);
   hmc_work<T> w(mem, *t, n);
   w.p = momenta;
-  return with_dimension(t->ndim, [&](auto dimension) {
-    constexpr int D = decltype(dimension)::value;
-    const T* end;
-    double k;
-    if (int e = drift_through<T, D>(*t, *h, h->n_steps, 1.0, n, phi, w, end, k, stream)) return e;
-    if (int e = launch("last kick", lfq::last_kick_kernel<T, D>, n * w.n_parts, lfq::block_size, lfq::sum_scratch(lfq::block_size, 2),
-                       stream, *t, k, volume_of(*t), w.n_parts, end, momenta, w.e1))
-      return e;
-    return launch("evolve", lfq::copy_kernel<T>, lfq::ceil_div(n * volume_of(*t), lfq::block_size), lfq::block_size, 0, stream,
-                  n * volume_of(*t), end, phi);
-  });
+  const T* end;
+  double k;
+  if (int e = drift_through<T>(*t, *h, h->n_steps, 1.0, n, phi, w, end, k, stream)) return e;
+  if (int e = kick_last<T>(*t, k, n, end, w, momenta, nullptr, stream)) return e;
+  return launch("evolve", lfq::copy_kernel<T>, lfq::ceil_div(n * volume_of(*t), lfq::block_size), lfq::block_size, 0, stream,
+                n * volume_of(*t), end, phi);
 }
 
 }  // namespace

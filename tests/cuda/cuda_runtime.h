@@ -165,6 +165,11 @@ inline void sincospi(double x, double* s, double* c) {
   *c = std::cos(3.14159265358979323846 * x);
 }
 
+inline void sincospif(float x, float* s, float* c) {
+  *s = float(std::sin(3.14159265358979323846 * x));
+  *c = float(std::cos(3.14159265358979323846 * x));
+}
+
 // ---- the parts of the runtime that lfq calls, and the programs that embed it -----------------
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9 };
