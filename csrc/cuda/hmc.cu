@@ -1,4 +1,6 @@
 // lfq_cuda.h: hybrid Monte Carlo of phi^4.
+#include <utility>
+
 #include "cuda/resident.cuh"
 #include "cuda/theory.hpp"
 #include "cuda/tiled.cuh"
@@ -42,10 +44,18 @@ residence<T> find_residence(const lfq_phi4& t) {
   return r;
 }
 
+// Whether two steps are done at once. A band has two outermost lanes.
+template <class T>
+bool goes_twice(const lfq_phi4& t) {
+  if (t.ndim != 2 || width_of<T>(t) == 1) return false;
+  const lfq::bands b(t, width_of<T>(t), 1);
+  return b.length / width_of<T>(t) - (b.per_row - 1) * b.lanes >= 2;
+}
+
 template <class T>
 struct hmc_work {
   int n_parts, refresh_parts;
-  T *field[2], *p;
+  T *field[2], *p, *p_next;
   double *k0, *e1, *s0;
   uint8_t* moves;
   measure_work<T> measured;
@@ -58,7 +68,11 @@ struct hmc_work {
         e1(mem.take<double>(n_chains * n_parts * 2)),
         s0(mem.take<double>(n_chains)),
         moves(mem.take<uint8_t>(n_chains)),
-        measured(mem, t, n_chains) {}
+        measured(mem, t, n_chains) {
+    // Measurements and momenta are not needed at a time.
+    p_next = measured.field[0];
+    if (!p_next && goes_twice<T>(t)) p_next = mem.take<T>(n_chains * volume_of(t));
+  }
 };
 
 template <class T>
@@ -75,35 +89,71 @@ int resident(const lfq_phi4* t) {
   return find_residence<T>(*t).kernel != nullptr;
 }
 
-// A trajectory from `from` through the buffers of w in turn, momenta in w.p, up to the last kick. Returns where the
-// field is.
+template <class T>
+int kick_drift(const lfq_phi4& t, double k, double d, int64_t n, const T* from, T* to, T* p, void* stream) {
+  const int width = aligned(from, to, p) ? width_of<T>(t) : 1;
+  const shares own(t, width);
+  return with_width<T>(t, width, [&](auto dimension, auto at_once) {
+    return launch("kick and drift", lfq::kick_drift_kernel<T, decltype(dimension)::value, decltype(at_once)::value>, n * own.n_parts,
+                  own.threads, 0, stream, t, k, d, volume_of(t), own.n_parts, from, to, p);
+  });
+}
+template <class T>
+int kick_drift_twice(const lfq_phi4& t, const double (&k)[2], const double (&d)[2], int64_t n, const T* from, const T* p, T* to,
+                     T* p_to, void* stream) {
+  constexpr int W = 16 / int(sizeof(T));
+  // Long bands compute fewer sites twice; there should be some for each of a GPU's schedulers.
+  int rows = 16;
+  while (rows > 4 && n * lfq::bands(t, W, rows).count() < 2048) rows /= 2;
+  const lfq::bands b(t, W, rows);
+  const int n_parts = int(lfq::ceil_div(b.count(), lfq::block_size / lfq::warp_size));
+  return launch("kick and drift", lfq::kick_drift_twice_kernel<T, W>, n * n_parts, lfq::block_size, 0, stream, t, b, k[0], d[0], k[1],
+                d[1], int(volume_of(t)), n_parts, from, p, to, p_to);
+}
+
+// Where the fields are that a trajectory leaves, and its last kick.
+template <class T>
+struct trajectory_end {
+  const T *phi, *p;
+  double kick;
+};
+// A trajectory from `from` through the buffers of w in turn, momenta from w.p on, up to the last kick.
 template <class T>
 int drift_through(const lfq_phi4& t, const lfq_hmc& h, int n_steps, double unit, int64_t n, const T* from, const hmc_work<T>& w,
-                  const T*& end, double& last_kick, void* stream) {
-  int code = LFQ_OK, buffer = 0;
-  last_kick = lfq::integrate(h, n_steps, unit, [&](double k, double d) {
-    if (code) return;
-    T* const to = w.field[buffer];
-    const int width = aligned(from, to, w.p) ? width_of<T>(t) : 1;
-    const shares own(t, width);
-    code = with_width<T>(t, width, [&](auto dimension, auto at_once) {
-      return launch("kick and drift", lfq::kick_drift_kernel<T, decltype(dimension)::value, decltype(at_once)::value>, n * own.n_parts,
-                    own.threads, 0, stream, t, k, d, volume_of(t), own.n_parts, from, to, w.p);
-    });
-    from = to;
+                  trajectory_end<T>& end, void* stream) {
+  int code = LFQ_OK, buffer = 0, waiting = 0;
+  const bool twice = goes_twice<T>(t) && aligned(from, w.p, w.p_next);
+  T *p = w.p, *p_next = w.p_next;
+  double k[2], d[2];
+  const auto moved = [&](int error) {
+    code = error;
+    from = w.field[buffer];
     buffer ^= 1;
+    waiting = 0;
+  };
+  end.kick = lfq::integrate(h, n_steps, unit, [&](double kick, double drift) {
+    k[waiting] = kick;
+    d[waiting++] = drift;
+    if (code) return;
+    if (!twice) return moved(kick_drift(t, kick, drift, n, from, w.field[buffer], p, stream));
+    if (waiting < 2) return;
+    moved(kick_drift_twice(t, k, d, n, from, p, w.field[buffer], p_next, stream));
+    std::swap(p, p_next);
   });
-  end = from;
+  if (!code && waiting) moved(kick_drift(t, k[0], d[0], n, from, w.field[buffer], p, stream));
+  end.phi = from;
+  end.p = p;
   return code;
 }
-// The last kick of w.p, into p_end, or to the parts of w.e1.
+// The last kick, into p_end, or to the parts of the action and the momenta squared.
 template <class T>
-int kick_last(const lfq_phi4& t, double k, int64_t n, const T* phi, const hmc_work<T>& w, T* p_end, double* partial, void* stream) {
-  const int width = partial || aligned(phi, w.p, p_end) ? width_of<T>(t) : 1;
+int kick_last(const lfq_phi4& t, const trajectory_end<T>& end, int64_t n, T* p_end, double* partial, void* stream) {
+  const int width = partial || aligned(end.phi, end.p, p_end) ? width_of<T>(t) : 1;
   const shares own(t, width);
   return with_width<T>(t, width, [&](auto dimension, auto at_once) {
     return launch("last kick", lfq::last_kick_kernel<T, decltype(dimension)::value, decltype(at_once)::value>, n * own.n_parts,
-                  own.threads, lfq::sum_scratch(own.threads, 2), stream, t, k, volume_of(t), own.n_parts, phi, w.p, p_end, partial);
+                  own.threads, lfq::sum_scratch(own.threads, 2), stream, t, end.kick, volume_of(t), own.n_parts, end.phi, end.p, p_end,
+                  partial);
   });
 }
 
@@ -123,10 +173,9 @@ int tiled(const lfq_phi4& t, const lfq_hmc& h, int64_t n, T* phi, double* dh, ui
                           lfq::stream{h.seed, number, LFQ_PURPOSE_MOMENTA}, h.first_chain, unit, volume, w.refresh_parts, w.p, w.k0);
           }))
         return e;
-      const T* end;
-      double k;
-      if (int e = drift_through<T>(t, h, lfq::drawn_steps(h, number), unit, n, phi, w, end, k, stream)) return e;
-      if (int e = kick_last<T>(t, k, n, end, w, nullptr, w.e1, stream)) return e;
+      trajectory_end<T> end;
+      if (int e = drift_through<T>(t, h, lfq::drawn_steps(h, number), unit, n, phi, w, end, stream)) return e;
+      if (int e = kick_last<T>(t, end, n, nullptr, w.e1, stream)) return e;
       if (int e = launch("accept step", lfq::decide_kernel, n, lfq::block_size, scratch, stream, h, number, w.refresh_parts, w.k0,
                          w.n_parts, w.e1, w.s0, dh + at * n, accepted ? accepted + at * n : nullptr, w.moves))
         return e;
@@ -134,7 +183,7 @@ int tiled(const lfq_phi4& t, const lfq_hmc& h, int64_t n, T* phi, double* dh, ui
             constexpr int W = decltype(a)::value ? 16 / int(sizeof(T)) : 1;
             const int n_parts = int(lfq::ceil_div(volume, W * lfq::settle_vectors * lfq::block_size));
             return launch("accept step", lfq::settle_kernel<T, W>, n * n_parts, lfq::block_size, 0, stream, volume, n_parts, w.moves,
-                          end, phi);
+                          end.phi, phi);
           }))
         return e;
     }
@@ -176,12 +225,11 @@ int evolve(const lfq_phi4* t, const lfq_hmc* h, int64_t n, T* phi, T* momenta, v
   pieces mem(ws);
   hmc_work<T> w(mem, *t, n);
   w.p = momenta;
-  const T* end;
-  double k;
-  if (int e = drift_through<T>(*t, *h, h->n_steps, 1.0, n, phi, w, end, k, stream)) return e;
-  if (int e = kick_last<T>(*t, k, n, end, w, momenta, nullptr, stream)) return e;
+  trajectory_end<T> end;
+  if (int e = drift_through<T>(*t, *h, h->n_steps, 1.0, n, phi, w, end, stream)) return e;
+  if (int e = kick_last<T>(*t, end, n, momenta, nullptr, stream)) return e;
   return launch("evolve", lfq::copy_kernel<T>, lfq::ceil_div(n * volume_of(*t), lfq::block_size), lfq::block_size, 0, stream,
-                n * volume_of(*t), end, phi);
+                n * volume_of(*t), end.phi, phi);
 }
 
 }  // namespace

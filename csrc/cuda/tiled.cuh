@@ -44,6 +44,118 @@ __global__ void __launch_bounds__(block_size)
         store(to + chain + i, y);
       });
 }
+// Two steps of kick and drift at once, on a plane: a warp goes along the first axis with a band of up to 32 vectors of
+// a row. What it needs of the sites next to its band after the first step, its outermost lanes compute too. Sites have
+// the same bits as after two passes.
+struct bands {
+  int extent, length;         // rows, and sites of a row
+  int per_row, lanes, n_rows; // bands side by side, vectors of one (the last one may have fewer), rows of one
+  LFQ_HD bands(const lfq_phi4& t, int width, int rows) : extent(t.extent[0]), length(t.extent[1]), n_rows(rows) {
+    const int vectors = length / width;
+    per_row = int(ceil_div(vectors, warp_size));
+    lanes = int(ceil_div(vectors, per_row));
+  }
+  LFQ_HD int64_t count() const { return per_row * ceil_div(extent, n_rows); }
+};
+template <class T, int W>
+__global__ void __launch_bounds__(block_size)
+    kick_drift_twice_kernel(lfq_phi4 theory, bands b, double k1, double d1, double k2, double d2, int volume, int n_parts,
+                            const T* __restrict__ from, const T* __restrict__ p, T* __restrict__ to, T* __restrict__ p_to) {
+  using V = lanes<T, W>;
+  const part at(n_parts);
+  const int band = at.number * (block_size / warp_size) + int(threadIdx.x) / warp_size, strip = band / b.per_row;
+  const int begin = strip * b.n_rows, count = b.extent - begin < b.n_rows ? b.extent - begin : b.n_rows;
+  if (count <= 0) return;
+  const int v0 = (band - strip * b.per_row) * b.lanes, rest = b.length / W - v0, mine = rest < b.lanes ? rest : b.lanes;
+  // Lanes beyond the band do what its last one does, and store nothing.
+  int lane = int(threadIdx.x) % warp_size;
+  const bool own = lane < mine;
+  if (!own) lane = mine - 1;
+  const bool low = lane == 0, high = lane == mine - 1, outermost = low || high;
+  const int column = (v0 + lane) * W;
+  // One and two sites beyond the band.
+  const auto beyond = [&](int x) { return low ? (x > 0 ? x : b.length) - 1 : x + 1 < b.length ? x + 1 : 0; };
+  const int edge = beyond(low ? column : column + W - 1), outer = beyond(edge);
+  const int64_t chain = at.chain * volume;
+  const T *const phi = from + chain, *const momenta = p + chain;
+  T *const phi_to = to + chain, *const p_end = p_to + chain;
+  const phi4_kick<T> first(theory.beta, theory.lam, k1), second(theory.beta, theory.lam, k2);
+  const T step1(d1), step2(d2);
+
+  const auto after = [&](int row) { return row + b.length == volume ? 0 : row + b.length; };
+  const auto before = [&](int row) { return (row == 0 ? volume : row) - b.length; };
+  const auto value = [&](const T* field, int row, int x) { return outermost ? field[row + x] : T(0); };
+  // Rows as the first step meets them, from the one before the band on.
+  int out = begin * b.length, row = before(out), next = out;
+  V below = load<W>(phi + before(row) + column), here = load<W>(phi + row + column), above = load<W>(phi + next + column);
+  T edge_below = value(phi, before(row), edge), edge_here = value(phi, row, edge), edge_above = value(phi, next, edge);
+  V p_here = load<W>(momenta + row + column);
+  T edge_p = value(momenta, row, edge), outer_here = value(phi, row, outer);
+  // Rows as the second step meets them.
+  V moved_below = here, moved = here, p_moved = p_here;
+  T edge_moved = T(0);
+
+  // In the order of patch::visit.
+  const auto around = [&](const V& up, const V& x, const V& down, T side) {
+    const T left = __shfl_up_sync(0xffffffffu, x.v[W - 1], 1), right = __shfl_down_sync(0xffffffffu, x.v[0], 1);
+    V all;
+    for (int w = 0; w < W; ++w) {
+      all.v[w] = up.v[w] + (w + 1 < W ? x.v[w + 1 < W ? w + 1 : w] : high ? side : right);
+      all.v[w] += down.v[w];
+      all.v[w] += w > 0 ? x.v[w > 0 ? w - 1 : w] : low ? side : left;
+    }
+    return all;
+  };
+#pragma unroll 1
+  for (int i = 0; i < count + 2; ++i) {
+    V far = above, p_soon = p_here;
+    T edge_far = edge_above, edge_p_soon = edge_p, outer_soon = outer_here;
+    const int then = after(next);
+    if (i < count + 1) {
+      far = load<W>(phi + then + column);
+      p_soon = load<W>(momenta + next + column);
+      edge_far = value(phi, then, edge);
+      edge_p_soon = value(momenta, next, edge);
+      outer_soon = value(phi, next, outer);
+    }
+    const V all = around(above, here, below, edge_here);
+    V m, x;
+    for (int w = 0; w < W; ++w) {
+      m.v[w] = first(p_here.v[w], here.v[w], all.v[w]);
+      x.v[w] = fma(step1, m.v[w], here.v[w]);
+    }
+    const T edge_right = low ? here.v[0] : outer_here, edge_left = low ? outer_here : here.v[W - 1];
+    const T edge_m = first(edge_p, edge_here, ((edge_above + edge_right) + edge_below) + edge_left);
+    const T edge_x = fma(step1, edge_m, edge_here);
+    if (i >= 2) {
+      const V sides = around(x, moved, moved_below, edge_moved);
+      V m2, x2;
+      for (int w = 0; w < W; ++w) {
+        m2.v[w] = second(p_moved.v[w], moved.v[w], sides.v[w]);
+        x2.v[w] = fma(step2, m2.v[w], moved.v[w]);
+      }
+      if (own) {
+        store(p_end + out + column, m2);
+        store(phi_to + out + column, x2);
+      }
+      out += b.length;
+    }
+    moved_below = moved;
+    moved = x;
+    p_moved = m;
+    edge_moved = edge_x;
+    below = here;
+    here = above;
+    above = far;
+    p_here = p_soon;
+    edge_below = edge_here;
+    edge_here = edge_above;
+    edge_above = edge_far;
+    edge_p = edge_p_soon;
+    outer_here = outer_soon;
+    next = then;
+  }
+}
 // The last kick: into p_end, unless that is null, and to the action and the momenta squared, unless partial is.
 template <class T, int D, int W>
 __global__ void __launch_bounds__(block_size)

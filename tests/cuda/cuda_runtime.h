@@ -160,6 +160,17 @@ template <class T>
 T __shfl_xor_sync(unsigned, T value, int mask) {
   return emulator::shuffle(value, (emulator::running->current & 31u) ^ unsigned(mask));
 }
+// A lane whose source would lie outside the warp keeps its own.
+template <class T>
+T __shfl_up_sync(unsigned, T value, unsigned delta) {
+  const unsigned lane = emulator::running->current & 31u;
+  return emulator::shuffle(value, lane < delta ? lane : lane - delta);
+}
+template <class T>
+T __shfl_down_sync(unsigned, T value, unsigned delta) {
+  const unsigned lane = emulator::running->current & 31u;
+  return emulator::shuffle(value, lane + delta > 31u ? lane : lane + delta);
+}
 inline void sincospi(double x, double* s, double* c) {
   *s = std::sin(3.14159265358979323846 * x);
   *c = std::cos(3.14159265358979323846 * x);
