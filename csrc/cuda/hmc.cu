@@ -95,7 +95,7 @@ int kick_drift(const lfq_phi4& t, double k, double d, int64_t n, const T* from, 
   const shares own(t, width);
   return with_width<T>(t, width, [&](auto dimension, auto at_once) {
     return launch("kick and drift", lfq::kick_drift_kernel<T, decltype(dimension)::value, decltype(at_once)::value>, n * own.n_parts,
-                  own.threads, 0, stream, t, k, d, volume_of(t), own.n_parts, from, to, p);
+                  own.threads, 0, stream, t, lfq::phi4_kick<T>(t.beta, t.lam, k), T(d), volume_of(t), own.n_parts, from, to, p);
   });
 }
 template <class T>
@@ -107,8 +107,9 @@ int kick_drift_twice(const lfq_phi4& t, const double (&k)[2], const double (&d)[
   while (rows > 4 && n * lfq::bands(t, W, rows).count() < 2048) rows /= 2;
   const lfq::bands b(t, W, rows);
   const int n_parts = int(lfq::ceil_div(b.count(), lfq::block_size / lfq::warp_size));
-  return launch("kick and drift", lfq::kick_drift_twice_kernel<T, W>, n * n_parts, lfq::block_size, 0, stream, t, b, k[0], d[0], k[1],
-                d[1], int(volume_of(t)), n_parts, from, p, to, p_to);
+  return launch("kick and drift", lfq::kick_drift_twice_kernel<T, W>, n * n_parts, lfq::block_size, 0, stream, b,
+                lfq::phi4_kick<T>(t.beta, t.lam, k[0]), T(d[0]), lfq::phi4_kick<T>(t.beta, t.lam, k[1]), T(d[1]), int(volume_of(t)),
+                n_parts, from, p, to, p_to);
 }
 
 // Where the fields are that a trajectory leaves, and its last kick.
@@ -152,8 +153,8 @@ int kick_last(const lfq_phi4& t, const trajectory_end<T>& end, int64_t n, T* p_e
   const shares own(t, width);
   return with_width<T>(t, width, [&](auto dimension, auto at_once) {
     return launch("last kick", lfq::last_kick_kernel<T, decltype(dimension)::value, decltype(at_once)::value>, n * own.n_parts,
-                  own.threads, lfq::sum_scratch(own.threads, 2), stream, t, end.kick, volume_of(t), own.n_parts, end.phi, end.p, p_end,
-                  partial);
+                  own.threads, lfq::sum_scratch(own.threads, 2), stream, t, lfq::phi4_kick<T>(t.beta, t.lam, end.kick),
+                  lfq::phi4_site<T>(t.beta, t.lam), volume_of(t), own.n_parts, end.phi, end.p, p_end, partial);
   });
 }
 

@@ -98,7 +98,7 @@ int force(const lfq_phi4* t, int64_t n, const T* phi, T* out, void* stream) {
   const shares own(*t, width);
   return with_width<T>(*t, width, [&](auto d, auto w) {
     return launch("force", lfq::force_kernel<T, decltype(d)::value, decltype(w)::value>, n * own.n_parts, own.threads, 0, stream, *t,
-                  volume_of(*t), own.n_parts, phi, out);
+                  lfq::phi4_site<T>(t->beta, t->lam), volume_of(*t), own.n_parts, phi, out);
   });
 }
 template <class T>

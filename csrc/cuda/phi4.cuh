@@ -273,9 +273,8 @@ constexpr int strip_rows = 8;
 
 template <class T, int D, int W, bool ALIGNED>
 __global__ void __launch_bounds__(block_size)
-    action_kernel(lfq_phi4 theory, int64_t volume, int n_parts, const T* phi, double* partial) {
+    action_kernel(lfq_phi4 theory, phi4_site<T> site, int64_t volume, int n_parts, const T* __restrict__ phi, double* partial) {
   const part at(n_parts);
-  const phi4_site<T> site(theory.beta, theory.lam);
   double s[1] = {0};
   const patch<T, D, W, strip_rows, ALIGNED> own(theory, unsigned(at.thread()));
   own.template visit<false>(phi + at.chain * volume, nothing_early(), [&](int, auto& x, auto& forward, auto&, int) {
@@ -288,9 +287,9 @@ __global__ void __launch_bounds__(block_size)
 
 template <class T, int D, int W>
 __global__ void __launch_bounds__(block_size)
-    force_kernel(lfq_phi4 theory, int64_t volume, int n_parts, const T* __restrict__ phi, T* __restrict__ force) {
+    force_kernel(lfq_phi4 theory, phi4_site<T> site, int64_t volume, int n_parts, const T* __restrict__ phi,
+                 T* __restrict__ force) {
   const part at(n_parts);
-  const phi4_site<T> site(theory.beta, theory.lam);
   T* f = force + at.chain * volume;
   const patch<T, D, W, strip_rows> own(theory, unsigned(at.thread()));
   own.template visit<true>(phi + at.chain * volume, nothing_early(), [&](int i, auto& x, auto&, auto& all, int) {

@@ -123,7 +123,8 @@ int action_parts(const lfq_phi4& t, int64_t n_chains, const T* phi, double* part
   const shares own(t, width_of<T>(t));
   return with_layout<T>(t, aligned(phi), [&](auto d, auto w, auto a) {
     return launch("action", lfq::action_kernel<T, decltype(d)::value, decltype(w)::value, decltype(a)::value>, n_chains * own.n_parts,
-                  own.threads, lfq::sum_scratch(own.threads, 1), stream, t, volume_of(t), own.n_parts, phi, partial);
+                  own.threads, lfq::sum_scratch(own.threads, 1), stream, t, lfq::phi4_site<T>(t.beta, t.lam), volume_of(t), own.n_parts, phi,
+                  partial);
   });
 }
 // The actions; `partial` takes n_chains * n_parts numbers, unless there is one part.

@@ -25,12 +25,10 @@ __global__ void refresh_kernel(stream rng, uint64_t first_chain, double unit, in
 // p += k F(from), to = from + d p.
 template <class T, int D, int W>
 __global__ void __launch_bounds__(block_size)
-    kick_drift_kernel(lfq_phi4 theory, double k, double d, int64_t volume, int n_parts, const T* __restrict__ from,
+    kick_drift_kernel(lfq_phi4 theory, phi4_kick<T> kick, T step, int64_t volume, int n_parts, const T* __restrict__ from,
                       T* __restrict__ to, T* __restrict__ p) {
   const part at(n_parts);
-  const phi4_kick<T> kick(theory.beta, theory.lam, k);
   const int64_t chain = at.chain * volume;
-  const T step(d);
   const patch<T, D, W, strip_rows> own(theory, unsigned(at.thread()));
   own.template visit<true>(
       from + chain, [&](int i) { return load<W>(p + chain + i); },
@@ -59,7 +57,7 @@ struct bands {
 };
 template <class T, int W>
 __global__ void __launch_bounds__(block_size)
-    kick_drift_twice_kernel(lfq_phi4 theory, bands b, double k1, double d1, double k2, double d2, int volume, int n_parts,
+    kick_drift_twice_kernel(bands b, phi4_kick<T> first, T step1, phi4_kick<T> second, T step2, int volume, int n_parts,
                             const T* __restrict__ from, const T* __restrict__ p, T* __restrict__ to, T* __restrict__ p_to) {
   using V = lanes<T, W>;
   const part at(n_parts);
@@ -79,8 +77,6 @@ __global__ void __launch_bounds__(block_size)
   const int64_t chain = at.chain * volume;
   const T *const phi = from + chain, *const momenta = p + chain;
   T *const phi_to = to + chain, *const p_end = p_to + chain;
-  const phi4_kick<T> first(theory.beta, theory.lam, k1), second(theory.beta, theory.lam, k2);
-  const T step1(d1), step2(d2);
 
   const auto after = [&](int row) { return row + b.length == volume ? 0 : row + b.length; };
   const auto before = [&](int row) { return (row == 0 ? volume : row) - b.length; };
@@ -159,11 +155,9 @@ __global__ void __launch_bounds__(block_size)
 // The last kick: into p_end, unless that is null, and to the action and the momenta squared, unless partial is.
 template <class T, int D, int W>
 __global__ void __launch_bounds__(block_size)
-    last_kick_kernel(lfq_phi4 theory, double k, int64_t volume, int n_parts, const T* __restrict__ phi, const T* p, T* p_end,
-                     double* partial) {
+    last_kick_kernel(lfq_phi4 theory, phi4_kick<T> kick, phi4_site<T> site, int64_t volume, int n_parts,
+                     const T* __restrict__ phi, const T* p, T* p_end, double* partial) {
   const part at(n_parts);
-  const phi4_kick<T> kick(theory.beta, theory.lam, k);
-  const phi4_site<T> site(theory.beta, theory.lam);
   const int64_t chain = at.chain * volume;
   double e[2] = {0, 0};
   const patch<T, D, W, strip_rows> own(theory, unsigned(at.thread()));
