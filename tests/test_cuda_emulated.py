@@ -87,6 +87,54 @@ def test_action_force_and_observables(library, dtype, rng, shape):
     np.testing.assert_allclose(values, reference.observables(exact, t.ndim), **close(dtype, 10))
 
 
+# Too large for the shared memory of a block; rows of whole vectors and not, axes longer and shorter than segments.
+LARGE = [(60001,), (3, 20000), (246, 255), (11000, 6), (40, 38, 41), (3, 80, 260), (8, 16, 18, 28)]
+
+
+@pytest.mark.parametrize("shape", LARGE, ids=str)
+def test_observables_beyond_a_block(library, dtype, rng, shape):
+    t = theory(shape)
+    phi = rng.normal(size=(2, *shape)).astype(dtype)
+    record, values = t._record(), np.empty((2, 6))
+    arguments = (record, 2, pointer(phi), t._smear(), pointer(values))
+    call(library, "phi4_observables", dtype, *arguments, workspace=("phi4", record, 2))
+    np.testing.assert_allclose(values, reference.observables(phi.astype(np.float64), t.ndim), **close(dtype))
+
+
+def misaligned(array):
+    """A copy that does not begin at a multiple of 16 bytes."""
+    copy = np.empty(array.size + 1, dtype=array.dtype)[1:].reshape(array.shape)
+    copy[...] = array
+    assert copy.ctypes.data % 16 != 0
+    return copy
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (5, 3), (10, 34), (4, 6, 8), (2, 4, 2, 4), (3, 80, 260)], ids=str)
+def test_where_fields_lie_does_not_matter(library, dtype, rng, shape):
+    t = theory(shape)
+    hmc = lfq.HMC(t, tau=0.7, n_steps=3, dtype=str(dtype))
+    record, n = t._record(), 2
+    fields = rng.normal(size=(3, n, *shape)).astype(dtype)
+
+    def results(place):
+        phi, momenta, force = (place(field) for field in fields)
+        action, values, dh = np.empty(n), np.empty((n, 6)), np.empty((1, n))
+        call(library, "phi4_action", dtype, record, n, pointer(phi), pointer(action), workspace=("phi4", record, n))
+        call(library, "phi4_force", dtype, record, n, pointer(phi), pointer(force))
+        arguments = (record, n, pointer(phi), t._smear(), pointer(values))
+        call(library, "phi4_observables", dtype, *arguments, workspace=("phi4", record, n))
+        arguments = (record, hmc._settings(1), TILED, n, pointer(phi), pointer(dh), None, None, None)
+        call(library, "hmc", dtype, *arguments, workspace=("hmc", record, n))
+        arguments = (record, hmc._settings(), n, pointer(phi), pointer(momenta))
+        call(library, "evolve", dtype, *arguments, workspace=("hmc", record, n))
+        normals = place(force)
+        call(library, "normal", dtype, 1, 2, 3, 4, n, t.volume, pointer(normals))
+        return action, force, values, dh, phi, momenta, normals
+
+    for found, expected in zip(results(misaligned), results(np.copy), strict=True):
+        np.testing.assert_array_equal(found, expected)
+
+
 def run_hmc(library, hmc, phi, n_samples, thin, path, seed=3, first_chain=5, trajectory=7, measure=True):
     t, n = hmc.theory, len(phi)
     settings = hmc._settings(n_samples, thin, seed, first_chain, trajectory)

@@ -279,7 +279,7 @@ int hmc(const lfq_flow* f, const lfq_layer* layers, const lfq_phi4* t, const lfq
   a.task = lfq::flow_task::hmc;
   a.hmc = {{*t, *h, lfq::schedule(*h, lfq::momentum_unit(*h)), {}, f->volume, n, dh, accepted, observables}, z, phi, nullptr};
   if (observables)
-    if (int e = smearing_of(*t, smear, a.hmc.hmc.smear)) return e;
+    if (int e = smearing_of(*t, smear, a.hmc.hmc.smear, least_factor<T>)) return e;
   if (int e = prepare(*f, layers, work::hmc, n, ws, bytes, stream, a)) return e;
   return run("flow-HMC", *f, a, stream);
 }

@@ -1,4 +1,6 @@
 // lfq_cuda.h: hybrid Monte Carlo of phi^4.
+#include <utility>
+
 #include "cuda/resident.cuh"
 #include "cuda/theory.hpp"
 #include "cuda/tiled.cuh"
@@ -19,7 +21,7 @@ struct residence {
     if (n_threads > THREADS) return false;
     threads = lfq::whole_warps(n_threads);
     shared = lfq::sum_scratch(threads, lfq::moments<LFQ_MAX_DIM>::size) + fields * size_t(volume_of(t)) * sizeof(T);
-    if (shared > shared_limit()) return false;
+    if (shared > shared_limit() || !lfq::can_measure<T>(t, volume_of(t), threads)) return false;
     kernel = lfq::resident_kernel<T, P, THREADS>;
     return true;
   }
@@ -29,12 +31,11 @@ template <int D, int R, int THREADS, class T>
 bool fits_strips(const lfq_phi4& t, residence<T>& r) {
   return r.template takes<lfq::strip_phi4<T, D, R>, THREADS>(t, lfq::strip<D, R>::per_chain(t), 1);
 }
-// Observables are measured in strips of as many sites.
 template <int D, int R, int LEAST, class T>
 bool fits_tiles(const lfq_phi4& t, residence<T>& r) {
   constexpr int most = sizeof(T) == 4 ? 1024 : 512;
   const int row = t.extent[D - 1];
-  if (row < 4 || row > 4 * lfq::warp_size || (row & (row - 1)) || t.extent[0] % (4 * R)) return false;
+  if (row < 4 || row > 4 * lfq::warp_size || (row & (row - 1)) || t.extent[0] % R) return false;
   const int64_t tiles = lfq::tile<D, R>::per_chain(t);
   return tiles >= LEAST && r.template takes<lfq::tile_phi4<T, D, R>, most>(t, tiles, 2);
 }
@@ -58,24 +59,35 @@ residence<T> find_residence(const lfq_phi4& t) {
   return r;
 }
 
+// Whether two steps are done at once. A band has two outermost lanes.
+template <class T>
+bool goes_twice(const lfq_phi4& t) {
+  if (t.ndim != 2 || width_of<T>(t) == 1) return false;
+  const lfq::bands b(t, width_of<T>(t), 1);
+  return b.length / width_of<T>(t) - (b.per_row - 1) * b.lanes >= 2;
+}
+
 template <class T>
 struct hmc_work {
-  int n_parts, refresh_parts, settle_parts;
-  T *field[2], *p;
+  int n_parts, refresh_parts;
+  T *field[2], *p, *p_next;
   double *k0, *e1, *s0;
   uint8_t* moves;
   measure_work<T> measured;
   hmc_work(pieces& mem, const lfq_phi4& t, int64_t n_chains)
-      : n_parts(lfq::parts_of(strips_of(t))),
+      : n_parts(shares(t, width_of<T>(t)).n_parts),
         refresh_parts(lfq::parts_of(lfq::ceil_div(volume_of(t), 4))),
-        settle_parts(refresh_parts),
         field{mem.take<T>(n_chains * volume_of(t)), mem.take<T>(n_chains * volume_of(t))},
         p(mem.take<T>(n_chains * volume_of(t))),
         k0(mem.take<double>(n_chains * refresh_parts)),
         e1(mem.take<double>(n_chains * n_parts * 2)),
         s0(mem.take<double>(n_chains)),
         moves(mem.take<uint8_t>(n_chains)),
-        measured(mem, t, n_chains) {}
+        measured(mem, t, n_chains) {
+    // Measurements and momenta are not needed at a time.
+    p_next = measured.field[0];
+    if (!p_next && goes_twice<T>(t)) p_next = mem.take<T>(n_chains * volume_of(t));
+  }
 };
 
 template <class T>
@@ -92,22 +104,74 @@ int resident(const lfq_phi4* t) {
   return find_residence<T>(*t).kernel != nullptr;
 }
 
-// A trajectory from `from` through the buffers of w in turn, momenta in w.p, up to the last kick. Returns where the
-// field is.
-template <class T, int D>
+template <class T>
+int kick_drift(const lfq_phi4& t, double k, double d, int64_t n, const T* from, T* to, T* p, void* stream) {
+  const int width = aligned(from, to, p) ? width_of<T>(t) : 1;
+  const shares own(t, width);
+  return with_width<T>(t, width, [&](auto dimension, auto at_once) {
+    return launch("kick and drift", lfq::kick_drift_kernel<T, decltype(dimension)::value, decltype(at_once)::value>, n * own.n_parts,
+                  own.threads, 0, stream, t, lfq::phi4_kick<T>(t.beta, t.lam, k), T(d), volume_of(t), own.n_parts, from, to, p);
+  });
+}
+template <class T>
+int kick_drift_twice(const lfq_phi4& t, const double (&k)[2], const double (&d)[2], int64_t n, const T* from, const T* p, T* to,
+                     T* p_to, void* stream) {
+  constexpr int W = 16 / int(sizeof(T));
+  // Long bands compute fewer sites twice; there should be some for each of a GPU's schedulers.
+  int rows = 16;
+  while (rows > 4 && n * lfq::bands(t, W, rows).count() < 2048) rows /= 2;
+  const lfq::bands b(t, W, rows);
+  const int n_parts = int(lfq::ceil_div(b.count(), lfq::block_size / lfq::warp_size));
+  return launch("kick and drift", lfq::kick_drift_twice_kernel<T, W>, n * n_parts, lfq::block_size, 0, stream, b,
+                lfq::phi4_kick<T>(t.beta, t.lam, k[0]), T(d[0]), lfq::phi4_kick<T>(t.beta, t.lam, k[1]), T(d[1]), int(volume_of(t)),
+                n_parts, from, p, to, p_to);
+}
+
+// Where the fields are that a trajectory leaves, and its last kick.
+template <class T>
+struct trajectory_end {
+  const T *phi, *p;
+  double kick;
+};
+// A trajectory from `from` through the buffers of w in turn, momenta from w.p on, up to the last kick.
+template <class T>
 int drift_through(const lfq_phi4& t, const lfq::schedule& steps, int n_steps, int64_t n, const T* from, const hmc_work<T>& w,
-                  const T*& end, double& last_kick, void* stream) {
-  int code = LFQ_OK, buffer = 0;
-  const int last = lfq::integrate(steps, n_steps, [&](int kick, int drift) {
-    if (code) return;
-    code = launch("kick and drift", lfq::kick_drift_kernel<T, D>, n * w.n_parts, lfq::block_size, 0, stream, t, steps.kick[kick],
-                  steps.drift[drift], volume_of(t), w.n_parts, from, w.field[buffer], w.p);
+                  trajectory_end<T>& end, void* stream) {
+  int code = LFQ_OK, buffer = 0, waiting = 0;
+  const bool twice = goes_twice<T>(t) && aligned(from, w.p, w.p_next);
+  T *p = w.p, *p_next = w.p_next;
+  double k[2], d[2];
+  const auto moved = [&](int error) {
+    code = error;
     from = w.field[buffer];
     buffer ^= 1;
+    waiting = 0;
+  };
+  const int last = lfq::integrate(steps, n_steps, [&](int kick, int drift) {
+    k[waiting] = steps.kick[kick];
+    d[waiting++] = steps.drift[drift];
+    if (code) return;
+    if (!twice) return moved(kick_drift(t, k[0], d[0], n, from, w.field[buffer], p, stream));
+    if (waiting < 2) return;
+    moved(kick_drift_twice(t, k, d, n, from, p, w.field[buffer], p_next, stream));
+    std::swap(p, p_next);
   });
-  last_kick = steps.kick[last];
-  end = from;
+  if (!code && waiting) moved(kick_drift(t, k[0], d[0], n, from, w.field[buffer], p, stream));
+  end.phi = from;
+  end.p = p;
+  end.kick = steps.kick[last];
   return code;
+}
+// The last kick, into p_end, or to the parts of the action and the momenta squared.
+template <class T>
+int kick_last(const lfq_phi4& t, const trajectory_end<T>& end, int64_t n, T* p_end, double* partial, void* stream) {
+  const int width = partial || aligned(end.phi, end.p, p_end) ? width_of<T>(t) : 1;
+  const shares own(t, width);
+  return with_width<T>(t, width, [&](auto dimension, auto at_once) {
+    return launch("last kick", lfq::last_kick_kernel<T, decltype(dimension)::value, decltype(at_once)::value>, n * own.n_parts,
+                  own.threads, lfq::sum_scratch(own.threads, 2), stream, t, lfq::phi4_kick<T>(t.beta, t.lam, end.kick),
+                  lfq::phi4_site<T>(t.beta, t.lam), volume_of(t), own.n_parts, end.phi, end.p, p_end, partial);
+  });
 }
 
 template <class T>
@@ -116,38 +180,35 @@ int tiled(const lfq_phi4& t, const lfq_hmc& h, int64_t n, T* phi, double* dh, ui
   const int64_t volume = volume_of(t);
   const double unit = lfq::momentum_unit(h);
   const lfq::schedule steps(h, unit);
-  return with_dimension(t.ndim, [&](auto dimension) -> int {
-    constexpr int D = decltype(dimension)::value;
-    const size_t scratch = lfq::sum_scratch(lfq::block_size, 2);
-    if (int e = launch("action", lfq::action_kernel<T, D>, n * w.n_parts, lfq::block_size, scratch, stream, t, volume, w.n_parts, phi,
-                       w.e1))
-      return e;
-    if (int e = launch("action", lfq::finish_kernel<1>, n, lfq::block_size, scratch, stream, w.n_parts, w.e1, w.s0)) return e;
-    int64_t at = 0;
-    for (int64_t sample = 0; sample < h.n_samples; ++sample) {
-      for (int i = 0; i < h.thin; ++i, ++at) {
-        const uint64_t number = h.first_trajectory + uint64_t(at);
-        if (int e = launch("momenta", lfq::refresh_kernel<T>, n * w.refresh_parts, lfq::block_size, scratch, stream,
-                           lfq::stream{h.seed, number, LFQ_PURPOSE_MOMENTA}, h.first_chain, unit, volume, w.refresh_parts, w.p, w.k0))
-          return e;
-        const T* end;
-        double k;
-        if (int e = drift_through<T, D>(t, steps, lfq::drawn_steps(h, number), n, phi, w, end, k, stream)) return e;
-        if (int e = launch("last kick", lfq::last_kick_kernel<T, D>, n * w.n_parts, lfq::block_size, scratch, stream, t, k, volume,
-                           w.n_parts, end, w.p, w.e1))
-          return e;
-        if (int e = launch("accept step", lfq::decide_kernel, n, lfq::block_size, scratch, stream, h, number, w.refresh_parts, w.k0,
-                           w.n_parts, w.e1, w.s0, dh + at * n, accepted ? accepted + at * n : nullptr, w.moves))
-          return e;
-        if (int e = launch("accept step", lfq::settle_kernel<T>, n * w.settle_parts, lfq::block_size, 0, stream, volume,
-                           w.settle_parts, w.moves, end, phi))
-          return e;
-      }
-      if (observables)
-        if (int e = measure(t, n, phi, s, w.measured, observables + sample * n * LFQ_N_OBSERVABLES, stream)) return e;
+  const size_t scratch = lfq::sum_scratch(lfq::block_size, 2);
+  if (int e = actions(t, n, phi, w.e1, w.s0, stream)) return e;
+  int64_t at = 0;
+  for (int64_t sample = 0; sample < h.n_samples; ++sample) {
+    for (int i = 0; i < h.thin; ++i, ++at) {
+      const uint64_t number = h.first_trajectory + uint64_t(at);
+      if (int e = with_alignment(volume, w.p, [&](auto a) {
+            return launch("momenta", lfq::refresh_kernel<T, decltype(a)::value>, n * w.refresh_parts, lfq::block_size, scratch, stream,
+                          lfq::stream{h.seed, number, LFQ_PURPOSE_MOMENTA}, h.first_chain, unit, volume, w.refresh_parts, w.p, w.k0);
+          }))
+        return e;
+      trajectory_end<T> end;
+      if (int e = drift_through<T>(t, steps, lfq::drawn_steps(h, number), n, phi, w, end, stream)) return e;
+      if (int e = kick_last<T>(t, end, n, nullptr, w.e1, stream)) return e;
+      if (int e = launch("accept step", lfq::decide_kernel, n, lfq::block_size, scratch, stream, h, number, w.refresh_parts, w.k0,
+                         w.n_parts, w.e1, w.s0, dh + at * n, accepted ? accepted + at * n : nullptr, w.moves))
+        return e;
+      if (int e = with_alignment(volume, phi, [&](auto a) {
+            constexpr int W = decltype(a)::value ? 16 / int(sizeof(T)) : 1;
+            const int n_parts = int(lfq::ceil_div(volume, W * lfq::settle_vectors * lfq::block_size));
+            return launch("accept step", lfq::settle_kernel<T, W>, n * n_parts, lfq::block_size, 0, stream, volume, n_parts, w.moves,
+                          end.phi, phi);
+          }))
+        return e;
     }
-    return LFQ_OK;
-  });
+    if (observables)
+      if (int e = measure(t, n, phi, s, w.measured, observables + sample * n * LFQ_N_OBSERVABLES, stream)) return e;
+  }
+  return LFQ_OK;
 }
 
 template <class T>
@@ -164,7 +225,7 @@ int hmc(const lfq_phi4* t, const lfq_hmc* h, int32_t path, int64_t n, T* phi, do
   if (int e = arguments<T>(t, h, n, phi, h && h->n_samples > 0 ? static_cast<const void*>(dh) : phi)) return e;
   lfq::hmc_arguments a{*t, *h, lfq::schedule(*h, lfq::momentum_unit(*h)), {}, volume_of(*t), n, dh, accepted, observables};
   if (observables)
-    if (int e = smearing_of(*t, smear, a.smear)) return e;
+    if (int e = smearing_of(*t, smear, a.smear, least_factor<T>)) return e;
   if (h->n_samples == 0) return LFQ_OK;
   if (path < LFQ_CUDA_AUTO || path > LFQ_CUDA_TILED) return fail(LFQ_ERR_ARGUMENT, "path: unknown value %d", int(path));
   const residence<T> r = path == LFQ_CUDA_TILED ? residence<T>() : find_residence<T>(*t);
@@ -182,17 +243,11 @@ int evolve(const lfq_phi4* t, const lfq_hmc* h, int64_t n, T* phi, T* momenta, v
   pieces mem(ws);
   hmc_work<T> w(mem, *t, n);
   w.p = momenta;
-  return with_dimension(t->ndim, [&](auto dimension) {
-    constexpr int D = decltype(dimension)::value;
-    const T* end;
-    double k;
-    if (int e = drift_through<T, D>(*t, lfq::schedule(*h, 1.0), h->n_steps, n, phi, w, end, k, stream)) return e;
-    if (int e = launch("last kick", lfq::last_kick_kernel<T, D>, n * w.n_parts, lfq::block_size, lfq::sum_scratch(lfq::block_size, 2),
-                       stream, *t, k, volume_of(*t), w.n_parts, end, momenta, w.e1))
-      return e;
-    return launch("evolve", lfq::copy_kernel<T>, lfq::ceil_div(n * volume_of(*t), lfq::block_size), lfq::block_size, 0, stream,
-                  n * volume_of(*t), end, phi);
-  });
+  trajectory_end<T> end;
+  if (int e = drift_through<T>(*t, lfq::schedule(*h, 1.0), h->n_steps, n, phi, w, end, stream)) return e;
+  if (int e = kick_last<T>(*t, end, n, momenta, nullptr, stream)) return e;
+  return launch("evolve", lfq::copy_kernel<T>, lfq::ceil_div(n * volume_of(*t), lfq::block_size), lfq::block_size, 0, stream,
+                n * volume_of(*t), end.phi, phi);
 }
 
 }  // namespace

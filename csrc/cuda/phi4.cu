@@ -31,18 +31,21 @@ size_t shared_limit() {
   return size_t(bytes);
 }
 
-int smearing_of(const lfq_phi4& t, const double* smear, lfq::smearing& s) {
+int smearing_of(const lfq_phi4& t, const double* smear, lfq::smearing& s, double least) {
   if (!smear) return fail(LFQ_ERR_ARGUMENT, "smear is null");
   s = {};
   for (int axis = 0; axis < t.ndim; smear += t.extent[axis++]) {
     const int n = t.extent[axis];
     for (int d = 0; d <= n / 2; ++d) {
-      if (d > 0 && !(smear[d] > 1e-16)) continue;
+      if (d > 0 && !(smear[d] > least)) continue;
       if (d > lfq::max_reach)
         return fail(LFQ_ERR_ARGUMENT, "smear: reaches farther than %d sites along axis %d", lfq::max_reach, axis);
       s.reach[axis] = d;
     }
-    for (int d = 0; d <= s.reach[axis]; ++d) s.factor[axis][d] = d > 0 && 2 * d == n ? 0.5 * smear[d] : smear[d];
+    for (int d = 0; d <= s.reach[axis]; ++d) {
+      s.factor[axis][d] = d > 0 && 2 * d == n ? 0.5 * smear[d] : smear[d];
+      s.rounded[axis][d] = float(s.factor[axis][d]);
+    }
   }
   return LFQ_OK;
 }
@@ -58,24 +61,23 @@ int normal(uint64_t seed, int32_t purpose, uint64_t trajectory, uint64_t first_c
   if (first_chain + uint64_t(n_chains) > uint64_t(1) << 32)
     return fail(LFQ_ERR_ARGUMENT, "first_chain: chains are numbered below 2^32");
   const int n_parts = lfq::parts_of(lfq::ceil_div(n, 4));
-  return launch("normals", lfq::normal_kernel<T>, n_chains * n_parts, lfq::block_size, 0, stream,
-                lfq::stream{seed, trajectory, uint32_t(purpose)}, first_chain, n, n_parts, out);
+  return with_alignment(n, out, [&](auto a) {
+    return launch("normals", lfq::normal_kernel<T, decltype(a)::value>, n_chains * n_parts, lfq::block_size, 0, stream,
+                  lfq::stream{seed, trajectory, uint32_t(purpose)}, first_chain, n, n_parts, out);
+  });
 }
 
-struct action_work {
-  int n_parts;
-  double* partial;
-  action_work(pieces& mem, const lfq_phi4& t, int64_t n_chains) {
-    n_parts = lfq::parts_of(strips_of(t));
-    partial = mem.take<double>(n_chains * n_parts);
-  }
-};
+// Where the parts of the actions go.
+template <class T>
+double* parts_of_actions(pieces& mem, const lfq_phi4& t, int64_t n_chains) {
+  return mem.take<double>(n_chains * shares(t, width_of<T>(t)).n_parts);
+}
 
 template <class T>
 size_t workspace(const lfq_phi4* t, int64_t n_chains) {
   if (check_theory(t, n_chains)) return 0;
   pieces a(nullptr), m(nullptr);
-  action_work(a, *t, n_chains);
+  parts_of_actions<T>(a, *t, n_chains);
   measure_work<T>(m, *t, n_chains);
   return a.used > m.used ? a.used : m.used;
 }
@@ -86,23 +88,17 @@ int action(const lfq_phi4* t, int64_t n, const T* phi, double* s, void* ws, size
   if (n > 0 && (!phi || !s)) return fail(LFQ_ERR_ARGUMENT, "a field or an output is null");
   if (int e = check_workspace(ws, bytes, workspace<T>(t, n))) return e;
   pieces mem(ws);
-  const action_work w(mem, *t, n);
-  const size_t scratch = lfq::sum_scratch(lfq::block_size, 1);
-  if (int e = with_dimension(t->ndim, [&](auto d) {
-        return launch("action", lfq::action_kernel<T, decltype(d)::value>, n * w.n_parts, lfq::block_size, scratch, stream, *t,
-                      volume_of(*t), w.n_parts, phi, w.partial);
-      }))
-    return e;
-  return launch("action", lfq::finish_kernel<1>, n, lfq::block_size, scratch, stream, w.n_parts, w.partial, s);
+  return actions(*t, n, phi, parts_of_actions<T>(mem, *t, n), s, stream);
 }
 template <class T>
 int force(const lfq_phi4* t, int64_t n, const T* phi, T* out, void* stream) {
   if (int e = check_theory(t, n)) return e;
   if (n > 0 && (!phi || !out)) return fail(LFQ_ERR_ARGUMENT, "a field or an output is null");
-  const int n_parts = lfq::parts_of(strips_of(*t));
-  return with_dimension(t->ndim, [&](auto d) {
-    return launch("force", lfq::force_kernel<T, decltype(d)::value>, n * n_parts, lfq::block_size, 0, stream, *t, volume_of(*t),
-                  n_parts, phi, out);
+  const int width = aligned(phi, out) ? width_of<T>(*t) : 1;
+  const shares own(*t, width);
+  return with_width<T>(*t, width, [&](auto d, auto w) {
+    return launch("force", lfq::force_kernel<T, decltype(d)::value, decltype(w)::value>, n * own.n_parts, own.threads, 0, stream, *t,
+                  lfq::phi4_site<T>(t->beta, t->lam), volume_of(*t), own.n_parts, phi, out);
   });
 }
 template <class T>
@@ -111,7 +107,7 @@ int observables(const lfq_phi4* t, int64_t n, const T* phi, const double* smear,
   if (n > 0 && (!phi || !out)) return fail(LFQ_ERR_ARGUMENT, "a field or an output is null");
   if (int e = check_workspace(ws, bytes, workspace<T>(t, n))) return e;
   lfq::smearing s;
-  if (int e = smearing_of(*t, smear, s)) return e;
+  if (int e = smearing_of(*t, smear, s, least_factor<T>)) return e;
   pieces mem(ws);
   return measure(*t, n, phi, s, measure_work<T>(mem, *t, n), out, stream);
 }

@@ -103,6 +103,125 @@ struct strip {
   }
 };
 
+// W sites in a row, which a thread reads and writes at once.
+template <class T, int W>
+struct alignas(W * sizeof(T)) lanes {
+  T v[W];
+};
+template <class T, int W>
+LFQ_DEVICE void store(T* to, const lanes<T, W>& x) {
+  *reinterpret_cast<lanes<T, W>*>(to) = x;
+}
+template <int W, bool ALIGNED = true, class T>
+LFQ_DEVICE lanes<T, W> load(const T* from) {
+  lanes<T, W> x;
+  if constexpr (ALIGNED)
+    x = *reinterpret_cast<const lanes<T, W>*>(from);
+  else
+    for (int w = 0; w < W; ++w) x.v[w] = from[w];
+  return x;
+}
+// In the type of the field: a conversion to double costs as much as eight additions.
+template <class T, int W>
+LFQ_DEVICE T sum_of(const lanes<T, W>& x) {
+  T sum = x.v[0];
+  for (int w = 1; w < W; ++w) sum += x.v[w];
+  return sum;
+}
+
+// Nothing to read ahead of the sites.
+struct nothing_early {
+  LFQ_DEVICE int operator()(int) const { return 0; }
+};
+
+// A thread's share of a chain that lies in memory as a whole: up to R slices along the first axis, W sites along the
+// last one in each; with W > 1 these are other axes. ALIGNED: whether W sites can be read at once.
+template <class T, int D, int W, int R, bool ALIGNED = true>
+struct patch {
+  static_assert(W == 1 || D > 1, "the first axis is not the last one");
+
+  int slice;  // sites of a slice
+  int place;  // of the first site within a slice
+  int first, count;
+  int last, end;    // where the last slice of the lattice begins, and the one behind these
+  int right, left;  // along the last axis, of the W sites
+  int up[D > 2 ? D - 2 : 1], down[D > 2 ? D - 2 : 1];
+
+  LFQ_DEVICE patch(const lfq_phi4& t, unsigned index) : slice(1), right(0), left(0) {
+    for (int i = 1; i < D; ++i) slice *= t.extent[i];
+    const unsigned per_slice = unsigned(slice) / W, number = index / per_slice;
+    place = int(index - number * per_slice) * W;
+    const int extent = t.extent[0];
+    first = int(number) * R;
+    count = extent - first;
+    end = count <= R ? 0 : (first + R) * slice;
+    count = count < 0 ? 0 : count > R ? R : count;
+    last = (extent - 1) * slice;
+    if constexpr (D > 1) {
+      const int n = t.extent[D - 1];
+      int rest = place / n, stride = n;
+      const int c = place - rest * n;
+      right = place + (c + W < n ? W : W - n);
+      left = place + (c > 0 ? -1 : n - 1);
+      for (int i = D - 2; i >= 1; --i) {
+        const int m = t.extent[i], next = rest / m, x = rest - next * m;
+        rest = next;
+        up[i - 1] = place + (x + 1 < m ? stride : stride * (1 - m));
+        down[i - 1] = place + (x > 0 ? -stride : stride * (m - 1));
+        stride *= m;
+      }
+    }
+  }
+
+  // Calls f(site, phi, sums over forward neighbours, sums over all neighbours, early(site)) for the W sites from `site`
+  // on; without ALL the second sums are the first ones. What comes from far is read a slice before it is used.
+  template <bool ALL, class E, class F>
+  LFQ_DEVICE void visit(const T* __restrict__ phi, E&& early, F&& f) const {
+    if (count == 0) return;
+    int row = first * slice;
+    V below, here = at(phi + row + place), above = at(phi + (count > 1 ? row + slice : end) + place);
+    if (ALL) below = at(phi + (first > 0 ? row - slice : last) + place);
+    auto ready = early(row + place);
+#pragma unroll 2
+    for (int k = 0; k < count; ++k) {
+      V far = above;
+      auto soon = ready;
+      if (k + 1 < count) {
+        far = at(phi + (k + 2 < count ? row + 2 * slice : end) + place);
+        soon = early(row + slice + place);
+      }
+      V forward = above;
+      if constexpr (D > 1) {
+        for (int w = 0; w + 1 < W; ++w) forward.v[w] += here.v[w + 1];
+        forward.v[W - 1] += phi[row + right];
+        for (int i = 0; i < D - 2; ++i) add(forward, at(phi + row + up[i]));
+      }
+      V all = forward;
+      if constexpr (ALL) {
+        add(all, below);
+        if constexpr (D > 1) {
+          all.v[0] += phi[row + left];
+          for (int w = 1; w < W; ++w) all.v[w] += here.v[w - 1];
+          for (int i = 0; i < D - 2; ++i) add(all, at(phi + row + down[i]));
+        }
+      }
+      f(row + place, here, forward, all, ready);
+      below = here;
+      here = above;
+      above = far;
+      ready = soon;
+      row += slice;
+    }
+  }
+
+ private:
+  using V = lanes<T, W>;
+  static LFQ_DEVICE V at(const T* phi) { return load<W, ALIGNED>(phi); }
+  static LFQ_DEVICE void add(V& sum, const V& x) {
+    for (int w = 0; w < W; ++w) sum.v[w] += x.v[w];
+  }
+};
+
 // Which part of which chain a block works on.
 struct part {
   int64_t chain;
@@ -127,37 +246,59 @@ LFQ_DEVICE void sum_parts(const double* partial, int64_t chain, int n_parts, dou
   block_sum(sum);
 }
 
-template <class T>
+// The normals of block b of a chain's stream, as far as the chain goes; ALIGNED: whether all four can be stored at once.
+template <class T, bool ALIGNED>
+LFQ_DEVICE void store_block(const T (&v)[4], int64_t b, int64_t n, T* out) {
+  if constexpr (ALIGNED) {
+    constexpr int W = 16 / sizeof(T);
+    for (int j = 0; j < 4; j += W) {
+      lanes<T, W> x;
+      for (int w = 0; w < W; ++w) x.v[w] = v[j + w];
+      store(out + 4 * b + j, x);
+    }
+  } else {
+    for (int j = 0; j < 4; ++j)
+      if (4 * b + j < n) out[4 * b + j] = v[j];
+  }
+}
+
+template <class T, bool ALIGNED>
 __global__ void normal_kernel(stream rng, uint64_t first_chain, int64_t n, int n_parts, T* out) {
   const part at(n_parts);
   const int64_t b = at.thread();
   if (4 * b >= n) return;
   T v[4];
   normal_block<T>(rng, uint32_t(b), uint32_t(first_chain + uint64_t(at.chain)), v);
-  for (int j = 0; j < 4; ++j)
-    if (4 * b + j < n) out[at.chain * n + 4 * b + j] = v[j];
+  store_block<T, ALIGNED>(v, b, n, out + at.chain * n);
 }
 
 constexpr int strip_rows = 8;
 
-template <class T, int D>
-__global__ void action_kernel(lfq_phi4 theory, int64_t volume, int n_parts, const T* phi, double* partial) {
+template <class T, int D, int W, bool ALIGNED>
+__global__ void __launch_bounds__(block_size)
+    action_kernel(lfq_phi4 theory, phi4_site<T> site, int64_t volume, int n_parts, const T* __restrict__ phi, double* partial) {
   const part at(n_parts);
-  const phi4_site<T> site(theory.beta, theory.lam);
   double s[1] = {0};
-  strip<D, strip_rows>(theory, at.thread()).visit(phi + at.chain * volume, [&](int, int, T p, T forward, T) {
-    s[0] += double(site.action(p, forward));
+  const patch<T, D, W, strip_rows, ALIGNED> own(theory, unsigned(at.thread()));
+  own.template visit<false>(phi + at.chain * volume, nothing_early(), [&](int, auto& x, auto& forward, auto&, int) {
+    lanes<T, W> terms;
+    for (int w = 0; w < W; ++w) terms.v[w] = site.action(x.v[w], forward.v[w]);
+    s[0] += double(sum_of(terms));
   });
   store_part(s, partial, at, n_parts);
 }
 
-template <class T, int D>
-__global__ void force_kernel(lfq_phi4 theory, int64_t volume, int n_parts, const T* phi, T* force) {
+template <class T, int D, int W>
+__global__ void __launch_bounds__(block_size)
+    force_kernel(lfq_phi4 theory, phi4_site<T> site, int64_t volume, int n_parts, const T* __restrict__ phi,
+                 T* __restrict__ force) {
   const part at(n_parts);
-  const phi4_site<T> site(theory.beta, theory.lam);
   T* f = force + at.chain * volume;
-  strip<D, strip_rows>(theory, at.thread()).visit(phi + at.chain * volume, [&](int, int i, T p, T, T all) {
-    f[i] = site.force(p, all);
+  const patch<T, D, W, strip_rows> own(theory, unsigned(at.thread()));
+  own.template visit<true>(phi + at.chain * volume, nothing_early(), [&](int i, auto& x, auto&, auto& all, int) {
+    lanes<T, W> y;
+    for (int w = 0; w < W; ++w) y.v[w] = site.force(x.v[w], all.v[w]);
+    store(f + i, y);
   });
 }
 
@@ -178,6 +319,10 @@ constexpr int max_reach = 31;
 struct smearing {
   int reach[LFQ_MAX_DIM];
   double factor[LFQ_MAX_DIM][max_reach + 1];
+  float rounded[LFQ_MAX_DIM][max_reach + 1];  // the factors
+
+  LFQ_HD double of(double, int axis, int d) const { return factor[axis][d]; }
+  LFQ_HD float of(float, int axis, int d) const { return rounded[axis][d]; }
 };
 
 // One site of a line along an axis.
@@ -197,34 +342,6 @@ LFQ_DEVICE T smeared_at(const smearing& s, int axis, const T* phi, int i, int n,
   return smeared(s, axis, phi + (i - x * stride), x, n, stride);
 }
 
-// Sums of phi, phi^2, phi^4, phi times its forward neighbours, then cos and sin of each axis's smallest momentum.
-template <int D>
-struct moments {
-  static constexpr int size = 4 + 2 * D;
-  double sum[size];
-  double cosine[D], sine[D];  // of the strip's place along the axes after the first
-
-  template <int R>
-  LFQ_DEVICE moments(const lfq_phi4& t, const strip<D, R>& s) {
-    for (double& v : sum) v = 0;
-    int rest = s.place;
-    for (int i = D - 1; i >= 1; --i) {
-      sincospi(2.0 * (rest % t.extent[i]) / t.extent[i], &sine[i], &cosine[i]);
-      rest /= t.extent[i];
-    }
-  }
-  LFQ_DEVICE void add(double p, double forward, int row, int extent) {
-    sum[0] += p;
-    sum[1] += p * p;
-    sum[2] += p * p * (p * p);
-    sum[3] += p * forward;
-    sincospi(2.0 * row / extent, &sine[0], &cosine[0]);
-    for (int i = 0; i < D; ++i) {
-      sum[4 + 2 * i] += p * cosine[i];
-      sum[5 + 2 * i] += p * sine[i];
-    }
-  }
-};
 // The observables of lfq.h from sums over the whole lattice.
 LFQ_DEVICE void store_observables(int ndim, const double* sum, double smeared2, double volume, double* out) {
   const double v = 1.0 / volume;
@@ -236,40 +353,6 @@ LFQ_DEVICE void store_observables(int ndim, const double* sum, double smeared2, 
   out[3] = sum[3] * v / ndim;
   out[4] = smeared2 * v;
   out[5] = power * v / ndim;
-}
-
-template <class T, int D>
-__global__ void moments_kernel(lfq_phi4 theory, int64_t volume, int n_parts, const T* phi, double* partial) {
-  const part at(n_parts);
-  const strip<D, strip_rows> s(theory, at.thread());
-  moments<D> m(theory, s);
-  s.visit(phi + at.chain * volume, [&](int k, int, T p, T forward, T) {
-    m.add(double(p), double(forward), s.first + k, s.extent);
-  });
-  store_part(m.sum, partial, at, n_parts);
-}
-// Smears along one axis. The last one leaves the sum of squares instead of the field.
-template <class T>
-__global__ void smear_kernel(smearing s, int axis, int extent, int stride, int64_t volume, int n_parts, const T* phi,
-                             T* out, double* partial) {
-  const part at(n_parts);
-  const int64_t i = at.thread();
-  T v = T(0);
-  if (i < volume) v = smeared_at(s, axis, phi + at.chain * volume, int(i), extent, stride);
-  if (out) {
-    if (i < volume) out[at.chain * volume + i] = v;
-    return;
-  }
-  double sum[1] = {double(v) * double(v)};
-  store_part(sum, partial, at, n_parts);
-}
-template <int D>
-__global__ void observables_kernel(int n_parts, const double* partial, int n_smear_parts, const double* smear_partial,
-                                   double volume, double* out) {
-  double sum[moments<D>::size], smeared2[1];
-  sum_parts(partial, blockIdx.x, n_parts, sum);
-  sum_parts(smear_partial, blockIdx.x, n_smear_parts, smeared2);
-  if (threadIdx.x == 0) store_observables(D, sum, smeared2[0], volume, out + int64_t(blockIdx.x) * LFQ_N_OBSERVABLES);
 }
 
 LFQ_NAMESPACE_END

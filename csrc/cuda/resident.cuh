@@ -1,32 +1,9 @@
 // HMC of phi^4 with a chain in the registers and the shared memory of one block.
 #pragma once
 #include "cuda/hmc.cuh"
+#include "cuda/observables.cuh"
 
 LFQ_NAMESPACE_BEGIN
-
-// Observables of the field in shared memory, which does not survive the smearing. A function of its own, so that it
-// takes no registers from the steps.
-template <class T, int D, int R>
-__device__ __noinline__ void measure_shared(const hmc_arguments& a, T* phi, double* out) {
-  const strip<D, R> own(a.theory, threadIdx.x);
-  moments<D> m(a.theory, own);
-  own.visit(phi, [&](int k, int, T v, T forward, T) { m.add(double(v), double(forward), own.first + k, own.extent); });
-  block_sum(m.sum);
-  T line[R];
-  int stride = int(a.volume);
-  for (int axis = 0; axis < D; ++axis) {
-    const int n = a.theory.extent[axis];
-    stride /= n;
-    own.each([&](int k, int i) { line[k] = smeared_at<T>(a.smear, axis, phi, i, n, stride); });
-    __syncthreads();
-    own.each([&](int k, int i) { phi[i] = line[k]; });
-    __syncthreads();
-  }
-  double smeared2[1] = {0};
-  own.each([&](int k, int) { smeared2[0] += double(line[k]) * double(line[k]); });
-  block_sum(smeared2);
-  if (threadIdx.x == 0) store_observables(D, m.sum, smeared2[0], double(a.volume), out);
-}
 
 template <class T>
 struct resident_arguments {
@@ -110,7 +87,7 @@ struct strip_phi4 {
       load();
   }
   LFQ_DEVICE void measure(double* out) {
-    measure_shared<T, D, R>(a.hmc, phi, out);
+    measure_shared<T, D>(a.hmc.theory, a.hmc.smear, phi, out);
     load();
   }
 };
@@ -315,7 +292,7 @@ struct tile_phi4 {
 #pragma unroll
     for (int r = 0; r < R; ++r) store_quad(phi + own.block + r * own.slice, x[r]);
     __syncthreads();
-    measure_shared<T, D, 4 * R>(a.hmc, phi, out);
+    measure_shared<T, D>(a.hmc.theory, a.hmc.smear, phi, out);
     __syncthreads();
 #pragma unroll
     for (int r = 0; r < R; ++r) publish(r);

@@ -279,7 +279,7 @@ struct resident_pulled_back {
       store_quad(field + flow.own.block + r * flow.own.slice, row);
     }
     __syncthreads();
-    measure_shared<T, 2, 4 * R>(a, field, out);
+    measure_shared<T, 2>(a.theory, a.smear, field, out);
     __syncthreads();
   }
   // The field of the last accepted latent.

@@ -26,13 +26,15 @@ flow_residence find_flow_residence(const lfq_flow& f) {
   }
   const int height = f.layers[0].extent[0], row = f.layers[0].extent[1];
   if (row < 4 || row > 4 * lfq::warp_size || (row & (row - 1))) return r;
-  // Observables are measured in strips of four times as many rows.
   constexpr int R = 2;
   const int64_t tiles = int64_t(height) * row / (4 * R);
-  if (height % (4 * R) || tiles > lfq::resident_flow_threads) return r;
+  if (height % R || tiles > lfq::resident_flow_threads) return r;
   r.threads = lfq::whole_warps(tiles);
   r.shared = lfq::sum_scratch(r.threads, lfq::resident_flow_sums) + 2 * sizeof(lfq::near_net<T>) + 2 * size_t(f.volume) * sizeof(T);
-  if (r.shared <= shared_limit()) r.rows = R;
+  lfq_phi4 lattice{};
+  lattice.ndim = 2;
+  for (int i = 0; i < 2; ++i) lattice.extent[i] = f.layers[0].extent[i];
+  if (r.shared <= shared_limit() && lfq::can_measure<T>(lattice, f.volume, r.threads)) r.rows = R;
   return r;
 }
 

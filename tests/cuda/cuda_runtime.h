@@ -164,9 +164,25 @@ template <class T>
 T __shfl_sync(unsigned, T value, int lane) {
   return emulator::shuffle(value, unsigned(lane));
 }
+// A lane whose source would lie outside the warp keeps its own.
+template <class T>
+T __shfl_up_sync(unsigned, T value, unsigned delta) {
+  const unsigned lane = emulator::running->current & 31u;
+  return emulator::shuffle(value, lane < delta ? lane : lane - delta);
+}
+template <class T>
+T __shfl_down_sync(unsigned, T value, unsigned delta) {
+  const unsigned lane = emulator::running->current & 31u;
+  return emulator::shuffle(value, lane + delta > 31u ? lane : lane + delta);
+}
 inline void sincospi(double x, double* s, double* c) {
   *s = std::sin(3.14159265358979323846 * x);
   *c = std::cos(3.14159265358979323846 * x);
+}
+
+inline void sincospif(float x, float* s, float* c) {
+  *s = float(std::sin(3.14159265358979323846 * x));
+  *c = float(std::cos(3.14159265358979323846 * x));
 }
 
 // ---- the parts of the runtime that lfq calls, and the programs that embed it -----------------
