@@ -1,5 +1,6 @@
 // Flows on the GPU: one block walks a chain through all layers. Sites are dealt out to threads anew in each loop, with
-// a barrier between loops.
+// a barrier between loops. The kernels at the end know two ways of doing so: flow_block for every flow, and direct_block
+// (direct_flow.cuh).
 #pragma once
 #include <type_traits>
 
@@ -20,6 +21,8 @@ LFQ_HD int64_t cache_of(const lfq_layer& l) {
   return resizes(l) ? sites_of(l) >> l.ndim : 0;
 }
 
+struct direct_layer;
+
 // A flow with its weights in the type of the loops: those of couplings as they are, but for the logarithms at the end of
 // each set of a site map; of a rescale its factor; of an upsampling its scale, then coefficient and width for each number of odd
 // coordinates.
@@ -30,6 +33,13 @@ struct flow_program {
   const lfq_layer* layers;
   const T* weights;
   const double* log_det;  // of the layers whose log-det does not depend on the field
+
+  // What direct_block reads.
+  const direct_layer* direct;
+  const char* links;
+  int64_t links_stride;  // from one layer to the next
+  bool enlarges_first;   // the first layer resizes
+  bool keeps_all;        // a forward pass keeps what gradients of weights need
 };
 
 // One block.
@@ -250,8 +260,26 @@ struct buffer_plan {
   }
 };
 
+// Adds an upsampling's dL/dweights from sums of d/dscale, then d/dmean and d/dwidth for each number of odd coordinates.
+template <class T>
+LFQ_DEVICE void add_upsampling_terms(int ndim, double factor, const T* coefficient, const double* sum, double dlog_det, double n_coarse,
+                                     double* dw) {
+  double scale = sum[0], binomial = 1;
+  for (int k = 1; k <= ndim; ++k) {
+    binomial *= double(ndim - k + 1) / k;
+    scale += double(coefficient[k]) * sum[2 * k - 1];
+    dw[2 * k - 1] += factor / (1 << k) * sum[2 * k - 1];
+    dw[2 * k] += dlog_det * n_coarse * binomial + sum[2 * k];
+  }
+  dw[0] += dlog_det * n_coarse + scale;
+}
+
 template <class T>
 struct flow_block {
+  // Two blocks share a multiprocessor: 128 registers a thread. Without being told, ptxas takes all 255 for whatever has a
+  // backward pass.
+  static constexpr int most_threads = 256, least_blocks = 2;
+
   const flow_program<T>& flow;
   T *x, *spare_x, *g, *spare_g, *gz, *cache, *hidden, *du, *du2;
   double* dweights;  // null when not wanted
@@ -395,7 +423,7 @@ struct flow_block {
   };
 
   // What `couple` keeps for backward: h of every output, the slope, and the field before.
-  LFQ_CALLED void couple(const lfq_layer& l, T* keep, double& log_det) const {
+  LFQ_CALLED void couple(const lfq_layer& l, T* keep, double* log_det) const {
     const int64_t half = sites_of(l) / 2;
     const int scale = l.scale;
     const bool several = l.sublattices;
@@ -416,11 +444,11 @@ struct flow_block {
             keep[(N + 1) * half + i] = before;
           }
           x[site] = a.y;
-          sum += double(log_slope<S>(a, by.p));
+          if (log_det) sum += double(log_slope<S>(a, by.p));
         });
       });
     });
-    log_det += sum;
+    if (log_det) *log_det += sum;
   }
   LFQ_CALLED void uncouple(const lfq_layer& l, double& log_det) const {
     const int scale = l.scale;
@@ -699,20 +727,14 @@ struct flow_block {
     }
     block_sum(sum);
     if (threadIdx.x != 0) return;
-    double* dw = dweights + l.weight_offset;
-    double scale = sum[0], binomial = 1;
-    for (int k = 1; k <= D; ++k) {
-      binomial *= double(D - k + 1) / k;
-      scale += double(coefficient(l, k)) * sum[2 * k - 1];
-      dw[2 * k - 1] += double(scale_of(l)) / (1 << k) * sum[2 * k - 1];
-      dw[2 * k] += double(dlog_det) * n_coarse * binomial + sum[2 * k];
-    }
-    dw[0] += double(dlog_det) * n_coarse + scale;
+    T factors[LFQ_MAX_DIM + 1] = {};
+    for (int k = 1; k <= D; ++k) factors[k] = coefficient(l, k);
+    add_upsampling_terms(D, double(scale_of(l)), factors, sum, double(dlog_det), double(n_coarse), dweights + l.weight_offset);
   }
 
   // ---- the flow ----------------------------------------------------------------------------------
-  // x = f(z), all threads' shares of the log-det that depends on the field. KEEP what backward needs.
-  LFQ_CALLED void forward(const T* z, bool keep, double& log_det) {
+  // x = f(z); `keep` what backward needs. log_det null when not wanted: the thread's share of what depends on the field.
+  LFQ_CALLED void forward(const T* z, bool keep, double* log_det) {
     each_of(flow.first_volume, [&](int64_t i) { x[i] = z[i]; });
     __syncthreads();
     T* kept = cache;
@@ -784,8 +806,8 @@ struct flow_block {
     __syncthreads();
   }
 
-  // The threads' shares of the action of the field in x, and dS/dphi into g.
-  LFQ_CALLED double action_gradient(const lfq_phi4& theory) const {
+  // dS/dphi of the field in x into g; `energies`: returns the thread's share of the action.
+  LFQ_CALLED double action_gradient(const lfq_phi4& theory, bool energies) const {
     const phi4_site<T> site(theory.beta, theory.lam);
     T *const x = this->x, *const g = this->g;
     double s = 0;
@@ -793,11 +815,17 @@ struct flow_block {
       T ahead, all;
       neighbours(theory, x, int(i), ahead, all);
       g[i] = -site.force(x[i], all);
-      s += double(site.action(x[i], ahead));
+      if (energies) s += double(site.action(x[i], ahead));
     });
     __syncthreads();
     return s;
   }
+
+  LFQ_DEVICE T& field_at(int64_t i) const { return x[i]; }
+  LFQ_DEVICE T& field_gradient_at(int64_t i) const { return g[i]; }
+  LFQ_DEVICE T& gradient_at(int64_t i) const { return gz[i]; }
+  // Holds nothing between trajectories.
+  LFQ_DEVICE T* scratch() const { return x; }
 };
 
 // ---- kernels: blocks take chains in turn --------------------------------------------------------
@@ -806,12 +834,8 @@ LFQ_DEVICE void each_chain(int64_t n_chains, F&& f) {
   for (int64_t chain = blockIdx.x; chain < n_chains; chain += gridDim.x) f(chain);
 }
 
-// Two blocks share a multiprocessor: 128 registers a thread. Without being told, ptxas takes all 255 for whatever has a
-// backward pass.
-constexpr int flow_threads = 256, flow_blocks = 2;
-
 template <class T>
-__global__ void __launch_bounds__(flow_threads, flow_blocks) inverse_kernel(const __grid_constant__ flow_program<T> flow,
+__global__ void __launch_bounds__(flow_block<T>::most_threads, flow_block<T>::least_blocks) inverse_kernel(const __grid_constant__ flow_program<T> flow,
     const __grid_constant__ buffer_plan plan, int64_t n_chains, const T* in, T* z, double* log_det) {
   each_chain(n_chains, [&](int64_t chain) {
     flow_block<T> block(flow, plan, false);
@@ -826,47 +850,51 @@ __global__ void __launch_bounds__(flow_threads, flow_blocks) inverse_kernel(cons
 
 // ---- HMC of the pulled-back theory ------------------------------------------------------------------
 // z and phi in device memory are the last accepted latent and its field; old_g is the gradient there.
-template <class T>
+template <class T, template <class> class Block>
 struct pulled_back_block {
   const hmc_arguments& a;
-  flow_block<T> flow;
+  const flow_program<T>& program;
+  const buffer_plan& plan;
   T *z, *phi;              // of the chain
   T *latent, *p, *new_phi, *old_g;
   bool gradient_known = false;
 
-  LFQ_DEVICE pulled_back_block(const hmc_arguments& arguments, const flow_program<T>& f, const buffer_plan& plan, T* chain_z, T* chain_phi)
+  LFQ_DEVICE pulled_back_block(const hmc_arguments& arguments, const flow_program<T>& f, const buffer_plan& buffers, T* chain_z, T* chain_phi)
       : a(arguments),
-        flow(f, plan, false),
+        program(f),
+        plan(buffers),
         z(chain_z),
         phi(chain_phi),
-        latent(plan.get<T>(buffer_z)),
-        p(plan.get<T>(buffer_p)),
-        new_phi(plan.get<T>(buffer_phi)),
-        old_g(plan.get<T>(buffer_old_g)) {}
+        latent(buffers.get<T>(buffer_z)),
+        p(buffers.get<T>(buffer_p)),
+        new_phi(buffers.get<T>(buffer_phi)),
+        old_g(buffers.get<T>(buffer_old_g)) {}
 
-  // dS~/dz into flow.gz, the field into new_phi; returns the threads' shares of S~ but for its constant.
-  LFQ_CALLED double gradient() {
-    T *const x = flow.x, *const spare_x = flow.spare_x, *const g = flow.g, *const spare_g = flow.spare_g;
+  LFQ_DEVICE Block<T> flow() const { return Block<T>(program, plan, false); }
+  // dS~/dz to gradient_at; at the ends of trajectories also the field into new_phi and the threads' shares of S~ but for
+  // its constant.
+  LFQ_CALLED double gradient(bool ends) {
+    Block<T> block = flow();
     double log_det = 0;
     __syncthreads();
-    flow.forward(latent, true, log_det);
-    each_of(a.volume, [&](int64_t i) { new_phi[i] = flow.x[i]; });
-    const double s = flow.action_gradient(a.theory);
-    flow.backward(latent, T(-1));
-    flow.x = x, flow.spare_x = spare_x, flow.g = g, flow.spare_g = spare_g;
+    block.forward(latent, true, ends ? &log_det : nullptr);
+    if (ends) each_of(a.volume, [&](int64_t i) { new_phi[i] = block.field_at(i); });
+    const double s = block.action_gradient(a.theory, ends);
+    block.backward(latent, T(-1));
     gradient_known = true;
     return s - log_det;
   }
   LFQ_DEVICE void keep() {
+    const Block<T> block = flow();
     each_of(a.volume, [&](int64_t i) {
       z[i] = latent[i];
       phi[i] = new_phi[i];
-      old_g[i] = flow.gz[i];
+      old_g[i] = block.gradient_at(i);
     });
   }
   LFQ_DEVICE double start() {
     each_of(a.volume, [&](int64_t i) { latent[i] = z[i]; });
-    const double s = gradient();
+    const double s = gradient(true);
     keep();
     return s;
   }
@@ -887,31 +915,32 @@ struct pulled_back_block {
     return p2;
   }
   LFQ_DEVICE void kick_drift(int kick, int drift) {
-    if (!gradient_known) gradient();
+    if (!gradient_known) gradient(false);
     gradient_known = false;
+    const Block<T> block = flow();
     const T vk(-a.steps.kick[kick]), vd(a.steps.drift[drift]);
     each_of(a.volume, [&](int64_t i) {
-      p[i] = fma(vk, flow.gz[i], p[i]);
+      p[i] = fma(vk, block.gradient_at(i), p[i]);
       latent[i] = fma(vd, p[i], latent[i]);
     });
   }
   LFQ_DEVICE void last_kick(int kick, double& s, double& p2) {
-    s = gradient();
+    s = gradient(true);
+    const Block<T> block = flow();
     const T vk(-a.steps.kick[kick]);
     each_of(a.volume, [&](int64_t i) {
-      const double m = double(fma(vk, flow.gz[i], p[i]));
+      const double m = double(fma(vk, block.gradient_at(i), p[i]));
       p[i] = T(m);
       p2 += m * m;
     });
   }
   LFQ_DEVICE void settle(bool accept) {
-    if (accept)
-      keep();
-    else
-      each_of(a.volume, [&](int64_t i) {
-        latent[i] = z[i];
-        flow.gz[i] = old_g[i];
-      });
+    if (accept) return keep();
+    const Block<T> block = flow();
+    each_of(a.volume, [&](int64_t i) {
+      latent[i] = z[i];
+      block.gradient_at(i) = old_g[i];
+    });
   }
   // A trajectory from the momenta that are given, which end it, without an accept step.
   LFQ_DEVICE void evolve(T* momenta) {
@@ -949,12 +978,12 @@ struct pulled_back_block {
       }
     });
     block_sum(sum);
-    // x and p hold nothing between trajectories.
+    T* const scratch = flow().scratch();
     const T* in = phi;
     int stride = int(a.volume);
     for (int axis = 0; axis < t.ndim; ++axis) {
       stride /= t.extent[axis];
-      T* to = axis % 2 ? p : flow.x;
+      T* to = axis % 2 ? p : scratch;
       each_of(a.volume, [&](int64_t i) { to[i] = smeared_at<T>(a.smear, axis, in, int(i), t.extent[axis], stride); });
       __syncthreads();
       in = to;
@@ -972,13 +1001,13 @@ struct forward_arguments {
   T* x;
   double* log_det;
 };
-template <class T>
+template <class T, template <class> class Block>
 LFQ_DEVICE void forward_chain(const flow_program<T>& flow, const buffer_plan& plan, const forward_arguments<T>& a, int64_t chain) {
-  flow_block<T> block(flow, plan, false);
+  Block<T> block(flow, plan, false);
   const int64_t first = chain * flow.volume;
   double sum[1] = {0};
-  block.forward(a.z + first, false, sum[0]);
-  each_of(flow.volume, [&](int64_t i) { a.x[first + i] = block.x[i]; });
+  block.forward(a.z + first, false, sum);
+  each_of(flow.volume, [&](int64_t i) { a.x[first + i] = block.field_at(i); });
   block_sum(sum);
   if (threadIdx.x == 0) a.log_det[chain] = sum[0] + *flow.log_det;
 }
@@ -993,17 +1022,17 @@ struct gradient_arguments {
   T* dz;                     // null when not wanted; of the theory the force, - dL/dz
   double *action, *log_det;  // of the theory; log_det null: action is S(f(z)) - log_det
 };
-template <class T>
+template <class T, template <class> class Block>
 LFQ_DEVICE void gradient_chain(const flow_program<T>& flow, const buffer_plan& plan, const gradient_arguments<T>& a, int64_t chain) {
-  flow_block<T> block(flow, plan, plan.dweights != nullptr);
+  Block<T> block(flow, plan, plan.dweights != nullptr);
   const int64_t first = chain * flow.volume;
   double e[2] = {0, 0};
-  block.forward(a.z + first, true, e[1]);
+  block.forward(a.z + first, true, a.dx ? nullptr : e + 1);
   if (a.dx) {
-    each_of(flow.volume, [&](int64_t i) { block.g[i] = a.dx[first + i]; });
+    each_of(flow.volume, [&](int64_t i) { block.field_gradient_at(i) = a.dx[first + i]; });
     __syncthreads();
   } else {
-    e[0] = block.action_gradient(a.theory);
+    e[0] = block.action_gradient(a.theory, true);
     block_sum(e);
     if (threadIdx.x == 0) {
       const double log_det = e[1] + *flow.log_det;
@@ -1012,7 +1041,7 @@ LFQ_DEVICE void gradient_chain(const flow_program<T>& flow, const buffer_plan& p
     }
   }
   block.backward(a.z + first, T(a.dx ? a.dlog_det[chain] : -1.0));
-  if (a.dz) each_of(flow.volume, [&](int64_t i) { a.dz[first + i] = a.dx ? block.gz[i] : -block.gz[i]; });
+  if (a.dz) each_of(flow.volume, [&](int64_t i) { a.dz[first + i] = a.dx ? block.gradient_at(i) : -block.gradient_at(i); });
   __syncthreads();
 }
 
@@ -1022,10 +1051,10 @@ struct pulled_back_arguments {
   hmc_arguments hmc;
   T *z, *phi, *momenta;
 };
-template <class T>
+template <class T, template <class> class Block>
 LFQ_DEVICE void hmc_chain(const flow_program<T>& flow, const buffer_plan& plan, const pulled_back_arguments<T>& a, int64_t chain) {
   const int64_t first = chain * flow.volume;
-  pulled_back_block<T> potential(a.hmc, flow, plan, a.z + first, a.momenta ? nullptr : a.phi + first);
+  pulled_back_block<T, Block> potential(a.hmc, flow, plan, a.z + first, a.momenta ? nullptr : a.phi + first);
   if (a.momenta)
     potential.evolve(a.momenta + first);
   else
@@ -1047,16 +1076,16 @@ struct flow_arguments {
     pulled_back_arguments<T> hmc;
   };
 };
-template <class T>
-__global__ void __launch_bounds__(flow_threads, flow_blocks) flow_kernel(const __grid_constant__ flow_arguments<T> a) {
+template <class T, template <class> class Block>
+__global__ void __launch_bounds__(Block<T>::most_threads, Block<T>::least_blocks) flow_kernel(const __grid_constant__ flow_arguments<T> a) {
   const buffer_plan& plan = a.plan;
   if (plan.dweights) each_of(a.flow.n_weights, [&](int64_t i) { plan.dweights[blockIdx.x * a.flow.n_weights + i] = 0; });
   each_chain(a.n_chains, [&](int64_t chain) {
     switch (a.task) {
-      case flow_task::forward: return forward_chain(a.flow, plan, a.forward, chain);
+      case flow_task::forward: return forward_chain<T, Block>(a.flow, plan, a.forward, chain);
       case flow_task::inverse: return;
-      case flow_task::gradient: return gradient_chain(a.flow, plan, a.gradient, chain);
-      case flow_task::hmc: return hmc_chain(a.flow, plan, a.hmc, chain);
+      case flow_task::gradient: return gradient_chain<T, Block>(a.flow, plan, a.gradient, chain);
+      case flow_task::hmc: return hmc_chain<T, Block>(a.flow, plan, a.hmc, chain);
     }
   });
 }

@@ -1,7 +1,9 @@
 // lfq_cuda.h: flows, HMC through them, and the training step. Included by one file for each type, so that they are
 // compiled side by side.
 #pragma once
-#include "cuda/flow.cuh"
+#include <algorithm>
+
+#include "cuda/direct_flow.cuh"
 #include "cuda/resident_flow.hpp"
 #include "cuda/theory.hpp"
 #include "cuda/train.cuh"
@@ -16,6 +18,7 @@ constexpr size_t most_shared = 100 * 1024;
 constexpr int most_slots = 1024;
 // Blocks that share the chains of a gradient by the weights of a resident flow.
 constexpr int most_resident_slots = 2048;
+constexpr int most_direct_slots = 4224;  // one warp on each of as many as an H200 holds
 constexpr int64_t most_slot_bytes = int64_t(2) << 30;
 // Most that a block adds up at a time: for observables, or of the parameters of a coupling.
 constexpr int n_sums = 2 * LFQ_MAX_FEATURES > 4 + 2 * LFQ_MAX_DIM ? 2 * LFQ_MAX_FEATURES : 4 + 2 * LFQ_MAX_DIM;
@@ -39,6 +42,15 @@ int check_flow_on(const lfq_flow* f, const lfq_layer* device_layers, const lfq_p
     if (l.ndim != t->ndim || l.extent[i] != t->extent[i]) return fail(LFQ_ERR_ARGUMENT, "flow: ends on another lattice than the theory's");
   }
   return LFQ_OK;
+}
+
+// Chains take slots in turn. Their number depends on sizes alone, and so does the order of sums over them.
+inline void share_out_slots(lfq::buffer_plan& p, int64_t most, int64_t n_chains) {
+  p.slot_bytes = (p.slot_bytes + 255) & ~int64_t(255);
+  if (p.slot_bytes > 0) most = std::max<int64_t>(1, std::min(most, most_slot_bytes / p.slot_bytes));
+  // All of them get as many chains, or one less.
+  const int64_t rounds = std::max<int64_t>(1, lfq::ceil_div(n_chains, most));
+  p.n_slots = int(lfq::ceil_div(n_chains, rounds));
 }
 
 // Which layers a flow has, in numbers of buffers; the sizes of all of them.
@@ -76,7 +88,7 @@ lfq::buffer_plan plan_buffers(const lfq_flow& f, work what, int64_t n_chains) {
   size[lfq::buffer_z] = size[lfq::buffer_p] = size[lfq::buffer_phi] = size[lfq::buffer_old_g] = hmc ? f.volume : 0;
 
   lfq::buffer_plan p{};
-  p.threads = lfq::whole_warps(f.volume / 2 > lfq::flow_threads ? lfq::flow_threads : f.volume / 2 > 0 ? f.volume / 2 : 1);
+  p.threads = lfq::whole_warps(std::clamp<int64_t>(f.volume / 2, 1, lfq::flow_block<T>::most_threads));
   const size_t limit = shared_limit() < most_shared ? shared_limit() : most_shared;
   p.shared_bytes = lfq::sum_scratch(p.threads, n_sums);
   for (int b = 0; b < n_buffers; ++b) {
@@ -95,21 +107,85 @@ lfq::buffer_plan plan_buffers(const lfq_flow& f, work what, int64_t n_chains) {
     p.shared[lfq::buffer_gz] = p.shared[lfq::buffer_g];
     p.offset[lfq::buffer_gz] = p.offset[lfq::buffer_g];
   }
-  p.slot_bytes = (p.slot_bytes + 255) & ~int64_t(255);
-  int64_t slots = p.slot_bytes > 0 && most_slot_bytes / p.slot_bytes < most_slots ? most_slot_bytes / p.slot_bytes : most_slots;
-  slots = slots < 1 ? 1 : slots;
-  p.n_slots = int(n_chains < slots ? n_chains : slots);
+  share_out_slots(p, most_slots, n_chains);
   return p;
 }
 
-// The workspace of a call.
+// The same for direct_block; no slots where it does not fit or is not for this flow.
+template <class T>
+lfq::buffer_plan plan_direct(const lfq_flow& f, work what, int64_t n_chains) {
+  lfq::buffer_plan p{};
+  int64_t cache = 0;
+  int cotangents = 1;
+  for (int n = 0; n < f.n_layers; ++n) {
+    const lfq_layer& l = f.layers[n];
+    if (!lfq::is_direct(l)) return p;
+    if (l.kind != LFQ_LAYER_COUPLING) continue;
+    const int outputs = lfq::outputs_of(l);
+    cache += lfq::kept_of(l.scale, outputs, what == work::gradient) * (lfq::count_bits(lfq::active_of(l)) * (lfq::sites_of(l) >> l.ndim));
+    cotangents = std::max(cotangents, lfq::cotangents_of(l.scale, outputs));
+  }
+  if (f.n_layers == 0) return p;
+  const bool hmc = what == work::hmc;
+  int64_t size[n_buffers] = {};
+  size[lfq::buffer_x] = size[lfq::buffer_g] = f.volume;
+  // HMC does not need the field again behind the forward pass.
+  const bool in_place = hmc && cotangents == 1;
+  if (what != work::forward) {
+    size[lfq::buffer_cache] = cache;
+    size[lfq::buffer_du] = in_place ? 0 : cotangents * f.volume;
+  }
+  size[lfq::buffer_z] = size[lfq::buffer_p] = size[lfq::buffer_phi] = size[lfq::buffer_old_g] = hmc ? f.volume : 0;
+
+  // As many blocks as registers allow are to share a multiprocessor, each thread with a few sites of a sublattice.
+  constexpr int most_threads = lfq::direct_block<T>::most_threads;
+  p.threads = lfq::warp_size;
+  while (p.threads < most_threads && p.threads * 16 < f.volume) p.threads *= 2;
+  const size_t available = shared_limit(), reserved = 1024;
+  const size_t limit = (available + reserved) / (most_threads / p.threads) - reserved;
+  p.shared_bytes = lfq::sum_scratch(p.threads, n_sums);
+  for (int b = 0; b < n_buffers; ++b) {
+    const size_t bytes = (size_t(size[b]) * sizeof(T) + 15) & ~size_t(15);
+    const bool needed = b == lfq::buffer_x || b == lfq::buffer_g || b == lfq::buffer_du;
+    p.shared[b] = needed || (b != lfq::buffer_phi && b != lfq::buffer_old_g && p.shared_bytes + bytes <= limit);
+    if (p.shared[b]) {
+      p.offset[b] = int64_t(p.shared_bytes);
+      p.shared_bytes += bytes;
+    } else {
+      p.offset[b] = p.slot_bytes;
+      p.slot_bytes += int64_t(bytes);
+    }
+  }
+  if (p.shared_bytes > available) return lfq::buffer_plan{};
+  if (in_place) p.offset[lfq::buffer_du] = p.offset[lfq::buffer_x];
+  share_out_slots(p, what == work::gradient ? most_slots : most_direct_slots, n_chains);
+  return p;
+}
+// Of the links of a layer, the largest.
+template <class T>
+int64_t links_stride_of(const lfq_flow& f) {
+  const lfq_layer& last = f.layers[f.n_layers - 1];
+  int64_t most = lfq::action_links(last.ndim) * lfq::link_bytes<T>(1);
+  for (int n = 0; n < f.n_layers; ++n) {
+    const lfq_layer& l = f.layers[n];
+    if (l.kind == LFQ_LAYER_COUPLING) most = std::max(most, lfq::links_of(l) * lfq::link_bytes<T>(lfq::outputs_of(l)));
+  }
+  return most;
+}
+
+// The workspace of a call; `direct`: of direct_block.
 template <class T>
 struct flow_work {
   lfq::buffer_plan plan;
   T* weights;
   double *log_det, *dweights;
-  flow_work(pieces& mem, const lfq_flow& f, work what, int64_t n_chains) : plan{} {
-    if (find_flow_residence<T>(f).rows)
+  lfq::direct_layer* layers = nullptr;
+  char* links = nullptr;
+  int64_t links_stride = 0;
+  flow_work(pieces& mem, const lfq_flow& f, work what, int64_t n_chains, bool direct) : plan{} {
+    if (direct)
+      plan = plan_direct<T>(f, what, n_chains);
+    else if (find_flow_residence<T>(f).rows)
       plan.n_slots = int(n_chains < most_resident_slots ? n_chains : most_resident_slots);
     else
       plan = plan_buffers<T>(f, what, n_chains);
@@ -117,13 +193,24 @@ struct flow_work {
     log_det = mem.take<double>(1);
     dweights = what == work::gradient ? mem.take<double>(plan.n_slots * f.n_weights) : nullptr;
     plan.slots = mem.take<char>(plan.n_slots * plan.slot_bytes);
+    if (!direct) return;
+    links_stride = links_stride_of<T>(f);
+    layers = mem.take<lfq::direct_layer>(f.n_layers + 1);
+    links = mem.take<char>((f.n_layers + 1) * links_stride);
   }
 };
 
+// With `theory`, if any, whose lattice the last layer may write in another shape.
 template <class T>
-size_t bytes_of(const lfq_flow& f, work what, int64_t n) {
+bool goes_direct(const lfq_flow& f, work what, int64_t n, const lfq_phi4* theory) {
+  if (find_flow_residence<T>(f).rows || plan_direct<T>(f, what, n).n_slots == 0) return false;
+  const lfq_layer& last = f.layers[f.n_layers - 1];
+  return !theory || (theory->ndim == last.ndim && std::equal(last.extent, last.extent + last.ndim, theory->extent));
+}
+template <class T>
+size_t bytes_of(const lfq_flow& f, work what, int64_t n, bool direct) {
   pieces mem(nullptr);
-  flow_work<T>(mem, f, what, n);
+  flow_work<T>(mem, f, what, n, direct);
   return mem.used;
 }
 template <class T>
@@ -132,28 +219,34 @@ size_t workspace(const lfq_flow* f, int64_t n) {
   if (check_flow(f, f ? f->layers : nullptr, n)) return 0;
   size_t most = 0;
   for (work what : {work::forward, work::gradient, work::hmc}) {
-    const size_t bytes = bytes_of<T>(*f, what, n);
-    most = bytes > most ? bytes : most;
+    most = std::max(most, bytes_of<T>(*f, what, n, false));
+    if (goes_direct<T>(*f, what, n, nullptr)) most = std::max(most, bytes_of<T>(*f, what, n, true));
   }
   return most;
 }
 
 // Lays out the workspace and queues the conversion of weights. What the kernel is to do remains to be set.
 template <class T>
-int prepare(const lfq_flow& f, const lfq_layer* layers, work what, int64_t n, void* ws, size_t bytes, void* stream,
+int prepare(const lfq_flow& f, const lfq_layer* layers, work what, int64_t n, void* ws, size_t bytes, void* stream, bool direct,
             lfq::flow_arguments<T>& a) {
-  if (int e = check_workspace(ws, bytes, bytes_of<T>(f, what, n))) return e;
+  if (int e = check_workspace(ws, bytes, bytes_of<T>(f, what, n, direct))) return e;
   pieces mem(ws);
-  const flow_work<T> w(mem, f, what, n);
+  const flow_work<T> w(mem, f, what, n, direct);
   int64_t first = f.volume;
   for (int i = f.n_layers - 1; i >= 0; --i)
     if (lfq::resizes(f.layers[i])) first = lfq::sites_of(f.layers[i]) >> f.layers[i].ndim;
   a.n_chains = n;
-  a.flow = {f.n_layers, int(first), f.volume, f.n_weights, layers, w.weights, w.log_det};
+  const bool enlarges_first = f.n_layers > 0 && lfq::resizes(f.layers[0]);
+  a.flow = {f.n_layers, int(first),   f.volume,       f.n_weights,    layers,        w.weights,
+            w.log_det,  w.layers,     w.links,        w.links_stride, enlarges_first, what == work::gradient};
   a.plan = w.plan;
   a.plan.dweights = w.dweights;
-  return launch("flow's weights", lfq::prepare_kernel<T>, 1, lfq::block_size, lfq::sum_scratch(lfq::block_size, 1), stream, f.n_layers,
-                layers, f.n_weights, f.weights, w.weights, w.log_det);
+  if (int e = launch("flow's weights", lfq::prepare_kernel<T>, 1, lfq::block_size, lfq::sum_scratch(lfq::block_size, 1), stream, f.n_layers,
+                     layers, f.n_weights, f.weights, w.weights, w.log_det))
+    return e;
+  if (!direct) return LFQ_OK;
+  return launch("flow's layers", lfq::prepare_direct_kernel<T>, f.n_layers + 1, lfq::warp_size, 0, stream, f.n_layers, layers, w.weights,
+                w.layers, w.links, w.links_stride);
 }
 template <class T>
 int run(const char* what, const lfq_flow& f, const lfq::flow_arguments<T>& a, void* stream) {
@@ -162,7 +255,8 @@ int run(const char* what, const lfq_flow& f, const lfq::flow_arguments<T>& a, vo
     if (a.task == lfq::flow_task::inverse)
       return launch(what, lfq::inverse_kernel<T>, a.plan.n_slots, a.plan.threads, a.plan.shared_bytes, stream, a.flow, a.plan,
                     a.n_chains, a.forward.z, a.forward.x, a.forward.log_det);
-    return launch(what, lfq::flow_kernel<T>, a.plan.n_slots, a.plan.threads, a.plan.shared_bytes, stream, a);
+    const auto kernel = a.flow.direct ? lfq::flow_kernel<T, lfq::direct_block> : lfq::flow_kernel<T, lfq::flow_block>;
+    return launch(what, kernel, a.plan.n_slots, a.plan.threads, a.plan.shared_bytes, stream, a);
   }
   lfq::resident_flow_arguments<T> to{};
   to.lattice.ndim = 2;
@@ -198,7 +292,7 @@ int forward(const lfq_flow* f, const lfq_layer* layers, int64_t n, const T* z, T
   if (int e = check_flow(f, layers, n)) return e;
   if (n > 0 && (!z || !x || !log_det)) return fail(LFQ_ERR_ARGUMENT, "a field or an output is null");
   lfq::flow_arguments<T> a;
-  if (int e = prepare(*f, layers, work::forward, n, ws, bytes, stream, a)) return e;
+  if (int e = prepare(*f, layers, work::forward, n, ws, bytes, stream, goes_direct<T>(*f, work::forward, n, nullptr), a)) return e;
   a.task = lfq::flow_task::forward;
   a.forward = {z, x, log_det};
   return run("flow forward", *f, a, stream);
@@ -208,7 +302,7 @@ int inverse(const lfq_flow* f, const lfq_layer* layers, int64_t n, const T* x, T
   if (int e = check_flow(f, layers, n)) return e;
   if (n > 0 && (!z || !x || !log_det)) return fail(LFQ_ERR_ARGUMENT, "a field or an output is null");
   lfq::flow_arguments<T> a;
-  if (int e = prepare(*f, layers, work::forward, n, ws, bytes, stream, a)) return e;
+  if (int e = prepare(*f, layers, work::forward, n, ws, bytes, stream, false, a)) return e;
   a.task = lfq::flow_task::inverse;
   a.forward = {x, z, log_det};
   return run("flow inverse", *f, a, stream);
@@ -219,7 +313,7 @@ template <class T>
 int gradient(const lfq_flow& f, const lfq_layer* layers, int64_t n, const lfq::gradient_arguments<T>& of, double* dweights, double factor,
              void* ws, size_t bytes, void* stream) {
   lfq::flow_arguments<T> a;
-  if (int e = prepare(f, layers, work::gradient, n, ws, bytes, stream, a)) return e;
+  if (int e = prepare(f, layers, work::gradient, n, ws, bytes, stream, goes_direct<T>(f, work::gradient, n, of.dx ? nullptr : &of.theory), a)) return e;
   a.task = lfq::flow_task::gradient;
   a.gradient = of;
   const double* partial = a.plan.dweights;
@@ -265,7 +359,7 @@ int evolve(const lfq_flow* f, const lfq_layer* layers, const lfq_phi4* t, const 
            size_t bytes, void* stream) {
   if (int e = hmc_arguments(f, layers, t, h, n, z, momenta)) return e;
   lfq::flow_arguments<T> a;
-  if (int e = prepare(*f, layers, work::hmc, n, ws, bytes, stream, a)) return e;
+  if (int e = prepare(*f, layers, work::hmc, n, ws, bytes, stream, goes_direct<T>(*f, work::hmc, n, t), a)) return e;
   a.task = lfq::flow_task::hmc;
   a.hmc = {{*t, *h, lfq::schedule(*h, 1.0), {}, f->volume, n, nullptr, nullptr, nullptr}, z, nullptr, momenta};
   return run("flow-HMC", *f, a, stream);
@@ -280,7 +374,7 @@ int hmc(const lfq_flow* f, const lfq_layer* layers, const lfq_phi4* t, const lfq
   a.hmc = {{*t, *h, lfq::schedule(*h, lfq::momentum_unit(*h)), {}, f->volume, n, dh, accepted, observables}, z, phi, nullptr};
   if (observables)
     if (int e = smearing_of(*t, smear, a.hmc.hmc.smear, least_factor<T>)) return e;
-  if (int e = prepare(*f, layers, work::hmc, n, ws, bytes, stream, a)) return e;
+  if (int e = prepare(*f, layers, work::hmc, n, ws, bytes, stream, goes_direct<T>(*f, work::hmc, n, t), a)) return e;
   return run("flow-HMC", *f, a, stream);
 }
 
