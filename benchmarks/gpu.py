@@ -24,6 +24,7 @@ from lfq import _cuda, _gpu
 
 HERE = Path(__file__).resolve().parent
 BETA, LAM, STEPS = 0.634, 0.5, 10
+FLOW_SIZES = (((16, 16), 65536), ((64, 64), 8192))  # that fill the chip
 
 # A multiprocessor's multiply-adds a clock, by compute capability; others are not known here.
 MULTIPLY_ADDS = {"90": {"float64": 64, "float32": 128}}
@@ -181,7 +182,7 @@ def field_cases(found: dict) -> list[dict]:
 def flow_cases() -> list[dict]:
     rows, flow = [], lfq.AffineFlow(seed=1)
     for dtype in ("float64", "float32"):
-        for shape, n in (((16, 16), 16384), ((64, 64), 1024)):
+        for shape, n in FLOW_SIZES:
             theory = lfq.Phi4(shape, BETA, LAM)
             z = _fields(shape, n, dtype).latent
             layers, weights = flow.program(shape), _gpu.asarray(flow.weights, "weights")
@@ -196,7 +197,9 @@ def flow_cases() -> list[dict]:
             common = {"shape": shape, "chains": n, "dtype": dtype, "flow": "kernel 3, no hidden layer"}
             rows += [
                 {"kernel": "flow forward", **common, "sites_per_s": z.size / seconds(lambda z=z: flow.forward(z))},
+                {"kernel": "flow inverse", **common, "sites_per_s": z.size / seconds(lambda z=z: flow.inverse(z))},
                 {"kernel": "loss gradient", **common, "sites_per_s": z.size / seconds(loss)},
+                {"kernel": "training step", **common, "sites_per_s": z.size / _training_step(flow, theory, dtype, n)},
                 {
                     "kernel": "flow-HMC",
                     **common,
@@ -204,6 +207,46 @@ def flow_cases() -> list[dict]:
                     "over_hmc": pulled / plain,
                 },
             ]
+    return rows
+
+
+def _training_step(flow, theory, dtype, n) -> float:
+    """Seconds of a whole step of lfq.train from Gaussian latents: those, loss, gradient, Adam."""
+    import time
+
+    def used(n_steps: int) -> float:
+        begin = time.perf_counter()
+        lfq.train(
+            flow, lfq.Gaussian(theory.shape), theory, n_steps, n, dtype=dtype, seed=1, n_evaluation=2, device="cuda"
+        )
+        return time.perf_counter() - begin
+
+    used(2)
+    return statistics.median((used(60) - used(10)) / 50 for _ in range(3))
+
+
+def multiscale_cases() -> list[dict]:
+    """Flow-HMC through maps whose latents are those of all lattices."""
+    rows = []
+    for dtype in ("float64", "float32"):
+        for extent, n in ((8, 65536), (16, 16384), (32, 4096), (64, 1024)):
+            theory = lfq.Phi4((extent, extent), BETA, LAM)
+            flow = lfq.MultiscaleFlow(extent.bit_length() - 1, seed=1)
+            phi = _fields(theory.shape, n, dtype).latent
+            latent = flow.inverse(phi)[0]
+            plain = seconds(_trajectories(theory, lfq.State(phi, 0, 1), dtype, 4)) / 4
+            pulled = seconds(_trajectories(theory.pullback(flow), lfq.State(latent, 0, 1), dtype, 1), 3)
+            rows.append(
+                {
+                    "kernel": "flow-HMC",
+                    "shape": theory.shape,
+                    "chains": n,
+                    "dtype": dtype,
+                    "flow": "multiscale",
+                    "site_updates_per_s": phi.size * STEPS / pulled,
+                    "over_hmc": pulled / plain,
+                }
+            )
     return rows
 
 
@@ -264,7 +307,7 @@ def peer_cases() -> list[dict]:
         import jax.numpy as jnp
 
         for dtype in ("float64", "float32"):
-            z, real = jnp.asarray(_gpu.to_host(_fields((64, 64), 1024, dtype).latent)), jnp.dtype(dtype).type
+            z, real = jnp.asarray(_gpu.to_host(_fields((64, 64), 4096, dtype).latent)), jnp.dtype(dtype).type
             used = _wall(
                 lambda z=z, real=real: hmc_jax.hmc(z, 1, real(BETA), real(LAM), real(0.1), STEPS, 10, len(z)),
                 jax.block_until_ready,
@@ -274,13 +317,13 @@ def peer_cases() -> list[dict]:
                     "kernel": "HMC",
                     "library": f"JAX {jax.__version__}",
                     "shape": (64, 64),
-                    "chains": 1024,
+                    "chains": 4096,
                     "dtype": dtype,
                     "site_updates_per_s": z.size * STEPS * 10 / used,
                 }
             )
             z, weights = (
-                jnp.asarray(_gpu.to_host(_fields((16, 16), 16384, dtype).latent)),
+                jnp.asarray(_gpu.to_host(_fields(*FLOW_SIZES[0], dtype).latent)),
                 jnp.asarray(flow.weights, dtype),
             )
             used = min(
@@ -296,8 +339,8 @@ def peer_cases() -> list[dict]:
                 {
                     "kernel": "loss gradient",
                     "library": f"JAX {jax.__version__}",
-                    "shape": (16, 16),
-                    "chains": 16384,
+                    "shape": FLOW_SIZES[0][0],
+                    "chains": FLOW_SIZES[0][1],
                     "dtype": dtype,
                     "sites_per_s": z.size / used,
                 }
@@ -312,7 +355,7 @@ def peer_cases() -> list[dict]:
             raise ImportError("PyTorch sees no GPU")
         for dtype in ("float64", "float32"):
             real = getattr(torch, dtype)
-            z = torch.as_tensor(_gpu.to_host(_fields((16, 16), 16384, dtype).latent), dtype=real, device="cuda")
+            z = torch.as_tensor(_gpu.to_host(_fields(*FLOW_SIZES[0], dtype).latent), dtype=real, device="cuda")
             taps = [
                 torch.tensor(
                     flow.weights[18 * k : 18 * k + 18].reshape(2, 1, 3, 3), dtype=real, device="cuda"
@@ -338,8 +381,8 @@ def peer_cases() -> list[dict]:
                 {
                     "kernel": "loss gradient",
                     "library": f"PyTorch {torch.__version__}",
-                    "shape": (16, 16),
-                    "chains": 16384,
+                    "shape": FLOW_SIZES[0][0],
+                    "chains": FLOW_SIZES[0][1],
                     "dtype": dtype,
                     "sites_per_s": z.numel() / used,
                 }
@@ -370,7 +413,7 @@ def main() -> int:
         "date": datetime.date.today().isoformat(),
         "lfq": lfq.__version__,
         "machine": found,
-        "rates": hmc_cases(found) + field_cases(found) + flow_cases(),
+        "rates": hmc_cases(found) + field_cases(found) + flow_cases() + multiscale_cases(),
         "peers": peer_cases(),
     }
     arguments.out.write_text(json.dumps(result, indent=1) + "\n")

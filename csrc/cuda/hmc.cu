@@ -16,13 +16,13 @@ struct residence {
   size_t shared = 0;
 
   // With `fields` copies of the field in shared memory.
-  template <class P, int THREADS>
+  template <class P, int THREADS, int BLOCKS = 1>
   bool takes(const lfq_phi4& t, int64_t n_threads, int fields) {
     if (n_threads > THREADS) return false;
     threads = lfq::whole_warps(n_threads);
     shared = lfq::sum_scratch(threads, lfq::moments<LFQ_MAX_DIM>::size) + fields * size_t(volume_of(t)) * sizeof(T);
     if (shared > shared_limit() || !lfq::can_measure<T>(t, volume_of(t), threads)) return false;
-    kernel = lfq::resident_kernel<T, P, THREADS>;
+    kernel = lfq::resident_kernel<T, P, THREADS, BLOCKS>;
     return true;
   }
 };
@@ -33,11 +33,14 @@ bool fits_strips(const lfq_phi4& t, residence<T>& r) {
 }
 template <int D, int R, int LEAST, class T>
 bool fits_tiles(const lfq_phi4& t, residence<T>& r) {
-  constexpr int most = sizeof(T) == 4 ? 1024 : 512;
+  using potential = lfq::tile_phi4<T, D, R>;
   const int row = t.extent[D - 1];
   if (row < 4 || row > 4 * lfq::warp_size || (row & (row - 1)) || t.extent[0] % R) return false;
   const int64_t tiles = lfq::tile<D, R>::per_chain(t);
-  return tiles >= LEAST && r.template takes<lfq::tile_phi4<T, D, R>, most>(t, tiles, 2);
+  if (tiles < LEAST) return false;
+  // Three blocks a multiprocessor leave a thread 80 registers, which hold what a step needs.
+  if constexpr (sizeof(T) == 4) return r.template takes<potential, 256, 3>(t, tiles, 2) || r.template takes<potential, 1024>(t, tiles, 2);
+  return r.template takes<potential, 512>(t, tiles, 2);
 }
 
 template <class T>

@@ -300,9 +300,10 @@ struct tile_phi4 {
   }
 };
 
-// THREADS: the most there may be, so that field and momenta of a thread's sites stay in registers.
-template <class T, class P, int THREADS>
-__global__ void __launch_bounds__(THREADS) resident_kernel(const __grid_constant__ resident_arguments<T> a, T* phi) {
+// THREADS: the most there may be, and BLOCKS of them on a multiprocessor, so that field and momenta of a thread's sites
+// stay in registers.
+template <class T, class P, int THREADS, int BLOCKS>
+__global__ void __launch_bounds__(THREADS, BLOCKS) resident_kernel(const __grid_constant__ resident_arguments<T> a, T* phi) {
   T* shared = reinterpret_cast<T*>(lfq_shared + sum_scratch(blockDim.x, moments<LFQ_MAX_DIM>::size));
   P potential(a, phi + blockIdx.x * a.hmc.volume, shared);
   run_chain(potential, a.hmc, blockIdx.x);
