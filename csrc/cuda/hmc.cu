@@ -22,7 +22,7 @@ bool fits(const lfq_phi4& t, residence<T>& r) {
   if (strips > THREADS) return false;
   r.threads = lfq::whole_warps(strips);
   r.shared = lfq::sum_scratch(r.threads, lfq::moments<D>::size) + size_t(volume_of(t)) * sizeof(T);
-  if (r.shared > shared_limit() || !lfq::can_measure<T>(t, volume_of(t), r.threads)) return false;
+  if (r.shared > shared_limit() || !lfq::can_measure(t, volume_of(t), r.threads, lfq::segment_sites<T>)) return false;
   r.kernel = lfq::resident_kernel<T, D, R, THREADS>;
   return true;
 }
