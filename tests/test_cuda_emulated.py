@@ -37,7 +37,8 @@ def close(dtype, scale=1.0):
     return {"rtol": 8 * np.finfo(dtype).eps, "atol": scale * (2e-4 if dtype == np.float32 else 1e-11)}
 
 
-SHAPES = [(6,), (37,), (4, 4), (5, 3), (16, 16), (10, 34), (2, 1), (4, 6, 3), (2, 4, 2, 6), (48, 16), (8, 6, 8), (16, 2, 3, 4)]
+SHAPES = [(6,), (37,), (4, 4), (5, 3), (16, 16), (10, 34), (2, 1), (48, 16), (4, 6, 3), (11, 2, 8), (8, 6, 8), (2, 4, 2, 6)]
+SHAPES += [(2, 3, 2, 4), (16, 2, 3, 4)]
 
 
 def theory(shape):
@@ -109,10 +110,10 @@ def misaligned(array):
     return copy
 
 
-@pytest.mark.parametrize("shape", [(16, 16), (5, 3), (10, 34), (4, 6, 8), (2, 4, 2, 4), (3, 80, 260)], ids=str)
+@pytest.mark.parametrize("shape", [(16, 16), (5, 3), (10, 34), (21, 136), (1, 8), (4, 6, 8), (2, 4, 2, 4), (3, 80, 260)], ids=str)
 def test_where_fields_lie_does_not_matter(library, dtype, rng, shape):
     t = theory(shape)
-    hmc = lfq.HMC(t, tau=0.7, n_steps=3, dtype=str(dtype))
+    hmc = lfq.HMC(t, tau=0.7, n_steps=5, dtype=str(dtype))
     record, n = t._record(), 2
     fields = rng.normal(size=(3, n, *shape)).astype(dtype)
 

@@ -21,7 +21,7 @@ struct residence {
     if (n_threads > THREADS) return false;
     threads = lfq::whole_warps(n_threads);
     shared = lfq::sum_scratch(threads, lfq::moments<LFQ_MAX_DIM>::size) + fields * size_t(volume_of(t)) * sizeof(T);
-    if (shared > shared_limit() || !lfq::can_measure<T>(t, volume_of(t), threads)) return false;
+    if (shared > shared_limit() || !lfq::can_measure(t, volume_of(t), threads, lfq::segment_sites<T>)) return false;
     kernel = lfq::resident_kernel<T, P, THREADS, BLOCKS>;
     return true;
   }
@@ -70,19 +70,22 @@ bool goes_twice(const lfq_phi4& t) {
   return b.length / width_of<T>(t) - (b.per_row - 1) * b.lanes >= 2;
 }
 
+// Whether the first step draws the momenta; where two steps are one pass, that saves nothing.
+bool draws_on_the_way(const lfq_phi4& t) { return t.ndim > 2 && t.extent[t.ndim - 1] % 4 == 0; }
+
 template <class T>
 struct hmc_work {
-  int n_parts, refresh_parts;
+  int n_parts, momenta_parts;
   T *field[2], *p, *p_next;
   double *k0, *e1, *s0;
   uint8_t* moves;
   measure_work<T> measured;
   hmc_work(pieces& mem, const lfq_phi4& t, int64_t n_chains)
       : n_parts(shares(t, width_of<T>(t)).n_parts),
-        refresh_parts(lfq::parts_of(lfq::ceil_div(volume_of(t), 4))),
+        momenta_parts(draws_on_the_way(t) ? shares(t, 4).n_parts : lfq::parts_of(lfq::ceil_div(volume_of(t), 4))),
         field{mem.take<T>(n_chains * volume_of(t)), mem.take<T>(n_chains * volume_of(t))},
         p(mem.take<T>(n_chains * volume_of(t))),
-        k0(mem.take<double>(n_chains * refresh_parts)),
+        k0(mem.take<double>(n_chains * momenta_parts)),
         e1(mem.take<double>(n_chains * n_parts * 2)),
         s0(mem.take<double>(n_chains)),
         moves(mem.take<uint8_t>(n_chains)),
@@ -130,17 +133,50 @@ int kick_drift_twice(const lfq_phi4& t, const double (&k)[2], const double (&d)[
                 n_parts, from, p, to, p_to);
 }
 
+// New momenta: their streams, and the sums of their squares to the parts of w.k0.
+struct fresh_momenta {
+  lfq::stream rng;
+  uint64_t first_chain;
+  double unit;
+};
+template <class T>
+int refresh(const lfq_phi4& t, const fresh_momenta& momenta, int64_t n, const hmc_work<T>& w, void* stream) {
+  return with_alignment(volume_of(t), w.p, [&](auto a) {
+    return launch("momenta", lfq::refresh_kernel<T, decltype(a)::value>, n * w.momenta_parts, lfq::block_size,
+                  lfq::sum_scratch(lfq::block_size, 1), stream, momenta.rng, momenta.first_chain, momenta.unit, volume_of(t),
+                  w.momenta_parts, w.p, w.k0);
+  });
+}
+template <class T>
+int refresh_kick_drift(const lfq_phi4& t, const fresh_momenta& momenta, double k, double d, int64_t n, const T* from, T* to,
+                       const hmc_work<T>& w, void* stream) {
+  const shares own(t, 4);
+  return with_dimension(t.ndim, [&](auto dimension) {
+    constexpr int D = decltype(dimension)::value;
+    if constexpr (D > 2)
+      return with_alignment(volume_of(t), from, [&](auto a) {
+        return launch("momenta, kick and drift", lfq::refresh_kick_drift_kernel<T, D, decltype(a)::value>, n * own.n_parts, own.threads,
+                      lfq::sum_scratch(own.threads, 1), stream, t, momenta.rng, momenta.first_chain, T(momenta.unit),
+                      lfq::phi4_kick<T>(t.beta, t.lam, k), T(d), volume_of(t), own.n_parts, from, to, w.p, w.k0);
+      });
+    return int(LFQ_OK);
+  });
+}
+
 // Where the fields are that a trajectory leaves, and its last kick.
 template <class T>
 struct trajectory_end {
   const T *phi, *p;
   double kick;
 };
-// A trajectory from `from` through the buffers of w in turn, momenta from w.p on, up to the last kick.
+// A trajectory from `from` through the buffers of w in turn, momenta from w.p on, drawn there before if any are given,
+// up to the last kick.
 template <class T>
-int drift_through(const lfq_phi4& t, const lfq::schedule& steps, int n_steps, int64_t n, const T* from, const hmc_work<T>& w,
-                  trajectory_end<T>& end, void* stream) {
-  int code = LFQ_OK, buffer = 0, waiting = 0;
+int drift_through(const lfq_phi4& t, const lfq::schedule& steps, int n_steps, const fresh_momenta* fresh, int64_t n,
+                  const T* from, const hmc_work<T>& w, trajectory_end<T>& end, void* stream) {
+  int buffer = 0, waiting = 0;
+  bool draws = fresh && draws_on_the_way(t);
+  int code = fresh && !draws ? refresh(t, *fresh, n, w, stream) : int(LFQ_OK);
   const bool twice = goes_twice<T>(t) && aligned(from, w.p, w.p_next);
   T *p = w.p, *p_next = w.p_next;
   double k[2], d[2];
@@ -154,6 +190,10 @@ int drift_through(const lfq_phi4& t, const lfq::schedule& steps, int n_steps, in
     k[waiting] = steps.kick[kick];
     d[waiting++] = steps.drift[drift];
     if (code) return;
+    if (draws) {
+      draws = false;
+      return moved(refresh_kick_drift(t, *fresh, k[0], d[0], n, from, w.field[buffer], w, stream));
+    }
     if (!twice) return moved(kick_drift(t, k[0], d[0], n, from, w.field[buffer], p, stream));
     if (waiting < 2) return;
     moved(kick_drift_twice(t, k, d, n, from, p, w.field[buffer], p_next, stream));
@@ -189,15 +229,11 @@ int tiled(const lfq_phi4& t, const lfq_hmc& h, int64_t n, T* phi, double* dh, ui
   for (int64_t sample = 0; sample < h.n_samples; ++sample) {
     for (int i = 0; i < h.thin; ++i, ++at) {
       const uint64_t number = h.first_trajectory + uint64_t(at);
-      if (int e = with_alignment(volume, w.p, [&](auto a) {
-            return launch("momenta", lfq::refresh_kernel<T, decltype(a)::value>, n * w.refresh_parts, lfq::block_size, scratch, stream,
-                          lfq::stream{h.seed, number, LFQ_PURPOSE_MOMENTA}, h.first_chain, unit, volume, w.refresh_parts, w.p, w.k0);
-          }))
-        return e;
+      const fresh_momenta fresh{{h.seed, number, LFQ_PURPOSE_MOMENTA}, h.first_chain, unit};
       trajectory_end<T> end;
-      if (int e = drift_through<T>(t, steps, lfq::drawn_steps(h, number), n, phi, w, end, stream)) return e;
+      if (int e = drift_through<T>(t, steps, lfq::drawn_steps(h, number), &fresh, n, phi, w, end, stream)) return e;
       if (int e = kick_last<T>(t, end, n, nullptr, w.e1, stream)) return e;
-      if (int e = launch("accept step", lfq::decide_kernel, n, lfq::block_size, scratch, stream, h, number, w.refresh_parts, w.k0,
+      if (int e = launch("accept step", lfq::decide_kernel, n, lfq::block_size, scratch, stream, h, number, w.momenta_parts, w.k0,
                          w.n_parts, w.e1, w.s0, dh + at * n, accepted ? accepted + at * n : nullptr, w.moves))
         return e;
       if (int e = with_alignment(volume, phi, [&](auto a) {
@@ -247,7 +283,7 @@ int evolve(const lfq_phi4* t, const lfq_hmc* h, int64_t n, T* phi, T* momenta, v
   hmc_work<T> w(mem, *t, n);
   w.p = momenta;
   trajectory_end<T> end;
-  if (int e = drift_through<T>(*t, lfq::schedule(*h, 1.0), h->n_steps, n, phi, w, end, stream)) return e;
+  if (int e = drift_through<T>(*t, lfq::schedule(*h, 1.0), h->n_steps, nullptr, n, phi, w, end, stream)) return e;
   if (int e = kick_last<T>(*t, end, n, momenta, nullptr, stream)) return e;
   return launch("evolve", lfq::copy_kernel<T>, lfq::ceil_div(n * volume_of(*t), lfq::block_size), lfq::block_size, 0, stream,
                 n * volume_of(*t), end.phi, phi);

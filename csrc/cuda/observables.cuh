@@ -133,10 +133,11 @@ LFQ_DEVICE double smear_lines(const smearing& s, int axis, T* phi, int n, int st
   for (int base = 0; base < n_lines; base += at_once) {
     const int line = base + mine;
     const bool active = count > 0 && mine + base < n_lines;
-    const int outer = line / stride;
+    const int outer = stride == n_lines ? 0 : line / stride;
     T* const begin = phi + outer * (n * stride) + (line - outer * stride);
     // Lines begin at different sites, so that a warp's threads meet different banks.
-    const int x = (segment * R + (n % 2 == 0 ? outer : 0)) % n;
+    int x = segment * R + (n % 2 == 0 ? outer % warp_size : 0);
+    while (x >= n) x -= n;
     T out[R];
     if (active) smear_segment<true>(s, axis, begin, x, n, stride, out);
     if constexpr (LAST) {
@@ -157,44 +158,46 @@ LFQ_DEVICE double smear_lines(const smearing& s, int axis, T* phi, int n, int st
   return squares;
 }
 
-// Sites of a segment of shared memory, and the fewest that a thread has where it takes patches of vectors.
+// Sites of a segment where a thread has more than a few of a chain; with twice as many a kernel needs 128 registers.
 template <class T>
 constexpr int segment_sites = sizeof(T) == 4 ? 8 : 4;
 constexpr int few_sites = 4;
 
-// Whether a block of so many threads can measure a chain.
-template <class T>
-LFQ_HD bool can_measure(const lfq_phi4& t, int64_t volume, int threads) {
+// Whether a block of so many threads can measure a chain in segments of R sites.
+LFQ_HD bool can_measure(const lfq_phi4& t, int64_t volume, int threads, int R) {
   for (int i = 0; i < t.ndim; ++i)
-    if (volume > int64_t(few_sites) * threads && t.extent[i] > segment_sites<T> * threads) return false;
+    if (volume > int64_t(few_sites) * threads && t.extent[i] > R * threads) return false;
   return true;
 }
 
-template <int D, int W, int ROWS, int R, class T>
-LFQ_DEVICE void measure_lines(const lfq_phi4& t, const smearing& s, int volume, T* phi, double* scratch) {
+// Leaves a warp's sums behind those of the warps before; its share of the squares comes last.
+template <int D, int W, int ROWS, class T>
+LFQ_DEVICE void leave_moments(const lfq_phi4& t, int volume, const T* phi, double* scratch) {
   constexpr int N = moments<D>::size;
-  double sum[N - 1] = {}, squares[1] = {0};
+  double sum[N - 1] = {};
   const int n_patches = volume / (t.extent[0] * W) * int(ceil_div(t.extent[0], ROWS));
+#pragma unroll 1
   for (int i = threadIdx.x; i < n_patches; i += blockDim.x) add_moments<T, D, W, ROWS, true>(t, unsigned(i), phi, sum);
-  double* const mine = scratch + threadIdx.x / warp_size * N;
   warp_sum(sum);
   if (threadIdx.x % warp_size == 0)
-    for (int n = 0; n < N - 1; ++n) mine[n] = sum[n];
-  __syncthreads();
+    for (int n = 0; n < N - 1; ++n) scratch[threadIdx.x / warp_size * N + n] = sum[n];
+}
+template <int D, int R, class T>
+LFQ_DEVICE void leave_squares(const lfq_phi4& t, const smearing& s, int volume, T* phi, double* scratch) {
   int stride = volume;
 #pragma unroll 1
   for (int axis = 0; axis < D - 1; ++axis) {
     stride /= t.extent[axis];
     smear_lines<false, R>(s, axis, phi, t.extent[axis], stride, volume);
   }
-  squares[0] = smear_lines<true, R>(s, D - 1, phi, t.extent[D - 1], 1, volume);
+  double squares[1] = {smear_lines<true, R>(s, D - 1, phi, t.extent[D - 1], 1, volume)};
   warp_sum(squares);
-  if (threadIdx.x % warp_size == 0) mine[N - 1] = squares[0];
+  if (threadIdx.x % warp_size == 0) scratch[(threadIdx.x / warp_size + 1) * moments<D>::size - 1] = squares[0];
 }
 
 // Observables of the field at `field` in shared memory, which does not survive the smearing. The block's first bytes
 // are scratch for moments<D>::size sums. A function of its own, so that it takes no registers from what calls it.
-template <class T, int D>
+template <class T, int D, int R = segment_sites<T>>
 __device__ __noinline__ void measure_shared(const lfq_phi4& t, const smearing& s, T* field, double* out) {
   constexpr int N = moments<D>::size, W = D > 1 ? 16 / int(sizeof(T)) : 1;
   double* const scratch = reinterpret_cast<double*>(lfq_shared);
@@ -202,12 +205,18 @@ __device__ __noinline__ void measure_shared(const lfq_phi4& t, const smearing& s
   T* const phi = reinterpret_cast<T*>(lfq_shared + (reinterpret_cast<char*>(field) - lfq_shared));
   int volume = t.extent[0];
   for (int i = 1; i < D; ++i) volume *= t.extent[i];
-  if (volume <= few_sites * int(blockDim.x))
-    measure_lines<D, 1, few_sites, few_sites>(t, s, volume, phi, scratch);
+  const bool few = volume <= few_sites * int(blockDim.x);
+  if (few)
+    leave_moments<D, 1, few_sites>(t, volume, phi, scratch);
   else if (t.extent[D - 1] % W == 0)
-    measure_lines<D, W, 8, segment_sites<T>>(t, s, volume, phi, scratch);
+    leave_moments<D, W, 8>(t, volume, phi, scratch);
   else
-    measure_lines<D, 1, 8, segment_sites<T>>(t, s, volume, phi, scratch);
+    leave_moments<D, 1, 8>(t, volume, phi, scratch);
+  __syncthreads();
+  if (few)
+    leave_squares<D, few_sites>(t, s, volume, phi, scratch);
+  else
+    leave_squares<D, R>(t, s, volume, phi, scratch);
   __syncthreads();
   if (threadIdx.x < N) {
     double sum = 0;
@@ -234,7 +243,7 @@ __global__ void __launch_bounds__(measure_threads)
     for (int i = threadIdx.x; i < volume; i += blockDim.x) field[i] = chain[i];
   }
   __syncthreads();
-  measure_shared<T, D>(theory, s, field, out + int64_t(blockIdx.x) * LFQ_N_OBSERVABLES);
+  measure_shared<T, D, 2 * segment_sites<T>>(theory, s, field, out + int64_t(blockIdx.x) * LFQ_N_OBSERVABLES);
 }
 
 // ---- in device memory ----------------------------------------------------------------------

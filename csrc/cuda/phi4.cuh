@@ -103,9 +103,9 @@ struct strip {
   }
 };
 
-// W sites in a row, which a thread reads and writes at once.
+// W sites in a row, which a thread reads and writes at once, 16 bytes with an instruction.
 template <class T, int W>
-struct alignas(W * sizeof(T)) lanes {
+struct alignas(W * sizeof(T) < 16 ? W * sizeof(T) : 16) lanes {
   T v[W];
 };
 template <class T, int W>

@@ -34,7 +34,7 @@ flow_residence find_flow_residence(const lfq_flow& f) {
   lfq_phi4 lattice{};
   lattice.ndim = 2;
   for (int i = 0; i < 2; ++i) lattice.extent[i] = f.layers[0].extent[i];
-  if (r.shared <= shared_limit() && lfq::can_measure<T>(lattice, f.volume, r.threads)) r.rows = R;
+  if (r.shared <= shared_limit() && lfq::can_measure(lattice, f.volume, r.threads, lfq::segment_sites<T>)) r.rows = R;
   return r;
 }
 

@@ -72,7 +72,7 @@ inline int check_theory(const lfq_phi4* t, int64_t n_chains) {
 int smearing_of(const lfq_phi4& t, const double* smear, lfq::smearing& s, double least = 1e-16);
 // Far enough below the rounding of a field.
 template <class T>
-constexpr double least_factor = sizeof(T) == 4 ? 1e-9 : 1e-16;
+constexpr double least_factor = sizeof(T) == 4 ? 1e-8 : 1e-16;
 
 // How a chain is measured in one block: its threads and shared memory; no threads where it does not fit.
 template <class T>
@@ -83,7 +83,7 @@ struct measure_block {
     const int64_t volume = volume_of(t);
     constexpr int per_thread = lfq::strip_rows * 16 / int(sizeof(T));
     const int n = volume < per_thread * lfq::measure_threads ? lfq::whole_warps(lfq::ceil_div(volume, per_thread)) : lfq::measure_threads;
-    if (!lfq::can_measure<T>(t, volume, n)) return;
+    if (!lfq::can_measure(t, volume, n, 2 * lfq::segment_sites<T>)) return;
     shared = lfq::sum_scratch(n, 5 + 2 * t.ndim) + size_t(volume) * sizeof(T);
     if (shared <= shared_limit()) threads = n;
   }

@@ -42,6 +42,32 @@ __global__ void __launch_bounds__(block_size)
         store(to + chain + i, y);
       });
 }
+// The same with new momenta, a block of normals for four sites of a row: their arithmetic and the fields' traffic go on
+// at a time. ALIGNED is about `from`.
+template <class T, int D, bool ALIGNED>
+__global__ void __launch_bounds__(block_size)
+    refresh_kick_drift_kernel(lfq_phi4 theory, stream rng, uint64_t first_chain, T unit, phi4_kick<T> kick, T step, int64_t volume,
+                              int n_parts, const T* __restrict__ from, T* __restrict__ to, T* __restrict__ p, double* partial) {
+  const part at(n_parts);
+  const int64_t chain = at.chain * volume;
+  double p2[1] = {0};
+  const patch<T, D, 4, strip_rows, ALIGNED> own(theory, unsigned(at.thread()));
+  own.template visit<true>(from + chain, nothing_early(), [&](int i, auto& x, auto&, auto& all, int) {
+    T n[4];
+    normal_block<T>(rng, uint32_t(i) / 4, uint32_t(first_chain + uint64_t(at.chain)), n);
+    lanes<T, 4> m, y, squares;
+    for (int w = 0; w < 4; ++w) {
+      n[w] *= unit;
+      squares.v[w] = n[w] * n[w];
+      m.v[w] = kick(n[w], x.v[w], all.v[w]);
+      y.v[w] = fma(step, m.v[w], x.v[w]);
+    }
+    p2[0] += double(sum_of(squares));
+    store(p + chain + i, m);
+    store(to + chain + i, y);
+  });
+  store_part(p2, partial, at, n_parts);
+}
 // Two steps of kick and drift at once, on a plane: a warp goes along the first axis with a band of up to 32 vectors of
 // a row. What it needs of the sites next to its band after the first step, its outermost lanes compute too. Sites have
 // the same bits as after two passes.
