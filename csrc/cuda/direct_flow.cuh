@@ -161,53 +161,54 @@ template <class T>
 LFQ_DEVICE T& shared_at(unsigned byte) {
   return *reinterpret_cast<T*>(lfq_shared + byte);
 }
-// Links of a sublattice, in registers if there are NT of them, else from where they lie.
-template <class T, int N, int NT>
-struct link_list {
-  const flow_link<T, N>* from;
-  int n;
-  flow_link<T, N> held[NT > 0 ? NT : 1];
+// Where the field x lies: a constant, so that no instruction is spent on adding it. Before it lies the scratch of sums.
+constexpr unsigned direct_x = 2048;
 
-  LFQ_DEVICE link_list(const char* links, const direct_layer& l, int s)
-      : from(reinterpret_cast<const flow_link<T, N>*>(links) + l.first[s]), n(l.n_links[s]) {
-    if constexpr (NT > 0)
+// K sites of a sublattice, a block of threads apart, so that what is loaded for one is used for K.
+template <class T, int K>
+struct site_group {
+  unsigned site[K], inside[K], outside[K];  // bytes of a field
+
+  LFQ_DEVICE site_group(const direct_layer& l, int s, int j) {
 #pragma unroll
-      for (int i = 0; i < NT; ++i) held[i] = from[i];
+    for (int k = 0; k < K; ++k) {
+      site[k] = (unsigned(s) * unsigned(l.n) + unsigned(j + k * int(blockDim.x))) * unsigned(sizeof(T));
+      inside[k] = site[k] & l.low;
+      outside[k] = site[k] ^ inside[k];
+    }
   }
-  // Calls f(link, byte in a field) for the site at a byte of it.
-  template <class F>
-  LFQ_DEVICE void each(unsigned site, unsigned low, F&& f) const {
-    const unsigned inside = site & low, rest = site ^ inside;
-    if constexpr (NT > 0) {
-#pragma unroll
-      for (int i = 0; i < NT; ++i) f(held[i], (inside + held[i].add) ^ rest ^ held[i].flip);
-    } else {
+  // Calls f(link, k, byte that it leads to).
+  template <int N, class F>
+  LFQ_DEVICE void each_link(const flow_link<T, N>* links, int n, F&& f) const {
 #pragma unroll 2
-      for (int i = 0; i < n; ++i) {
-        const flow_link<T, N> link = from[i];
-        f(link, (inside + link.add) ^ rest ^ link.flip);
-      }
+    for (int i = 0; i < n; ++i) {
+      const flow_link<T, N> link = links[i];
+#pragma unroll
+      for (int k = 0; k < K; ++k) f(link, k, (inside[k] + link.add) ^ outside[k] ^ link.flip);
     }
   }
 };
-// Calls f(number of links), 0 if the code is not for that many.
-template <class F>
-LFQ_DEVICE void with_links(int n, F&& f) {
-  switch (n) {
-    case 2: return f(std::integral_constant<int, 2>());
-    case 4: return f(std::integral_constant<int, 4>());
-    case 8: return f(std::integral_constant<int, 8>());
-    default: return f(std::integral_constant<int, 0>());
+template <class T, int N>
+LFQ_DEVICE const flow_link<T, N>* links_of(const char* links, const direct_layer& l, int s) {
+  return reinterpret_cast<const flow_link<T, N>*>(links) + l.first[s];
+}
+// Deals the sites of several sublattices out to threads: calls f(number in the list, first j, constant K) for groups of K
+// sites. Where a sublattice has fewer sites than there are threads, these take several at once.
+template <int MOST, class F>
+LFQ_DEVICE void each_group(const direct_layer& l, int count, F&& f) {
+  const int n = l.n, threads = blockDim.x, at_once = threads >> l.log_n, each = n / threads;
+  for (int i = int(threadIdx.x) >> l.log_n; i < count; i += at_once > 0 ? at_once : 1) {
+    const int first = int(threadIdx.x) & (n - 1);
+    if (MOST >= 4 && each >= 4)
+      for (int j = first; j < n; j += 4 * threads) f(i, j, std::integral_constant<int, MOST >= 4 ? 4 : 1>());
+    else if (MOST >= 2 && each >= 2)
+      for (int j = first; j < n; j += 2 * threads) f(i, j, std::integral_constant<int, MOST >= 2 ? 2 : 1>());
+    else
+      for (int j = first; j < n; j += threads) f(i, j, std::integral_constant<int, 1>());
   }
 }
-// The threads' shares of several sublattices: calls f(number in the list), then thread `first()` and every blockDim.x-th
-// site after it are the caller's. Where a sublattice has fewer sites than there are threads, these take several at once.
-template <class F>
-LFQ_DEVICE void each_sublattice(const direct_layer& l, int count, F&& f) {
-  const int at_once = int(blockDim.x) >> l.log_n;
-  for (int i = int(threadIdx.x) >> l.log_n; i < count; i += at_once > 0 ? at_once : 1) f(i);
-}
-LFQ_DEVICE int first_site(const direct_layer& l) { return int(threadIdx.x) & (l.n - 1); }
+// Groups of couplings with many outputs would take too many registers.
+LFQ_HD constexpr int most_sites(int outputs) { return outputs <= 2 ? 4 : 1; }
 
 // Of a set of weights, as couple_site takes them.
 template <class T, scale_kind S, int N>
@@ -223,92 +224,91 @@ struct direct_parameters {
   }
 };
 
-template <class T, scale_kind S, int N, int NT>
-LFQ_DEVICE void couple_sublattice(const direct_layer& l, const link_list<T, N, NT>& links, int s, const T* w, unsigned x, T* kept, int stride,
-                                  bool all, bool logs, T& log_sum) {
-  const direct_parameters<T, S, N> by(w + l.parameters, false);
-  const unsigned low = l.low;
-  const int n = l.n, bias = l.bias;
-  for (int j = first_site(l); j < n; j += blockDim.x) {
-    const unsigned site = (unsigned(s) * unsigned(n) + unsigned(j)) * unsigned(sizeof(T));
-    T u[N];
-    for (int c = 0; c < N; ++c) u[c] = bias >= 0 ? w[bias + c] : T(0);
-    links.each(site, low, [&](const flow_link<T, N>& link, unsigned to) {
-      const T v = shared_at<T>(x + to);
-      for (int c = 0; c < N; ++c) u[c] = fma(link.weight[c], v, u[c]);
-    });
-    const T before = shared_at<T>(x + site);
-    const coupled_site<T, N> a = couple_site<S>(before, u, by.p);
-    if (kept) {
-      kept[j] = a.h[0];
-      if (S != scale_kind::site || all) {
-        for (int c = 1; c < N; ++c) kept[c * stride + j] = a.h[c];
-        kept[N * stride + j] = a.slope;
-        kept[(N + 1) * stride + j] = before;
-      }
-    }
-    shared_at<T>(x + site) = a.y;
-    if (logs) log_sum += log_slope<S>(a, by.p);
-  }
-}
 // Keeps what backward needs unless kept is null; `logs`: returns the thread's share of the log-det.
 template <class T, scale_kind S, int N>
-LFQ_CALLED T direct_couple(const direct_layer& l, const char* links, const T* weights, unsigned x, T* kept, bool all, bool logs) {
+LFQ_CALLED T direct_couple(const direct_layer& l, const char* links, const T* weights, T* kept, bool all, bool logs) {
   T log_sum = T(0);
-  each_sublattice(l, l.n_active, [&](int set) {
+  const int stride = l.n_active * l.n;
+  each_group<most_sites(N)>(l, l.n_active, [&](int set, int j, auto count) {
+    constexpr int K = decltype(count)::value;
     const int s = l.active[set];
     const T* const w = weights + set * l.set_size;
-    T* const keep = kept ? kept + set * l.n : nullptr;
-    const int stride = l.n_active * l.n;
-    with_links(S == scale_kind::site || S == scale_kind::neg_abs ? l.n_links[s] : 0, [&](auto n) {
-      const link_list<T, N, decltype(n)::value> list(links, l, s);
-      couple_sublattice<T, S>(l, list, s, w, x, keep, stride, all, logs, log_sum);
+    const direct_parameters<T, S, N> by(w + l.parameters, false);
+    const site_group<T, K> group(l, s, j);
+    T u[K][N];
+#pragma unroll
+    for (int c = 0; c < N; ++c) {
+      const T bias = l.bias >= 0 ? w[l.bias + c] : T(0);
+      for (int k = 0; k < K; ++k) u[k][c] = bias;
+    }
+    group.each_link(links_of<T, N>(links, l, s), l.n_links[s], [&](const flow_link<T, N>& link, int k, unsigned to) {
+      const T v = shared_at<T>(direct_x + to);
+      for (int c = 0; c < N; ++c) u[k][c] = fma(link.weight[c], v, u[k][c]);
     });
+#pragma unroll
+    for (int k = 0; k < K; ++k) {
+      T& field = shared_at<T>(direct_x + group.site[k]);
+      const T before = field;
+      const coupled_site<T, N> a = couple_site<S>(before, u[k], by.p);
+      field = a.y;
+      if (logs) log_sum += log_slope<S>(a, by.p);
+      if (!kept) continue;
+      T* const keep = kept + (set * l.n + j + k * int(blockDim.x));
+      keep[0] = a.h[0];
+      if (S == scale_kind::site && !all) continue;
+      for (int c = 1; c < N; ++c) keep[c * stride] = a.h[c];
+      keep[N * stride] = a.slope;
+      keep[(N + 1) * stride] = before;
+    }
   });
   return log_sum;
 }
 
-// ---- what a block has ----------------------------------------------------------------------------
 // From g = dL/dy at the active sites: dL/dx of those to g, dL/du for every output. Site maps, where du[0] = dL/dx, leave
 // the other one only.
 template <class T, scale_kind S, int N>
-LFQ_DEVICE void couple_back(const direct_layer& l, const T* weights, const T* kept, unsigned x, unsigned g, unsigned du, bool all, T dlog_det,
+LFQ_DEVICE void couple_back(const direct_layer& l, const T* weights, const T* kept, unsigned g, unsigned du, bool all, T dlog_det,
                             double* dweights) {
   constexpr bool of_site = S == scale_kind::site;
   const int n = l.n, stride = l.n_active * n;
-  const unsigned field = unsigned(n << l.ndim) * unsigned(sizeof(T));
-  const auto back = [&](int set, int first, bool terms_wanted, auto&& add) {
+  const unsigned field_bytes = unsigned(n << l.ndim) * unsigned(sizeof(T));
+  const auto back = [&](int set, int j, bool terms_wanted, auto count, auto&& add) {
+    constexpr int K = decltype(count)::value;
     const direct_parameters<T, S, N> by(weights + set * l.set_size + l.parameters, terms_wanted);
-    const T* const keep = kept + set * n;
-    const unsigned begin = unsigned(l.active[set]) * unsigned(n);
-    for (int j = first; j < n; j += blockDim.x) {
-      const unsigned site = (begin + unsigned(j)) * unsigned(sizeof(T));
+    const T* const keep = kept + (set * n + j);
+    const unsigned site = (unsigned(l.active[set]) * unsigned(n) + unsigned(j)) * unsigned(sizeof(T));
+#pragma unroll
+    for (int k = 0; k < K; ++k) {
+      const unsigned step = unsigned(k) * blockDim.x, at = site + step * unsigned(sizeof(T));
       T h[N], out[N], slope, before = T(0);
-      h[0] = keep[j];
-      for (int c = 1; c < N; ++c) h[c] = of_site && !all ? T(0) : keep[c * stride + j];
+      h[0] = keep[step];
+      for (int c = 1; c < N; ++c) h[c] = of_site && !all ? T(0) : keep[unsigned(c * stride) + step];
       if constexpr (of_site)
         slope = site_slope(h[0], by.p);
       else
-        slope = keep[N * stride + j];
-      if (!of_site || all) before = keep[(N + 1) * stride + j];
-      const T dy = shared_at<T>(g + site);
+        slope = keep[unsigned(N * stride) + step];
+      if (!of_site || all) before = keep[unsigned((N + 1) * stride) + step];
+      T& gradient = shared_at<T>(g + at);
+      const T dy = gradient;
       if (terms_wanted) {
-        parameter_terms<S>(h, by.p, slope, before, shared_at<T>(x + site), dy, dlog_det, add);
-        shared_at<T>(x + site) = before;
+        T& field = shared_at<T>(direct_x + at);
+        parameter_terms<S>(h, by.p, slope, before, field, dy, dlog_det, add);
+        field = before;
       }
-      shared_at<T>(g + site) = couple_site_backward<S>(h, by.p, slope, before, dy, dlog_det, out);
-      for (int c = of_site; c < N; ++c) shared_at<T>(du + unsigned(c - of_site) * field + site) = out[c];
+      gradient = couple_site_backward<S>(h, by.p, slope, before, dy, dlog_det, out);
+      for (int c = of_site; c < N; ++c) shared_at<T>(du + unsigned(c - of_site) * field_bytes + at) = out[c];
     }
   };
   if (!dweights) {
-    each_sublattice(l, l.n_active, [&](int set) { back(set, first_site(l), false, [](int, T, T) {}); });
+    each_group<most_sites(N)>(l, l.n_active, [&](int set, int j, auto count) { back(set, j, false, count, [](int, T, T) {}); });
     return;
   }
   constexpr int n_terms = n_parameters(int(S), N);
   // One set of weights after the other, and sublattices that share one together.
   double terms[n_terms > 0 ? n_terms : 1] = {};
   for (int set = 0; set < l.n_active; ++set) {
-    back(set, threadIdx.x, true, [&](int c, T a, T b) { terms[c] += double(a * b); });
+    for (int j = threadIdx.x; j < n; j += blockDim.x)
+      back(set, j, true, std::integral_constant<int, 1>(), [&](int c, T a, T b) { terms[c] += double(a * b); });
     if (n_terms == 0 || (l.set_size == 0 && set + 1 < l.n_active)) continue;
     block_sum(terms);
     if (threadIdx.x == 0)
@@ -320,28 +320,24 @@ LFQ_DEVICE void couple_back(const direct_layer& l, const T* weights, const T* ke
 template <class T, bool SITE, int N>
 LFQ_DEVICE void gather_back(const direct_layer& l, const char* links, unsigned g, unsigned du) {
   const unsigned field = unsigned(l.n << l.ndim) * unsigned(sizeof(T));
-  each_sublattice(l, l.n_frozen, [&](int i) {
+  each_group<most_sites(N)>(l, l.n_frozen, [&](int i, int j, auto count) {
+    constexpr int K = decltype(count)::value;
     const int s = l.frozen[i];
-    with_links(N == 2 ? l.n_links[s] : 0, [&](auto count) {
-      const link_list<T, N, decltype(count)::value> list(links, l, s);
-      const int n = l.n;
-      const unsigned low = l.low;
-      for (int j = first_site(l); j < n; j += blockDim.x) {
-        const unsigned site = (unsigned(s) * unsigned(n) + unsigned(j)) * unsigned(sizeof(T));
-        T sum = shared_at<T>(g + site);
-        list.each(site, low, [&](const flow_link<T, N>& link, unsigned to) {
-          if constexpr (SITE) sum = fma(link.weight[0], shared_at<T>(g + to), sum);
-          for (int c = SITE; c < N; ++c) sum = fma(link.weight[c], shared_at<T>(du + unsigned(c - SITE) * field + to), sum);
-        });
-        shared_at<T>(g + site) = sum;
-      }
+    const site_group<T, K> group(l, s, j);
+    T sum[K];
+#pragma unroll
+    for (int k = 0; k < K; ++k) sum[k] = shared_at<T>(g + group.site[k]);
+    group.each_link(links_of<T, N>(links, l, s), l.n_links[s], [&](const flow_link<T, N>& link, int k, unsigned to) {
+      if constexpr (SITE) sum[k] = fma(link.weight[0], shared_at<T>(g + to), sum[k]);
+      for (int c = SITE; c < N; ++c) sum[k] = fma(link.weight[c], shared_at<T>(du + unsigned(c - SITE) * field + to), sum[k]);
     });
+#pragma unroll
+    for (int k = 0; k < K; ++k) shared_at<T>(g + group.site[k]) = sum[k];
   });
 }
 // Adds the sums over sites of du times the field at each tap: a warp for each set of weights and tap.
 template <class T, bool SITE, int N>
-LFQ_DEVICE void weights_back(const direct_layer& l, const lfq_layer& layer, const char* links, unsigned x, unsigned g, unsigned du,
-                             double* dweights) {
+LFQ_DEVICE void weights_back(const direct_layer& l, const lfq_layer& layer, const char* links, unsigned g, unsigned du, double* dweights) {
   const unsigned field = unsigned(l.n << l.ndim) * unsigned(sizeof(T));
   const int lane = threadIdx.x % warp_size, n_warps = blockDim.x / warp_size, taps = taps_of(layer), n = l.n;
   const auto cotangent = [&](int c, unsigned site) { return SITE && c == 0 ? shared_at<T>(g + site) : shared_at<T>(du + unsigned(c - SITE) * field + site); };
@@ -361,12 +357,12 @@ LFQ_DEVICE void weights_back(const direct_layer& l, const lfq_layer& layer, cons
       any = true;
       int number = 0;
       for (int t = 0; t < tap; ++t) number += frozen >> (s ^ flip_of_tap(l.ndim, layer.kernel_size, t)) & 1;
-      const flow_link<T, N>* const from = reinterpret_cast<const flow_link<T, N>*>(links) + l.first[s];
+      const flow_link<T, N>* const from = links_of<T, N>(links, l, s);
       const unsigned add = bias ? 0 : from[number].add, turn = bias ? 0 : from[number].flip;
       T sum[N] = {};
       for (int j = lane; j < n; j += warp_size) {
         const unsigned site = (unsigned(s) * unsigned(n) + unsigned(j)) * unsigned(sizeof(T)), inside = site & l.low;
-        const T v = bias ? T(1) : shared_at<T>(x + (((inside + add) ^ (site ^ inside)) ^ turn));
+        const T v = bias ? T(1) : shared_at<T>(direct_x + ((inside + add) ^ (site ^ inside) ^ turn));
         for (int c = 0; c < N; ++c) sum[c] = fma(v, cotangent(c, site), sum[c]);
       }
       for (int c = 0; c < N; ++c) total[c] += double(sum[c]);
@@ -379,11 +375,11 @@ LFQ_DEVICE void weights_back(const direct_layer& l, const lfq_layer& layer, cons
 }
 template <class T, scale_kind S, int N>
 LFQ_CALLED void direct_couple_backward(const direct_layer& l, const lfq_layer& layer, const char* links, const T* weights, const T* kept,
-                                       unsigned x, unsigned g, unsigned du, bool all, T dlog_det, double* dweights) {
+                                       unsigned g, unsigned du, bool all, T dlog_det, double* dweights) {
   constexpr bool of_site = S == scale_kind::site;
-  couple_back<T, S, N>(l, weights, kept, x, g, du, all, dlog_det, dweights);
+  couple_back<T, S, N>(l, weights, kept, g, du, all, dlog_det, dweights);
   __syncthreads();
-  if (dweights) weights_back<T, of_site, N>(l, layer, links, x, g, du, dweights);
+  if (dweights) weights_back<T, of_site, N>(l, layer, links, g, du, dweights);
   gather_back<T, of_site, N>(l, links, g, du);
 }
 // Calls f(kind, outputs) with types.
@@ -445,7 +441,7 @@ LFQ_DEVICE constexpr int odd_axes(int s) { return (s & 1) + (s >> 1 & 1) + (s >>
 
 // `below`: the layer that wrote the coarse field, null where it lies in C order.
 template <class T, int D>
-LFQ_CALLED void direct_upsample(const direct_layer& l, const direct_layer* below, const T* weights, const T* z, unsigned x, unsigned spare) {
+LFQ_CALLED void direct_upsample(const direct_layer& l, const direct_layer* below, const T* weights, const T* z, unsigned spare) {
   const resizing<T, D> by(l, weights + l.weight_offset);
   const int n = l.n;
   for (int j = threadIdx.x; j < n; j += blockDim.x) {
@@ -453,7 +449,7 @@ LFQ_CALLED void direct_upsample(const direct_layer& l, const direct_layer* below
     T sum[1 << D];
     steps_of<D>(l, unsigned(j), false, near);
 #pragma unroll
-    for (int s = 0; s < 1 << D; ++s) sum[s] = shared_at<T>(x + (below ? place_of(*below, near[s]) : near[s]) * unsigned(sizeof(T)));
+    for (int s = 0; s < 1 << D; ++s) sum[s] = shared_at<T>(direct_x + (below ? place_of(*below, near[s]) : near[s]) * unsigned(sizeof(T)));
     shared_at<T>(spare + unsigned(j) * unsigned(sizeof(T))) = by.scale * sum[0];
 #pragma unroll
     for (int axis = 0; axis < D; ++axis)
@@ -464,19 +460,19 @@ LFQ_CALLED void direct_upsample(const direct_layer& l, const direct_layer* below
     for (int s = 1; s < 1 << D; ++s) {
       const unsigned site = unsigned(s * n + j);
       // The coarse field lies before the noise's places.
-      shared_at<T>(x + site * unsigned(sizeof(T))) = fma(by.coefficient[odd_axes(s)], sum[s], by.width[odd_axes(s)] * z[site]);
+      shared_at<T>(direct_x + site * unsigned(sizeof(T))) = fma(by.coefficient[odd_axes(s)], sum[s], by.width[odd_axes(s)] * z[site]);
     }
   }
   __syncthreads();
   for (int j = threadIdx.x; j < n; j += blockDim.x) {
     const unsigned byte = unsigned(j) * unsigned(sizeof(T));
-    shared_at<T>(x + byte) = shared_at<T>(spare + byte);
+    shared_at<T>(direct_x + byte) = shared_at<T>(spare + byte);
   }
 }
 // From g = dL/dy: that of the noise where the noise lies, that of the coarse field where this one lies. With dweights
 // x, the layer's result, is turned into the coarse field too.
 template <class T, int D>
-LFQ_CALLED void direct_upsample_backward(const direct_layer& l, const direct_layer* below, const T* weights, const T* z, unsigned x, unsigned g,
+LFQ_CALLED void direct_upsample_backward(const direct_layer& l, const direct_layer* below, const T* weights, const T* z, unsigned g,
                                          unsigned spare, T dlog_det, double* dweights) {
   const resizing<T, D> by(l, weights + l.weight_offset);
   const int n = l.n;
@@ -498,7 +494,7 @@ LFQ_CALLED void direct_upsample_backward(const direct_layer& l, const direct_lay
     }
     shared_at<T>(spare + byte(unsigned(j))) = total;
     if (!dweights) continue;
-    const T y = shared_at<T>(x + byte(unsigned(j)));
+    const T y = shared_at<T>(direct_x + byte(unsigned(j)));
     sum[0] += double(shared_at<T>(g + byte(unsigned(j))) * y);
     shared_at<T>(spare_x + byte(unsigned(j))) = y / by.scale;
     steps_of<D>(l, unsigned(j), false, near);
@@ -507,7 +503,7 @@ LFQ_CALLED void direct_upsample_backward(const direct_layer& l, const direct_lay
       T coarse = T(0);
 #pragma unroll
       for (int t = 0; t < 1 << D; ++t)
-        if ((t & s) == t) coarse += shared_at<T>(x + byte(near[t]));
+        if ((t & s) == t) coarse += shared_at<T>(direct_x + byte(near[t]));
       const T gy = shared_at<T>(g + byte(unsigned(s * n + j)));
       sum[2 * odd_axes(s) - 1] += double(gy * (coarse / by.scale));
       sum[2 * odd_axes(s)] += double(gy * (by.width[odd_axes(s)] * z[s * n + j]));
@@ -517,7 +513,7 @@ LFQ_CALLED void direct_upsample_backward(const direct_layer& l, const direct_lay
   for (int j = threadIdx.x; j < n; j += blockDim.x) {
     const unsigned to = byte(below ? place_of(*below, unsigned(j)) : unsigned(j));
     shared_at<T>(g + to) = shared_at<T>(spare + byte(unsigned(j)));
-    if (dweights) shared_at<T>(x + to) = shared_at<T>(spare_x + byte(unsigned(j)));
+    if (dweights) shared_at<T>(direct_x + to) = shared_at<T>(spare_x + byte(unsigned(j)));
 #pragma unroll
     for (int s = 1; s < 1 << D; ++s) {
       T& there = shared_at<T>(g + byte(unsigned(s * n + j)));
@@ -533,16 +529,15 @@ LFQ_CALLED void direct_upsample_backward(const direct_layer& l, const direct_lay
 template <class T>
 struct direct_block {
   // 64 registers a thread for float, 128 for double.
-  static constexpr int most_threads = sizeof(T) == 4 ? 1024 : 512, least_blocks = 1;
+  static constexpr int most_threads = 512, least_blocks = sizeof(T) == 4 ? 2 : 1;
 
   const flow_program<T>& flow;
-  unsigned x, g, du;  // bytes in shared memory
+  unsigned g, du;  // bytes in shared memory
   T* cache;
   double* dweights;  // null when not wanted
 
   LFQ_DEVICE direct_block(const flow_program<T>& f, const buffer_plan& plan, bool weights)
       : flow(f),
-        x(unsigned(plan.offset[buffer_x])),
         g(unsigned(plan.offset[buffer_g])),
         du(unsigned(plan.offset[buffer_du])),
         cache(plan.get<T>(buffer_cache)),
@@ -554,37 +549,37 @@ struct direct_block {
   LFQ_DEVICE unsigned place_of_latent(int64_t i) const {
     return i < flow.first_volume && !flow.enlarges_first ? place_of(flow.direct[0], unsigned(i)) : unsigned(i);
   }
-  LFQ_DEVICE T& field_at(int64_t i) const { return shared_at<T>(x + place_of(flow.direct[flow.n_layers], unsigned(i)) * unsigned(sizeof(T))); }
+  LFQ_DEVICE T& field_at(int64_t i) const { return shared_at<T>(direct_x + place_of(flow.direct[flow.n_layers], unsigned(i)) * unsigned(sizeof(T))); }
   LFQ_DEVICE T& field_gradient_at(int64_t i) const { return shared_at<T>(g + place_of(flow.direct[flow.n_layers], unsigned(i)) * unsigned(sizeof(T))); }
   LFQ_DEVICE T& gradient_at(int64_t i) const { return shared_at<T>(g + place_of_latent(i) * unsigned(sizeof(T))); }
   // For smearing, when the field is not needed.
-  LFQ_DEVICE T* scratch() const { return &shared_at<T>(x); }
+  LFQ_DEVICE T* scratch() const { return &shared_at<T>(direct_x); }
 
   // x = f(z); what backward needs is kept unless `keep` is false. log_det null when not wanted: the thread's share.
   LFQ_CALLED void forward(const T* z, bool keep, double* log_det) {
-    const unsigned x = this->x, g = this->g;
+    const unsigned g = this->g;
     T* kept = cache;
-    each_of(flow.first_volume, [&](int64_t i) { shared_at<T>(x + place_of_latent(i) * unsigned(sizeof(T))) = z[i]; });
+    each_of(flow.first_volume, [&](int64_t i) { shared_at<T>(direct_x + place_of_latent(i) * unsigned(sizeof(T))) = z[i]; });
     __syncthreads();
     for (int n = 0; n < flow.n_layers; ++n) {
       const direct_layer& l = flow.direct[n];
       if (l.kind == LFQ_LAYER_COUPLING) {
         T sum = T(0);
         with_coupling(l, [&](auto kind, auto outputs) {
-          sum = direct_couple<T, decltype(kind)::value, decltype(outputs)::value>(l, links(n), flow.weights + l.weight_offset, x,
+          sum = direct_couple<T, decltype(kind)::value, decltype(outputs)::value>(l, links(n), flow.weights + l.weight_offset,
                                                                                    keep ? kept : nullptr, flow.keeps_all, log_det != nullptr);
         });
         if (log_det) *log_det += double(sum);
         if (keep) kept += int64_t(kept_of(l.scale, l.outputs, flow.keeps_all)) * l.n_active * l.n;
       } else if (l.kind == LFQ_LAYER_RESCALE) {
         const T factor = flow.weights[l.weight_offset];
-        each_of(l.n << l.ndim, [&](int64_t i) { (&shared_at<T>(x))[i] *= factor; });
+        each_of(l.n << l.ndim, [&](int64_t i) { (&shared_at<T>(direct_x))[i] *= factor; });
       } else {
         switch (l.ndim) {
-          case 1: direct_upsample<T, 1>(l, below(n), flow.weights, z, x, g); break;
-          case 2: direct_upsample<T, 2>(l, below(n), flow.weights, z, x, g); break;
-          case 3: direct_upsample<T, 3>(l, below(n), flow.weights, z, x, g); break;
-          default: direct_upsample<T, 4>(l, below(n), flow.weights, z, x, g);
+          case 1: direct_upsample<T, 1>(l, below(n), flow.weights, z, g); break;
+          case 2: direct_upsample<T, 2>(l, below(n), flow.weights, z, g); break;
+          case 3: direct_upsample<T, 3>(l, below(n), flow.weights, z, g); break;
+          default: direct_upsample<T, 4>(l, below(n), flow.weights, z, g);
         }
       }
       __syncthreads();
@@ -593,7 +588,7 @@ struct direct_block {
   }
   // After forward with keep, and with dL/dx in g: dL/dz to gradient_at. x is overwritten.
   LFQ_CALLED void backward(const T* z, T dlog_det) {
-    const unsigned x = this->x, g = this->g, du = this->du;
+    const unsigned g = this->g, du = this->du;
     const T* kept = cache_end;
     double* const dweights = this->dweights;
     for (int n = flow.n_layers - 1; n >= 0; --n) {
@@ -602,13 +597,13 @@ struct direct_block {
         kept -= int64_t(kept_of(l.scale, l.outputs, flow.keeps_all)) * l.n_active * l.n;
         with_coupling(l, [&](auto kind, auto outputs) {
           direct_couple_backward<T, decltype(kind)::value, decltype(outputs)::value>(
-              l, flow.layers[n], links(n), flow.weights + l.weight_offset, kept, x, g, du, flow.keeps_all, dlog_det,
+              l, flow.layers[n], links(n), flow.weights + l.weight_offset, kept, g, du, flow.keeps_all, dlog_det,
               dweights ? dweights + l.weight_offset : nullptr);
         });
       } else if (l.kind == LFQ_LAYER_RESCALE) {
         const T factor = flow.weights[l.weight_offset], inverse = T(1) / factor;
         double sum[1] = {0};
-        T* const field = &shared_at<T>(x);
+        T* const field = &shared_at<T>(direct_x);
         T* const gradient = &shared_at<T>(g);
         each_of(l.n << l.ndim, [&](int64_t i) {
           if (dweights) {
@@ -623,10 +618,10 @@ struct direct_block {
         }
       } else {
         switch (l.ndim) {
-          case 1: direct_upsample_backward<T, 1>(l, below(n), flow.weights, z, x, g, du, dlog_det, dweights); break;
-          case 2: direct_upsample_backward<T, 2>(l, below(n), flow.weights, z, x, g, du, dlog_det, dweights); break;
-          case 3: direct_upsample_backward<T, 3>(l, below(n), flow.weights, z, x, g, du, dlog_det, dweights); break;
-          default: direct_upsample_backward<T, 4>(l, below(n), flow.weights, z, x, g, du, dlog_det, dweights);
+          case 1: direct_upsample_backward<T, 1>(l, below(n), flow.weights, z, g, du, dlog_det, dweights); break;
+          case 2: direct_upsample_backward<T, 2>(l, below(n), flow.weights, z, g, du, dlog_det, dweights); break;
+          case 3: direct_upsample_backward<T, 3>(l, below(n), flow.weights, z, g, du, dlog_det, dweights); break;
+          default: direct_upsample_backward<T, 4>(l, below(n), flow.weights, z, g, du, dlog_det, dweights);
         }
       }
       __syncthreads();
@@ -637,31 +632,24 @@ struct direct_block {
   LFQ_CALLED double action_gradient(const lfq_phi4& theory, bool energies) const {
     const direct_layer& l = flow.direct[flow.n_layers];
     const phi4_site<T> site_action(theory.beta, theory.lam);
-    const unsigned x = this->x, g = this->g, low = l.low;
-    const int n = l.n, ndim = l.ndim;
+    const unsigned g = this->g;
+    const int ndim = l.ndim;
     double s = 0;
-    each_sublattice(l, 1 << ndim, [&](int sublattice) {
+    each_group<4>(l, 1 << ndim, [&](int sublattice, int j, auto count) {
+      constexpr int K = decltype(count)::value;
+      const site_group<T, K> group(l, sublattice, j);
+      const flow_link<T, 1>* const way = links_of<T, 1>(links(flow.n_layers), l, sublattice);
+      T ahead[K] = {}, behind[K] = {};
+      group.each_link(way, ndim, [&](const flow_link<T, 1>&, int k, unsigned to) { ahead[k] += shared_at<T>(direct_x + to); });
+      group.each_link(way + ndim, ndim, [&](const flow_link<T, 1>&, int k, unsigned to) { behind[k] += shared_at<T>(direct_x + to); });
       T part = T(0);
-      const auto sites = [&](auto count) {
-        const link_list<T, 1, decltype(count)::value> list(links(flow.n_layers), l, sublattice);
-        for (int j = first_site(l); j < n; j += blockDim.x) {
-          const unsigned site = unsigned(sublattice * n + j) * unsigned(sizeof(T));
-          T ahead = T(0), all = T(0);
-          int number = 0;
-          list.each(site, low, [&](const flow_link<T, 1>&, unsigned to) {
-            all += shared_at<T>(x + to);
-            if (++number == (decltype(count)::value > 0 ? decltype(count)::value / 2 : ndim)) ahead = all;
-          });
-          const T phi = shared_at<T>(x + site);
-          shared_at<T>(g + site) = -site_action.force(phi, all);
-          if (energies) part += site_action.action(phi, ahead);
-        }
-      };
-      if (ndim == 2)
-        sites(std::integral_constant<int, 4>());
-      else
-        sites(std::integral_constant<int, 0>());
-      s += double(part);
+#pragma unroll
+      for (int k = 0; k < K; ++k) {
+        const T phi = shared_at<T>(direct_x + group.site[k]);
+        shared_at<T>(g + group.site[k]) = -site_action.force(phi, ahead[k] + behind[k]);
+        if (energies) part += site_action.action(phi, ahead[k]);
+      }
+      if (energies) s += double(part);
     });
     __syncthreads();
     return s;

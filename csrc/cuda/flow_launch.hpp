@@ -131,23 +131,30 @@ lfq::buffer_plan plan_direct(const lfq_flow& f, work what, int64_t n_chains) {
   size[lfq::buffer_z] = size[lfq::buffer_p] = size[lfq::buffer_phi] = size[lfq::buffer_old_g] = hmc ? f.volume : 0;
 
   // As many blocks as registers allow are to share a multiprocessor, each thread with a few sites of a sublattice.
-  constexpr int most_threads = lfq::direct_block<T>::most_threads;
+  constexpr int most_threads = lfq::direct_block<T>::most_threads, in_all = most_threads * lfq::direct_block<T>::least_blocks;
   p.threads = lfq::warp_size;
   while (p.threads < most_threads && p.threads * 16 < f.volume) p.threads *= 2;
   const size_t available = shared_limit(), reserved = 1024;
-  const size_t limit = (available + reserved) / (most_threads / p.threads) - reserved;
-  p.shared_bytes = lfq::sum_scratch(p.threads, n_sums);
-  for (int b = 0; b < n_buffers; ++b) {
-    const size_t bytes = (size_t(size[b]) * sizeof(T) + 15) & ~size_t(15);
-    const bool needed = b == lfq::buffer_x || b == lfq::buffer_g || b == lfq::buffer_du;
-    p.shared[b] = needed || (b != lfq::buffer_phi && b != lfq::buffer_old_g && p.shared_bytes + bytes <= limit);
-    if (p.shared[b]) {
-      p.offset[b] = int64_t(p.shared_bytes);
-      p.shared_bytes += bytes;
-    } else {
-      p.offset[b] = p.slot_bytes;
-      p.slot_bytes += int64_t(bytes);
-    }
+  const size_t limit = (available + reserved) / (in_all / p.threads) - reserved;
+  const auto bytes_of = [&](int b) { return (size_t(size[b]) * sizeof(T) + 15) & ~size_t(15); };
+  const auto put = [&](int b, bool shared, size_t offset) {
+    p.shared[b] = shared;
+    p.offset[b] = int64_t(offset);
+    return bytes_of(b);
+  };
+  size_t gap = lfq::sum_scratch(p.threads, n_sums);  // between the scratch of sums and x
+  static_assert(lfq::sum_scratch(most_threads, n_sums) <= lfq::direct_x, "no room for sums");
+  p.shared_bytes = lfq::direct_x;
+  for (int b : {lfq::buffer_x, lfq::buffer_g, lfq::buffer_du}) p.shared_bytes += put(b, true, p.shared_bytes);
+  for (int b : {lfq::buffer_z, lfq::buffer_p, lfq::buffer_cache, lfq::buffer_phi, lfq::buffer_old_g}) {
+    // The last accepted field and its gradient are touched once a trajectory.
+    const bool often = b != lfq::buffer_phi && b != lfq::buffer_old_g;
+    if (often && gap + bytes_of(b) <= lfq::direct_x)
+      gap += put(b, true, gap);
+    else if (often && p.shared_bytes + bytes_of(b) <= limit)
+      p.shared_bytes += put(b, true, p.shared_bytes);
+    else
+      p.slot_bytes += int64_t(put(b, false, size_t(p.slot_bytes)));
   }
   if (p.shared_bytes > available) return lfq::buffer_plan{};
   if (in_place) p.offset[lfq::buffer_du] = p.offset[lfq::buffer_x];

@@ -99,7 +99,7 @@ LFQ_HD R couple_site_backward(const R (&h)[N], const typename real_traits<R>::sc
   using T = typename real_traits<R>::scalar;
   if constexpr (S == scale_kind::site) {
     // dslope/dv = -2 c h (slope - a)
-    const R bend = R(T(-2) * parameters[2]) * h[0] * (slope - R(parameters[0])) / slope;
+    const R bend = quotient(R(T(-2) * parameters[2]) * h[0] * (slope - R(parameters[0])), slope);
     du[0] = fma(dy, slope, dlog_det * bend);
     du[1] = dy;
     return du[0];
@@ -131,7 +131,7 @@ LFQ_HD void parameter_terms(const R (&h)[N], const typename real_traits<R>::scal
     }
   } else if constexpr (S == scale_kind::site) {
     const R a(parameters[0]), bent = slope - a, bh = R(parameters[1]) * h[0], av = (y - h[1]) - bh, v = av * R(parameters[3]);
-    const R share = dlog_det / slope;
+    const R share = quotient(dlog_det, slope);
     add(0, R(T(1)), fma(dy, av, share * a));
     add(1, R(T(1)), fma(dy, bh, share * bent));
     add(2, bent, fma(dy, v, share * fma(R(T(-2) * parameters[2]) * v, h[0], R(T(1)))));

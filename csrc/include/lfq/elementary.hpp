@@ -107,7 +107,7 @@ template <class R>
 LFQ_HD R tanh(R x) {
   R n, d;
   tanh_ratio(x, n, d);
-  return with_sign(n / d, x);
+  return with_sign(quotient(n, d), x);
 }
 
 // Natural logarithm of x 2^-shift, for a positive normal number x.

@@ -53,6 +53,28 @@ LFQ_HD uint32_t to_bits(float x) { uint32_t b; memcpy(&b, &x, 4); return b; }
 LFQ_HD double select(bool m, double a, double b) { return m ? a : b; }
 LFQ_HD float select(bool m, float a, float b) { return m ? a : b; }
 
+// a / b where neither b nor the quotient comes near the ends of their range: on a GPU to one ulp, without a branch.
+template <class R>
+LFQ_HD R quotient(R a, R b) {
+  return a / b;
+}
+#if defined(__CUDA_ARCH__)
+LFQ_HD float quotient(float a, float b) {
+  float r;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(b));
+  const float q = a * r;
+  return ::fmaf(::fmaf(-b, q, a), r, q);
+}
+LFQ_HD double quotient(double a, double b) {
+  double r;
+  asm("rcp.approx.ftz.f64 %0, %1;" : "=d"(r) : "d"(b));  // 20 bits
+  r = ::fma(::fma(-b, r, 1.0), r, r);
+  r = ::fma(::fma(-b, r, 1.0), r, r);
+  const double q = a * r;
+  return ::fma(::fma(-b, q, a), r, q);
+}
+#endif
+
 template <class R>
 LFQ_HD typename real_traits<R>::bits sign_mask() {
   using B = typename real_traits<R>::bits;
