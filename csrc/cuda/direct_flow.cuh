@@ -4,7 +4,8 @@
 // A lattice lies there sublattice by sublattice, each in C order: site s n + j is the j-th of the n sites of sublattice
 // s. Threads in turn then work on sites in turn, a latent's noise lies as the field that takes it, and where a tap leads
 // is an addition without carries from one coordinate to the next: two instructions in any dimension, with numbers that
-// are laid out once a call.
+// are laid out once a call. Each layer has a record of these and of its weights, which is copied to shared memory while
+// the layer before it is at work.
 #pragma once
 #include "cuda/flow.cuh"
 
@@ -19,22 +20,26 @@ struct alignas(16) flow_link {
   T weight[N];
 };
 template <class T>
-LFQ_HD int64_t link_bytes(int outputs) {
-  return (2 * int64_t(sizeof(unsigned)) + outputs * int64_t(sizeof(T)) + 15) & ~int64_t(15);
+LFQ_HD int link_bytes(int outputs) {
+  return (2 * int(sizeof(unsigned)) + outputs * int(sizeof(T)) + 15) & ~15;
 }
 
-// A layer, or the action behind the last one.
-struct direct_layer {
+// The head of the record of a layer, or of the action behind the last one. Behind it lie numbers: of a coupling for each
+// set of weights its biases, if any, and its parameters, else those of flow_program; then, for each sublattice, its links.
+struct alignas(16) direct_layer {
   int kind, scale, outputs, ndim;  // kind -1: the action
+  int bytes;                       // of the record
   int n, log_n;                    // sites of a sublattice
   unsigned low;                    // in bytes of a field: the bits of all coordinates but for the highest of each
   unsigned axis[LFQ_MAX_DIM];      // the bits of each coordinate in j, from the last axis to the first
   int first_bit[LFQ_MAX_DIM];
   int n_active, n_frozen;
-  int active[max_sublattices], frozen[max_sublattices];  // the active ones set by set
-  int first[max_sublattices], n_links[max_sublattices];
-  int set_size, bias, parameters;  // of weights: from one set to the next, 0 with one alone; places in it, bias -1 without
+  int biases, numbers, links;      // numbers of a set that are biases, and all of them; the byte where links begin
+  int set_size, parameters;        // in the flow's weights: from one set to the next, 0 with one alone; those behind the net's
+  bool reads_c_order;              // a resizing that comes first
   int64_t weight_offset;
+  uint8_t active[max_sublattices], frozen[max_sublattices];  // the active ones set by set
+  uint16_t first[max_sublattices], n_links[max_sublattices];
 };
 
 LFQ_HD bool is_direct(const lfq_layer& l) {
@@ -42,9 +47,8 @@ LFQ_HD bool is_direct(const lfq_layer& l) {
     if (l.extent[i] < 2 || (l.extent[i] & (l.extent[i] - 1))) return false;
   return l.kind != LFQ_LAYER_COUPLING || l.n_hidden == 0;
 }
-// Of a coupling, from active sites to frozen ones and back; of the action.
-LFQ_HD int64_t links_of(const lfq_layer& l) {
-  if (l.kind != LFQ_LAYER_COUPLING) return 0;
+// Of a coupling, from active sites to frozen ones and back.
+LFQ_HD int64_t count_links(const lfq_layer& l) {
   const unsigned active = active_of(l), frozen = frozen_of(l);
   int64_t n = 0;
   for (int tap = 0; tap < taps_of(l); ++tap) {
@@ -53,9 +57,24 @@ LFQ_HD int64_t links_of(const lfq_layer& l) {
   }
   return 2 * n;
 }
-LFQ_HD int64_t action_links(int ndim) { return int64_t(2 * ndim) << ndim; }
-// Numbers that a forward pass keeps for each active site; `all`: those that gradients of weights need too.
-LFQ_HD constexpr int kept_of(int scale, int outputs, bool all) { return scale == LFQ_SCALE_SITE && !all ? 1 : outputs + 2; }
+template <class T>
+LFQ_HD int64_t number_bytes(int64_t n) {
+  return (n * int64_t(sizeof(T)) + 15) & ~int64_t(15);
+}
+template <class T>
+LFQ_HD int64_t record_bytes(const lfq_layer& l) {
+  if (l.kind != LFQ_LAYER_COUPLING) return sizeof(direct_layer) + number_bytes<T>(weights_of(l));
+  const int outputs = outputs_of(l), numbers = parameters_of(l) + (l.bias ? outputs : 0);
+  return sizeof(direct_layer) + number_bytes<T>(sets_of(l) * numbers) + count_links(l) * link_bytes<T>(outputs);
+}
+template <class T>
+LFQ_HD int64_t action_record_bytes(int ndim) {
+  return sizeof(direct_layer) + (int64_t(2 * ndim) << ndim) * link_bytes<T>(1);
+}
+// Numbers that a forward pass keeps of a coupling; `all`: those that gradients of weights need too.
+LFQ_HD int64_t kept_of(int scale, int outputs, int64_t active_sites, bool all) {
+  return ((scale == LFQ_SCALE_SITE && !all ? 1 : outputs + 2) * active_sites + 3) & ~int64_t(3);
+}
 // Fields that the backward pass of a coupling needs besides the gradient.
 LFQ_HD constexpr int cotangents_of(int scale, int outputs) { return scale == LFQ_SCALE_SITE ? outputs - 1 : outputs; }
 
@@ -83,59 +102,72 @@ LFQ_DEVICE void each_link(const lfq_layer& l, bool action, int s, F&& f) {
   }
 }
 template <class T>
-__global__ void prepare_direct_kernel(int n_layers, const lfq_layer* layers, const T* weights, direct_layer* prepared, char* links,
-                                      int64_t stride) {
+__global__ void prepare_direct_kernel(int n_layers, const lfq_layer* layers, const T* weights, char* records, int64_t stride) {
   const bool action = int(blockIdx.x) == n_layers;
   const lfq_layer& l = layers[action ? n_layers - 1 : blockIdx.x];
-  direct_layer& d = prepared[blockIdx.x];
+  const bool coupling = !action && l.kind == LFQ_LAYER_COUPLING;
+  char* const record = records + blockIdx.x * stride;
+  direct_layer& d = *reinterpret_cast<direct_layer*>(record);
   const int s = threadIdx.x, n_sublattices = 1 << l.ndim;
   if (s < n_sublattices) {
     int n = 0;
     each_link(l, action, s, [&](int, int, bool) { ++n; });
-    d.n_links[s] = n;
+    d.n_links[s] = uint16_t(n);
   }
   __syncthreads();
   if (s == 0) {
     d.kind = action ? -1 : l.kind;
+    d.bytes = int(action ? action_record_bytes<T>(l.ndim) : record_bytes<T>(l));
     d.ndim = l.ndim;
     d.n = int(sites_of(l) >> l.ndim);
     d.low = 0;
+    d.reads_c_order = blockIdx.x == 0;
+    d.weight_offset = l.weight_offset;
     int bits = 0;
     for (int axis = 0; axis < l.ndim; ++axis) {
-      const int half = l.extent[l.ndim - 1 - axis] / 2, first = bits;
-      while (1 << (bits - first) < half) ++bits;
-      d.axis[axis] = unsigned(half - 1) << first;
-      d.first_bit[axis] = first;
-      d.low |= unsigned((half - 1) >> 1 << first) * unsigned(sizeof(T));
+      const int half = l.extent[l.ndim - 1 - axis] / 2;
+      d.first_bit[axis] = bits;
+      d.axis[axis] = unsigned(half - 1) << bits;
+      d.low |= (unsigned(half - 1) >> 1 << bits) * unsigned(sizeof(T));
+      while (1 << (bits - d.first_bit[axis]) < half) ++bits;
     }
     d.log_n = bits;
     d.n_active = d.n_frozen = 0;
-    if (d.kind == LFQ_LAYER_COUPLING) {
+    d.outputs = 1;
+    int sets = 1;
+    d.biases = 0;
+    d.numbers = action ? 0 : int(weights_of(l));
+    if (coupling) {
       const unsigned active = active_of(l), frozen = frozen_of(l);
-      const int n_sets = l.sublattices ? sets_of(l) : 0;
-      for (int set = 0; set < n_sets; ++set) d.active[d.n_active++] = sublattice_of_set(l, set);
+      sets = sets_of(l);
+      for (int set = 0; l.sublattices && set < sets; ++set) d.active[d.n_active++] = uint8_t(sublattice_of_set(l, set));
       for (int i = 0; i < n_sublattices; ++i) {
-        if (n_sets == 0 && (active >> i & 1)) d.active[d.n_active++] = i;
-        if (frozen >> i & 1) d.frozen[d.n_frozen++] = i;
+        if (!l.sublattices && (active >> i & 1)) d.active[d.n_active++] = uint8_t(i);
+        if (frozen >> i & 1) d.frozen[d.n_frozen++] = uint8_t(i);
       }
       d.scale = l.scale;
       d.outputs = outputs_of(l);
       d.set_size = l.sublattices ? int(set_size_of(l)) : 0;
       d.parameters = int(net_weights_of(l));
-      d.bias = l.bias ? int(convolution_of(l, 0).bias) : -1;
+      d.biases = l.bias ? d.outputs : 0;
+      d.numbers = d.biases + parameters_of(l);
     }
-    d.weight_offset = l.weight_offset;
+    d.links = int(sizeof(direct_layer) + number_bytes<T>(sets * d.numbers));
+    T* const numbers = reinterpret_cast<T*>(record + sizeof(direct_layer));
+    for (int set = 0; set < sets; ++set)
+      for (int i = 0; i < d.numbers; ++i)
+        numbers[set * d.numbers + i] = weights[l.weight_offset + (coupling ? set * int64_t(set_size_of(l)) + d.parameters - d.biases : 0) + i];
     int from = 0;
     for (int i = 0; i < n_sublattices; ++i) {
-      d.first[i] = from;
+      d.first[i] = uint16_t(from);
       from += d.n_links[i];
     }
   }
   __syncthreads();
   if (s >= n_sublattices) return;
-  const int k = action ? 3 : l.kernel_size, outputs = action ? 1 : d.outputs;
-  const int64_t size = link_bytes<T>(outputs);
-  char* to = links + blockIdx.x * stride + d.first[s] * size;
+  const int k = action ? 3 : l.kernel_size, outputs = d.outputs;
+  const int size = link_bytes<T>(outputs);
+  char* to = record + d.links + d.first[s] * size;
   each_link(l, action, s, [&](int tap, int owner, bool begins) {
     unsigned displacement = 0, other = 0;
     for (int axis = 0, rest = tap; axis < l.ndim; ++axis) {
@@ -156,198 +188,245 @@ __global__ void prepare_direct_kernel(int n_layers, const lfq_layer* layers, con
   });
 }
 
-// ---- sites ---------------------------------------------------------------------------------------
+// ---- shared memory: addresses are 32 bits wide -----------------------------------------------------
+#if defined(__CUDA_ARCH__)
+LFQ_DEVICE unsigned shared_begin() { return unsigned(__cvta_generic_to_shared(lfq_shared)); }
 template <class T>
-LFQ_DEVICE T& shared_at(unsigned byte) {
-  return *reinterpret_cast<T*>(lfq_shared + byte);
+LFQ_DEVICE T& shared_at(unsigned address) {
+  return *static_cast<T*>(__cvta_shared_to_generic(address));
 }
-// Links of a sublattice, in registers if there are NT of them, else from where they lie.
-template <class T, int N, int NT>
-struct link_list {
-  const flow_link<T, N>* from;
-  int n;
-  flow_link<T, N> held[NT > 0 ? NT : 1];
+// 16 bytes, which have arrived after copied() and a barrier.
+LFQ_DEVICE void copy_to_shared(unsigned to, const char* from) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 16;" ::"r"(to), "l"(__cvta_generic_to_global(from)) : "memory");
+}
+LFQ_DEVICE void copied() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+#else
+LFQ_DEVICE unsigned shared_begin() { return 1024; }
+template <class T>
+LFQ_DEVICE T& shared_at(unsigned address) {
+  return *reinterpret_cast<T*>(lfq_shared + (address - 1024));
+}
+LFQ_DEVICE void copy_to_shared(unsigned to, const char* from) { memcpy(&shared_at<char>(to), from, 16); }
+LFQ_DEVICE void copied() {}
+#endif
 
-  LFQ_DEVICE link_list(const char* links, const direct_layer& l, int s)
-      : from(reinterpret_cast<const flow_link<T, N>*>(links) + l.first[s]), n(l.n_links[s]) {
-    if constexpr (NT > 0)
-#pragma unroll
-      for (int i = 0; i < NT; ++i) held[i] = from[i];
+// K numbers of a thread that lie side by side.
+template <class T, int K>
+struct alignas(K * sizeof(T) < 16 ? K * sizeof(T) : 16) side_by_side {
+  T v[K];
+};
+
+// ---- sites ---------------------------------------------------------------------------------------
+// K sites of a sublattice, as many apart as there are threads, so that what is loaded for one is used for K. A field
+// begins at a multiple of its size: where a site lies in it goes into the address by exclusive or.
+template <class T, int K>
+struct site_group {
+  unsigned inside, outside, low;  // of the first site: the address's bits in `low`, all others
+
+  LFQ_DEVICE site_group(const direct_layer& l, unsigned field, int s, int j) : low(l.low) {
+    const unsigned site = ((unsigned(s) << l.log_n) | unsigned(j)) * unsigned(sizeof(T));
+    inside = site & low;
+    outside = (site ^ inside) | field;
   }
-  // Calls f(link, byte in a field) for the site at a byte of it.
-  template <class F>
-  LFQ_DEVICE void each(unsigned site, unsigned low, F&& f) const {
-    const unsigned inside = site & low, rest = site ^ inside;
-    if constexpr (NT > 0) {
+  LFQ_DEVICE unsigned address(int k) const { return (inside | outside) + unsigned(k) * blockDim.x * unsigned(sizeof(T)); }
+  // Calls f(link, k, address that it leads to).
+  template <int N, class F>
+  LFQ_DEVICE void each_link(unsigned links, int n, F&& f) const {
+    unsigned in[K], out[K];
 #pragma unroll
-      for (int i = 0; i < NT; ++i) f(held[i], (inside + held[i].add) ^ rest ^ held[i].flip);
-    } else {
+    for (int k = 0; k < K; ++k) {
+      const unsigned at = address(k);
+      in[k] = at & low;
+      out[k] = at ^ in[k];
+    }
 #pragma unroll 2
-      for (int i = 0; i < n; ++i) {
-        const flow_link<T, N> link = from[i];
-        f(link, (inside + link.add) ^ rest ^ link.flip);
-      }
+    for (int i = 0; i < n; ++i) {
+      const flow_link<T, N> link = shared_at<flow_link<T, N>>(links + unsigned(i) * unsigned(sizeof(flow_link<T, N>)));
+#pragma unroll
+      for (int k = 0; k < K; ++k) f(link, k, (in[k] + link.add) ^ out[k] ^ link.flip);
     }
   }
 };
-// Calls f(number of links), 0 if the code is not for that many.
-template <class F>
-LFQ_DEVICE void with_links(int n, F&& f) {
-  switch (n) {
-    case 2: return f(std::integral_constant<int, 2>());
-    case 4: return f(std::integral_constant<int, 4>());
-    case 8: return f(std::integral_constant<int, 8>());
-    default: return f(std::integral_constant<int, 0>());
-  }
+// Deals a sublattice's sites out to threads: calls f(j, where K numbers of the thread are kept, constant K) for groups.
+template <int MOST, class F>
+LFQ_DEVICE void each_group_of(int n, int thread, F&& f) {
+  const int threads = blockDim.x;
+  if (MOST >= 4 && n >= 4 * threads)
+    for (int j = 0; j < n; j += 4 * threads) f(j + thread, j + 4 * thread, std::integral_constant<int, MOST >= 4 ? 4 : 1>());
+  else if (MOST >= 2 && n >= 2 * threads)
+    f(thread, 2 * thread, std::integral_constant<int, MOST >= 2 ? 2 : 1>());
+  else
+    for (int j = thread; j < n; j += threads) f(j, j, std::integral_constant<int, 1>());
 }
-// The threads' shares of several sublattices: calls f(number in the list), then thread `first()` and every blockDim.x-th
-// site after it are the caller's. Where a sublattice has fewer sites than there are threads, these take several at once.
-template <class F>
-LFQ_DEVICE void each_sublattice(const direct_layer& l, int count, F&& f) {
-  const int at_once = int(blockDim.x) >> l.log_n;
-  for (int i = int(threadIdx.x) >> l.log_n; i < count; i += at_once > 0 ? at_once : 1) f(i);
+// The same for a list of sublattices, with the number in the list before the rest. Where a sublattice has fewer sites than
+// there are threads, these take several at once.
+template <int MOST, class F>
+LFQ_DEVICE void each_group(const direct_layer& l, int count, F&& f) {
+  const int n = l.n, at_once = int(blockDim.x) >> l.log_n;
+  for (int i = int(threadIdx.x) >> l.log_n; i < count; i += at_once > 0 ? at_once : 1)
+    each_group_of<MOST>(n, int(threadIdx.x) & (n - 1), [&](int j, int kept, auto k) { f(i, j, kept, k); });
 }
-LFQ_DEVICE int first_site(const direct_layer& l) { return int(threadIdx.x) & (l.n - 1); }
+// Groups of couplings with many outputs would take too many registers.
+LFQ_HD constexpr int most_sites(int outputs) { return outputs <= 2 ? 4 : 1; }
+
+LFQ_DEVICE unsigned numbers_at(unsigned record) { return record + unsigned(sizeof(direct_layer)); }
+template <class T>
+LFQ_DEVICE unsigned numbers_of_set(unsigned record, const direct_layer& l, int set) {
+  return numbers_at(record) + unsigned((l.set_size > 0 ? set : 0) * l.numbers) * unsigned(sizeof(T));
+}
+template <class T, int N>
+LFQ_DEVICE unsigned links_at(unsigned record, const direct_layer& l, int s) {
+  return record + unsigned(l.links) + l.first[s] * unsigned(sizeof(flow_link<T, N>));
+}
 
 // Of a set of weights, as couple_site takes them.
 template <class T, scale_kind S, int N>
 struct direct_parameters {
-  std::conditional_t<N == 2, T[4], const T*> p;
-  LFQ_DEVICE direct_parameters(const T* w, bool inverse) : p() {
-    if constexpr (N == 2) {
-      for (int i = 0; i < n_parameters(int(S), N); ++i) p[i] = w[i];
-      if (S == scale_kind::site && inverse) p[3] = T(1) / p[0];
-    } else {
-      p = w;
-    }
+  static constexpr int n = n_parameters(int(S), N);
+  T p[n > 4 ? n : 4];
+  LFQ_DEVICE direct_parameters(unsigned numbers, bool inverse) : p() {
+    for (int i = 0; i < n; ++i) p[i] = shared_at<T>(numbers + unsigned(i) * unsigned(sizeof(T)));
+    if (S == scale_kind::site && inverse) p[3] = T(1) / p[0];
   }
 };
 
-template <class T, scale_kind S, int N, int NT>
-LFQ_DEVICE void couple_sublattice(const direct_layer& l, const link_list<T, N, NT>& links, int s, const T* w, unsigned x, T* kept, int stride,
-                                  bool all, bool logs, T& log_sum) {
-  const direct_parameters<T, S, N> by(w + l.parameters, false);
-  const unsigned low = l.low;
-  const int n = l.n, bias = l.bias;
-  for (int j = first_site(l); j < n; j += blockDim.x) {
-    const unsigned site = (unsigned(s) * unsigned(n) + unsigned(j)) * unsigned(sizeof(T));
-    T u[N];
-    for (int c = 0; c < N; ++c) u[c] = bias >= 0 ? w[bias + c] : T(0);
-    links.each(site, low, [&](const flow_link<T, N>& link, unsigned to) {
-      const T v = shared_at<T>(x + to);
-      for (int c = 0; c < N; ++c) u[c] = fma(link.weight[c], v, u[c]);
-    });
-    const T before = shared_at<T>(x + site);
-    const coupled_site<T, N> a = couple_site<S>(before, u, by.p);
-    if (kept) {
-      kept[j] = a.h[0];
-      if (S != scale_kind::site || all) {
-        for (int c = 1; c < N; ++c) kept[c * stride + j] = a.h[c];
-        kept[N * stride + j] = a.slope;
-        kept[(N + 1) * stride + j] = before;
-      }
-    }
-    shared_at<T>(x + site) = a.y;
-    if (logs) log_sum += log_slope<S>(a, by.p);
-  }
-}
+// What a block has of its flow, for the functions below.
+struct direct_place {
+  unsigned record;    // of the layer
+  unsigned x, g, du;  // fields
+};
+
 // Keeps what backward needs unless kept is null; `logs`: returns the thread's share of the log-det.
 template <class T, scale_kind S, int N>
-LFQ_CALLED T direct_couple(const direct_layer& l, const char* links, const T* weights, unsigned x, T* kept, bool all, bool logs) {
+LFQ_CALLED T direct_couple(unsigned record, unsigned x, T* kept, bool all, bool logs) {
+  const direct_layer& l = shared_at<direct_layer>(record);
   T log_sum = T(0);
-  each_sublattice(l, l.n_active, [&](int set) {
+  const int stride = l.n_active << l.log_n, log_n = l.log_n;
+  each_group<most_sites(N)>(l, l.n_active, [&](int set, int j, int kept_at, auto count) {
+    constexpr int K = decltype(count)::value;
     const int s = l.active[set];
-    const T* const w = weights + set * l.set_size;
-    T* const keep = kept ? kept + set * l.n : nullptr;
-    const int stride = l.n_active * l.n;
-    with_links(S == scale_kind::site || S == scale_kind::neg_abs ? l.n_links[s] : 0, [&](auto n) {
-      const link_list<T, N, decltype(n)::value> list(links, l, s);
-      couple_sublattice<T, S>(l, list, s, w, x, keep, stride, all, logs, log_sum);
+    const unsigned numbers = numbers_of_set<T>(record, l, set);
+    const site_group<T, K> group(l, x, s, j);
+    T u[K][N];
+#pragma unroll
+    for (int c = 0; c < N; ++c) {
+      const T bias = l.biases > 0 ? shared_at<T>(numbers + unsigned(c) * unsigned(sizeof(T))) : T(0);
+      for (int k = 0; k < K; ++k) u[k][c] = bias;
+    }
+    group.template each_link<N>(links_at<T, N>(record, l, s), l.n_links[s], [&](const flow_link<T, N>& link, int k, unsigned to) {
+      const T v = shared_at<T>(to);
+      for (int c = 0; c < N; ++c) u[k][c] = fma(link.weight[c], v, u[k][c]);
     });
+    const direct_parameters<T, S, N> by(numbers + unsigned(l.biases) * unsigned(sizeof(T)), false);
+    side_by_side<T, K> h[N], slope, before;
+#pragma unroll
+    for (int k = 0; k < K; ++k) {
+      T& field = shared_at<T>(group.address(k));
+      before.v[k] = field;
+      const coupled_site<T, N> a = couple_site<S>(before.v[k], u[k], by.p);
+      field = a.y;
+      for (int c = 0; c < N; ++c) h[c].v[k] = a.h[c];
+      slope.v[k] = a.slope;
+      if (logs) log_sum += log_slope<S>(a, by.p);
+    }
+    if (!kept) return;
+    T* const keep = kept + ((set << log_n) + kept_at);
+    const auto put = [&](int c, const side_by_side<T, K>& values) { *reinterpret_cast<side_by_side<T, K>*>(keep + c * stride) = values; };
+    put(0, h[0]);
+    if (S == scale_kind::site && !all) return;
+    for (int c = 1; c < N; ++c) put(c, h[c]);
+    put(N, slope);
+    put(N + 1, before);
   });
   return log_sum;
 }
 
-// ---- what a block has ----------------------------------------------------------------------------
-// From g = dL/dy at the active sites: dL/dx of those to g, dL/du for every output. Site maps, where du[0] = dL/dx, leave
-// the other one only.
+// From g = dL/dy at the active sites: dL/dx of those to g, dL/du for every output to du. Site maps, where dL/du[0] is
+// dL/dx, leave the other one only.
 template <class T, scale_kind S, int N>
-LFQ_DEVICE void couple_back(const direct_layer& l, const T* weights, const T* kept, unsigned x, unsigned g, unsigned du, bool all, T dlog_det,
-                            double* dweights) {
+LFQ_DEVICE void couple_back(const direct_place& at, const T* kept, bool all, T dlog_det, double* dweights) {
   constexpr bool of_site = S == scale_kind::site;
-  const int n = l.n, stride = l.n_active * n;
-  const unsigned field = unsigned(n << l.ndim) * unsigned(sizeof(T));
-  const auto back = [&](int set, int first, bool terms_wanted, auto&& add) {
-    const direct_parameters<T, S, N> by(weights + set * l.set_size + l.parameters, terms_wanted);
-    const T* const keep = kept + set * n;
-    const unsigned begin = unsigned(l.active[set]) * unsigned(n);
-    for (int j = first; j < n; j += blockDim.x) {
-      const unsigned site = (begin + unsigned(j)) * unsigned(sizeof(T));
-      T h[N], out[N], slope, before = T(0);
-      h[0] = keep[j];
-      for (int c = 1; c < N; ++c) h[c] = of_site && !all ? T(0) : keep[c * stride + j];
-      if constexpr (of_site)
-        slope = site_slope(h[0], by.p);
-      else
-        slope = keep[N * stride + j];
-      if (!of_site || all) before = keep[(N + 1) * stride + j];
-      const T dy = shared_at<T>(g + site);
+  const direct_layer& l = shared_at<direct_layer>(at.record);
+  const int stride = l.n_active << l.log_n, log_n = l.log_n;
+  const unsigned field_bytes = at.g - at.x;
+  const auto back = [&](int set, int j, int kept_at, bool terms_wanted, auto count, auto&& add) {
+    constexpr int K = decltype(count)::value;
+    const direct_parameters<T, S, N> by(numbers_of_set<T>(at.record, l, set) + unsigned(l.biases) * unsigned(sizeof(T)), terms_wanted);
+    const T* const keep = kept + ((set << log_n) + kept_at);
+    const auto get = [&](int c) { return *reinterpret_cast<const side_by_side<T, K>*>(keep + c * stride); };
+    const unsigned site = ((unsigned(l.active[set]) << log_n) | unsigned(j)) * unsigned(sizeof(T));
+    side_by_side<T, K> h[N] = {}, slope = {}, before = {};
+    h[0] = get(0);
+    if (!of_site || all) {
+      for (int c = 1; c < N; ++c) h[c] = get(c);
+      slope = get(N);
+      before = get(N + 1);
+    }
+#pragma unroll
+    for (int k = 0; k < K; ++k) {
+      const unsigned offset = site + unsigned(k) * blockDim.x * unsigned(sizeof(T));
+      T own[N], out[N];
+      for (int c = 0; c < N; ++c) own[c] = h[c].v[k];
+      const T steep = of_site ? site_slope(own[0], by.p) : slope.v[k];
+      T& gradient = shared_at<T>(at.g + offset);
+      const T dy = gradient;
       if (terms_wanted) {
-        parameter_terms<S>(h, by.p, slope, before, shared_at<T>(x + site), dy, dlog_det, add);
-        shared_at<T>(x + site) = before;
+        T& field = shared_at<T>(at.x + offset);
+        parameter_terms<S>(own, by.p, steep, before.v[k], field, dy, dlog_det, add);
+        field = before.v[k];
       }
-      shared_at<T>(g + site) = couple_site_backward<S>(h, by.p, slope, before, dy, dlog_det, out);
-      for (int c = of_site; c < N; ++c) shared_at<T>(du + unsigned(c - of_site) * field + site) = out[c];
+      gradient = couple_site_backward<S>(own, by.p, steep, before.v[k], dy, dlog_det, out);
+      for (int c = of_site; c < N; ++c) shared_at<T>(at.du + unsigned(c - of_site) * field_bytes + offset) = out[c];
     }
   };
   if (!dweights) {
-    each_sublattice(l, l.n_active, [&](int set) { back(set, first_site(l), false, [](int, T, T) {}); });
+    each_group<most_sites(N)>(l, l.n_active, [&](int set, int j, int kept_at, auto count) { back(set, j, kept_at, false, count, [](int, T, T) {}); });
     return;
   }
   constexpr int n_terms = n_parameters(int(S), N);
   // One set of weights after the other, and sublattices that share one together.
   double terms[n_terms > 0 ? n_terms : 1] = {};
   for (int set = 0; set < l.n_active; ++set) {
-    back(set, threadIdx.x, true, [&](int c, T a, T b) { terms[c] += double(a * b); });
+    each_group_of<most_sites(N)>(l.n, threadIdx.x, [&](int j, int kept_at, auto count) {
+      if (j < l.n) back(set, j, kept_at, true, count, [&](int c, T a, T b) { terms[c] += double(a * b); });
+    });
     if (n_terms == 0 || (l.set_size == 0 && set + 1 < l.n_active)) continue;
     block_sum(terms);
     if (threadIdx.x == 0)
-      for (int c = 0; c < n_terms; ++c) dweights[set * l.set_size + l.parameters + c] += terms[c];
+      for (int c = 0; c < n_terms; ++c) dweights[(l.set_size > 0 ? set : 0) * l.set_size + l.parameters + c] += terms[c];
     for (double& t : terms) t = 0;
   }
 }
 // Gathers dL/dx at the frozen sites.
 template <class T, bool SITE, int N>
-LFQ_DEVICE void gather_back(const direct_layer& l, const char* links, unsigned g, unsigned du) {
-  const unsigned field = unsigned(l.n << l.ndim) * unsigned(sizeof(T));
-  each_sublattice(l, l.n_frozen, [&](int i) {
+LFQ_DEVICE void gather_back(const direct_place& at) {
+  const direct_layer& l = shared_at<direct_layer>(at.record);
+  // From a site's address in the first field that is read to those in the others.
+  const unsigned field_bytes = at.g - at.x, to_du = at.du - at.g;
+  each_group<most_sites(N)>(l, l.n_frozen, [&](int i, int j, int, auto count) {
+    constexpr int K = decltype(count)::value;
     const int s = l.frozen[i];
-    with_links(N == 2 ? l.n_links[s] : 0, [&](auto count) {
-      const link_list<T, N, decltype(count)::value> list(links, l, s);
-      const int n = l.n;
-      const unsigned low = l.low;
-      for (int j = first_site(l); j < n; j += blockDim.x) {
-        const unsigned site = (unsigned(s) * unsigned(n) + unsigned(j)) * unsigned(sizeof(T));
-        T sum = shared_at<T>(g + site);
-        list.each(site, low, [&](const flow_link<T, N>& link, unsigned to) {
-          if constexpr (SITE) sum = fma(link.weight[0], shared_at<T>(g + to), sum);
-          for (int c = SITE; c < N; ++c) sum = fma(link.weight[c], shared_at<T>(du + unsigned(c - SITE) * field + to), sum);
-        });
-        shared_at<T>(g + site) = sum;
-      }
+    const site_group<T, K> group(l, at.g, s, j);
+    T sum[K];
+#pragma unroll
+    for (int k = 0; k < K; ++k) sum[k] = shared_at<T>(group.address(k));
+    group.template each_link<N>(links_at<T, N>(at.record, l, s), l.n_links[s], [&](const flow_link<T, N>& link, int k, unsigned to) {
+      if constexpr (SITE) sum[k] = fma(link.weight[0], shared_at<T>(to), sum[k]);
+      for (int c = SITE; c < N; ++c) sum[k] = fma(link.weight[c], shared_at<T>(to + to_du + unsigned(c - SITE) * field_bytes), sum[k]);
     });
+#pragma unroll
+    for (int k = 0; k < K; ++k) shared_at<T>(group.address(k)) = sum[k];
   });
 }
 // Adds the sums over sites of du times the field at each tap: a warp for each set of weights and tap.
 template <class T, bool SITE, int N>
-LFQ_DEVICE void weights_back(const direct_layer& l, const lfq_layer& layer, const char* links, unsigned x, unsigned g, unsigned du,
-                             double* dweights) {
-  const unsigned field = unsigned(l.n << l.ndim) * unsigned(sizeof(T));
+LFQ_DEVICE void weights_back(const direct_place& at, const lfq_layer& layer, double* dweights) {
+  const direct_layer& l = shared_at<direct_layer>(at.record);
+  const unsigned field_bytes = at.g - at.x;
   const int lane = threadIdx.x % warp_size, n_warps = blockDim.x / warp_size, taps = taps_of(layer), n = l.n;
-  const auto cotangent = [&](int c, unsigned site) { return SITE && c == 0 ? shared_at<T>(g + site) : shared_at<T>(du + unsigned(c - SITE) * field + site); };
   const unsigned frozen = frozen_of(layer);
   // An item more for the biases.
-  const int items = taps + (l.bias >= 0);
+  const int items = taps + (l.biases > 0);
   const int n_sets = l.set_size > 0 ? l.n_active : 1, together = l.n_active / n_sets;
   for (int item = threadIdx.x / warp_size; item < n_sets * items; item += n_warps) {
     const int set = item / items, tap = item % items;
@@ -355,36 +434,36 @@ LFQ_DEVICE void weights_back(const direct_layer& l, const lfq_layer& layer, cons
     const int flip = bias ? 0 : flip_of_tap(l.ndim, layer.kernel_size, tap);
     double total[N] = {};
     bool any = bias;
-    for (int k = set * together; k < (set + 1) * together; ++k) {
-      const int s = l.active[k];
+    for (int i = set * together; i < (set + 1) * together; ++i) {
+      const int s = l.active[i];
       if (!bias && !(frozen >> (s ^ flip) & 1)) continue;
       any = true;
       int number = 0;
-      for (int t = 0; t < tap; ++t) number += frozen >> (s ^ flip_of_tap(l.ndim, layer.kernel_size, t)) & 1;
-      const flow_link<T, N>* const from = reinterpret_cast<const flow_link<T, N>*>(links) + l.first[s];
-      const unsigned add = bias ? 0 : from[number].add, turn = bias ? 0 : from[number].flip;
+      for (int t = 0; t < tap && !bias; ++t) number += frozen >> (s ^ flip_of_tap(l.ndim, layer.kernel_size, t)) & 1;
+      const flow_link<T, N>& link = shared_at<flow_link<T, N>>(links_at<T, N>(at.record, l, s) + unsigned(number) * unsigned(sizeof(flow_link<T, N>)));
+      const unsigned add = link.add, turn = link.flip;
       T sum[N] = {};
       for (int j = lane; j < n; j += warp_size) {
-        const unsigned site = (unsigned(s) * unsigned(n) + unsigned(j)) * unsigned(sizeof(T)), inside = site & l.low;
-        const T v = bias ? T(1) : shared_at<T>(x + (((inside + add) ^ (site ^ inside)) ^ turn));
-        for (int c = 0; c < N; ++c) sum[c] = fma(v, cotangent(c, site), sum[c]);
+        const unsigned site = ((unsigned(s) << l.log_n) | unsigned(j)) * unsigned(sizeof(T)), inside = site & l.low;
+        const T v = bias ? T(1) : shared_at<T>(at.x + ((inside + add) ^ (site ^ inside) ^ turn));
+        if constexpr (SITE) sum[0] = fma(v, shared_at<T>(at.g + site), sum[0]);
+        for (int c = SITE; c < N; ++c) sum[c] = fma(v, shared_at<T>(at.du + unsigned(c - SITE) * field_bytes + site), sum[c]);
       }
       for (int c = 0; c < N; ++c) total[c] += double(sum[c]);
     }
     if (!any) continue;
     warp_sum(total);
     if (lane == 0)
-      for (int c = 0; c < N; ++c) dweights[set * l.set_size + (bias ? l.bias + c : c * taps + tap)] += total[c];
+      for (int c = 0; c < N; ++c) dweights[set * l.set_size + (bias ? l.parameters - l.biases + c : c * taps + tap)] += total[c];
   }
 }
 template <class T, scale_kind S, int N>
-LFQ_CALLED void direct_couple_backward(const direct_layer& l, const lfq_layer& layer, const char* links, const T* weights, const T* kept,
-                                       unsigned x, unsigned g, unsigned du, bool all, T dlog_det, double* dweights) {
+LFQ_CALLED void direct_couple_backward(direct_place at, const lfq_layer& layer, const T* kept, bool all, T dlog_det, double* dweights) {
   constexpr bool of_site = S == scale_kind::site;
-  couple_back<T, S, N>(l, weights, kept, x, g, du, all, dlog_det, dweights);
+  couple_back<T, S, N>(at, kept, all, dlog_det, dweights);
   __syncthreads();
-  if (dweights) weights_back<T, of_site, N>(l, layer, links, x, g, du, dweights);
-  gather_back<T, of_site, N>(l, links, g, du);
+  if (dweights) weights_back<T, of_site, N>(at, layer, dweights);
+  gather_back<T, of_site, N>(at);
 }
 // Calls f(kind, outputs) with types.
 template <class F>
@@ -417,6 +496,19 @@ LFQ_DEVICE unsigned place_of(const direct_layer& l, unsigned i) {
     }
   return (sublattice << l.log_n) | j;
 }
+// The same on the lattice that a layer enlarges, where that has sublattices.
+template <int D>
+LFQ_DEVICE unsigned coarse_place_of(const direct_layer& l, unsigned i) {
+  if (l.reads_c_order) return i;
+  unsigned sublattice = 0, j = 0;
+#pragma unroll
+  for (int axis = 0; axis < D; ++axis) {
+    const unsigned bits = l.axis[axis];
+    j |= (i & (bits & (bits - 1))) >> (axis + 1);
+    sublattice |= (i >> l.first_bit[axis] & 1u) << axis;
+  }
+  return (sublattice << (l.log_n - D)) | j;
+}
 // j of the coarse sites one step on along some axes, or back.
 template <int D>
 LFQ_DEVICE void steps_of(const direct_layer& l, unsigned j, bool back, unsigned (&to)[1 << D]) {
@@ -432,28 +524,29 @@ LFQ_DEVICE void steps_of(const direct_layer& l, unsigned j, bool back, unsigned 
 template <class T, int D>
 struct resizing {
   T scale, coefficient[D + 1], width[D + 1];
-  LFQ_DEVICE resizing(const direct_layer& l, const T* w) {
+  LFQ_DEVICE resizing(unsigned record, const direct_layer& l) {
     const bool upsamples = l.kind == LFQ_LAYER_UPSAMPLE;
-    scale = upsamples ? w[0] : T(1);
+    const auto number = [&](int i) { return shared_at<T>(numbers_at(record) + unsigned(i) * unsigned(sizeof(T))); };
+    scale = upsamples ? number(0) : T(1);
     for (int c = 1; c <= D; ++c) {
-      coefficient[c] = upsamples ? w[2 * c - 1] : T(0);
-      width[c] = upsamples ? w[2 * c] : T(1);
+      coefficient[c] = upsamples ? number(2 * c - 1) : T(0);
+      width[c] = upsamples ? number(2 * c) : T(1);
     }
   }
 };
-LFQ_DEVICE constexpr int odd_axes(int s) { return (s & 1) + (s >> 1 & 1) + (s >> 2 & 1) + (s >> 3 & 1); }
+LFQ_HD constexpr int odd_axes(int s) { return (s & 1) + (s >> 1 & 1) + (s >> 2 & 1) + (s >> 3 & 1); }
 
-// `below`: the layer that wrote the coarse field, null where it lies in C order.
 template <class T, int D>
-LFQ_CALLED void direct_upsample(const direct_layer& l, const direct_layer* below, const T* weights, const T* z, unsigned x, unsigned spare) {
-  const resizing<T, D> by(l, weights + l.weight_offset);
+LFQ_CALLED void direct_upsample(unsigned record, unsigned x, unsigned spare, const T* z) {
+  const direct_layer& l = shared_at<direct_layer>(record);
+  const resizing<T, D> by(record, l);
   const int n = l.n;
   for (int j = threadIdx.x; j < n; j += blockDim.x) {
     unsigned near[1 << D];
     T sum[1 << D];
     steps_of<D>(l, unsigned(j), false, near);
 #pragma unroll
-    for (int s = 0; s < 1 << D; ++s) sum[s] = shared_at<T>(x + (below ? place_of(*below, near[s]) : near[s]) * unsigned(sizeof(T)));
+    for (int s = 0; s < 1 << D; ++s) sum[s] = shared_at<T>(x + coarse_place_of<D>(l, near[s]) * unsigned(sizeof(T)));
     shared_at<T>(spare + unsigned(j) * unsigned(sizeof(T))) = by.scale * sum[0];
 #pragma unroll
     for (int axis = 0; axis < D; ++axis)
@@ -476,9 +569,10 @@ LFQ_CALLED void direct_upsample(const direct_layer& l, const direct_layer* below
 // From g = dL/dy: that of the noise where the noise lies, that of the coarse field where this one lies. With dweights
 // x, the layer's result, is turned into the coarse field too.
 template <class T, int D>
-LFQ_CALLED void direct_upsample_backward(const direct_layer& l, const direct_layer* below, const T* weights, const T* z, unsigned x, unsigned g,
-                                         unsigned spare, T dlog_det, double* dweights) {
-  const resizing<T, D> by(l, weights + l.weight_offset);
+LFQ_CALLED void direct_upsample_backward(direct_place at, const T* z, T dlog_det, double* dweights) {
+  const direct_layer& l = shared_at<direct_layer>(at.record);
+  const unsigned x = at.x, g = at.g, spare = at.du;
+  const resizing<T, D> by(at.record, l);
   const int n = l.n;
   const auto byte = [](unsigned site) { return site * unsigned(sizeof(T)); };
   const unsigned spare_x = spare + byte(unsigned(n));
@@ -515,7 +609,7 @@ LFQ_CALLED void direct_upsample_backward(const direct_layer& l, const direct_lay
   }
   __syncthreads();
   for (int j = threadIdx.x; j < n; j += blockDim.x) {
-    const unsigned to = byte(below ? place_of(*below, unsigned(j)) : unsigned(j));
+    const unsigned to = byte(coarse_place_of<D>(l, unsigned(j)));
     shared_at<T>(g + to) = shared_at<T>(spare + byte(unsigned(j)));
     if (dweights) shared_at<T>(x + to) = shared_at<T>(spare_x + byte(unsigned(j)));
 #pragma unroll
@@ -533,29 +627,39 @@ LFQ_CALLED void direct_upsample_backward(const direct_layer& l, const direct_lay
 template <class T>
 struct direct_block {
   // 64 registers a thread for float, 128 for double.
-  static constexpr int most_threads = sizeof(T) == 4 ? 1024 : 512, least_blocks = 1;
+  static constexpr int most_threads = 512, least_blocks = sizeof(T) == 4 ? 2 : 1;
 
   const flow_program<T>& flow;
-  unsigned x, g, du;  // bytes in shared memory
+  unsigned records, x, g, du;  // addresses; of two records, those of even and odd layers
   T* cache;
   double* dweights;  // null when not wanted
 
   LFQ_DEVICE direct_block(const flow_program<T>& f, const buffer_plan& plan, bool weights)
       : flow(f),
-        x(unsigned(plan.offset[buffer_x])),
-        g(unsigned(plan.offset[buffer_g])),
-        du(unsigned(plan.offset[buffer_du])),
+        records(shared_begin() + unsigned(plan.offset[buffer_records])),
         cache(plan.get<T>(buffer_cache)),
-        dweights(weights ? plan.dweights + blockIdx.x * f.n_weights : nullptr) {}
+        dweights(weights ? plan.dweights + blockIdx.x * f.n_weights : nullptr) {
+    const unsigned field = unsigned(f.volume) * unsigned(sizeof(T));
+    // Both are powers of two, and a field may be smaller than what a link's vector takes.
+    x = (shared_begin() + unsigned(plan.offset[buffer_x]) + field - 1) & ~(field - 1);
+    g = x + field;
+    du = flow.keeps_field ? g + field : x;
+  }
 
-  LFQ_DEVICE const direct_layer* below(int n) const { return n > 0 ? flow.direct + n - 1 : nullptr; }
-  LFQ_DEVICE const char* links(int n) const { return flow.links + n * flow.links_stride; }
+  LFQ_DEVICE const direct_layer& layer_of(int n) const { return *reinterpret_cast<const direct_layer*>(flow.records + n * flow.record_stride); }
+  LFQ_DEVICE unsigned record_at(int n) const { return records + unsigned(n & 1) * unsigned(flow.record_stride); }
+  LFQ_DEVICE void fetch(int n) const {
+    const char* const from = flow.records + n * flow.record_stride;
+    const int bytes = layer_of(n).bytes;
+    for (int i = threadIdx.x * 16; i < bytes; i += blockDim.x * 16) copy_to_shared(record_at(n) + unsigned(i), from + i);
+  }
   // Where entry i of a latent lies: as it is, but for a first field that no layer enlarges.
   LFQ_DEVICE unsigned place_of_latent(int64_t i) const {
-    return i < flow.first_volume && !flow.enlarges_first ? place_of(flow.direct[0], unsigned(i)) : unsigned(i);
+    return i < flow.first_volume && !flow.enlarges_first ? place_of(layer_of(0), unsigned(i)) : unsigned(i);
   }
-  LFQ_DEVICE T& field_at(int64_t i) const { return shared_at<T>(x + place_of(flow.direct[flow.n_layers], unsigned(i)) * unsigned(sizeof(T))); }
-  LFQ_DEVICE T& field_gradient_at(int64_t i) const { return shared_at<T>(g + place_of(flow.direct[flow.n_layers], unsigned(i)) * unsigned(sizeof(T))); }
+  LFQ_DEVICE unsigned place_of_site(int64_t i) const { return place_of(layer_of(flow.n_layers), unsigned(i)); }
+  LFQ_DEVICE T& field_at(int64_t i) const { return shared_at<T>(x + place_of_site(i) * unsigned(sizeof(T))); }
+  LFQ_DEVICE T& field_gradient_at(int64_t i) const { return shared_at<T>(g + place_of_site(i) * unsigned(sizeof(T))); }
   LFQ_DEVICE T& gradient_at(int64_t i) const { return shared_at<T>(g + place_of_latent(i) * unsigned(sizeof(T))); }
   // For smearing, when the field is not needed.
   LFQ_DEVICE T* scratch() const { return &shared_at<T>(x); }
@@ -564,104 +668,105 @@ struct direct_block {
   LFQ_CALLED void forward(const T* z, bool keep, double* log_det) {
     const unsigned x = this->x, g = this->g;
     T* kept = cache;
+    fetch(0);
     each_of(flow.first_volume, [&](int64_t i) { shared_at<T>(x + place_of_latent(i) * unsigned(sizeof(T))) = z[i]; });
+    copied();
     __syncthreads();
     for (int n = 0; n < flow.n_layers; ++n) {
-      const direct_layer& l = flow.direct[n];
+      fetch(n + 1);
+      const unsigned record = record_at(n);
+      const direct_layer& l = shared_at<direct_layer>(record);
       if (l.kind == LFQ_LAYER_COUPLING) {
         T sum = T(0);
         with_coupling(l, [&](auto kind, auto outputs) {
-          sum = direct_couple<T, decltype(kind)::value, decltype(outputs)::value>(l, links(n), flow.weights + l.weight_offset, x,
-                                                                                   keep ? kept : nullptr, flow.keeps_all, log_det != nullptr);
+          sum = direct_couple<T, decltype(kind)::value, decltype(outputs)::value>(record, x, keep ? kept : nullptr, flow.keeps_all,
+                                                                                   log_det != nullptr);
         });
         if (log_det) *log_det += double(sum);
-        if (keep) kept += int64_t(kept_of(l.scale, l.outputs, flow.keeps_all)) * l.n_active * l.n;
+        if (keep) kept += kept_of(l.scale, l.outputs, l.n_active << l.log_n, flow.keeps_all);
       } else if (l.kind == LFQ_LAYER_RESCALE) {
-        const T factor = flow.weights[l.weight_offset];
-        each_of(l.n << l.ndim, [&](int64_t i) { (&shared_at<T>(x))[i] *= factor; });
+        const T factor = shared_at<T>(numbers_at(record));
+        for (int i = threadIdx.x; i < l.n << l.ndim; i += blockDim.x) shared_at<T>(x + unsigned(i) * unsigned(sizeof(T))) *= factor;
       } else {
         switch (l.ndim) {
-          case 1: direct_upsample<T, 1>(l, below(n), flow.weights, z, x, g); break;
-          case 2: direct_upsample<T, 2>(l, below(n), flow.weights, z, x, g); break;
-          case 3: direct_upsample<T, 3>(l, below(n), flow.weights, z, x, g); break;
-          default: direct_upsample<T, 4>(l, below(n), flow.weights, z, x, g);
+          case 1: direct_upsample<T, 1>(record, x, g, z); break;
+          case 2: direct_upsample<T, 2>(record, x, g, z); break;
+          case 3: direct_upsample<T, 3>(record, x, g, z); break;
+          default: direct_upsample<T, 4>(record, x, g, z);
         }
       }
+      copied();
       __syncthreads();
     }
     if (keep) cache_end = kept;
   }
   // After forward with keep, and with dL/dx in g: dL/dz to gradient_at. x is overwritten.
   LFQ_CALLED void backward(const T* z, T dlog_det) {
-    const unsigned x = this->x, g = this->g, du = this->du;
+    direct_place at{0, x, g, du};
     const T* kept = cache_end;
     double* const dweights = this->dweights;
+    // The last layer's record is still there.
     for (int n = flow.n_layers - 1; n >= 0; --n) {
-      const direct_layer& l = flow.direct[n];
+      if (n > 0) fetch(n - 1);
+      at.record = record_at(n);
+      const direct_layer& l = shared_at<direct_layer>(at.record);
       if (l.kind == LFQ_LAYER_COUPLING) {
-        kept -= int64_t(kept_of(l.scale, l.outputs, flow.keeps_all)) * l.n_active * l.n;
+        kept -= kept_of(l.scale, l.outputs, l.n_active << l.log_n, flow.keeps_all);
         with_coupling(l, [&](auto kind, auto outputs) {
-          direct_couple_backward<T, decltype(kind)::value, decltype(outputs)::value>(
-              l, flow.layers[n], links(n), flow.weights + l.weight_offset, kept, x, g, du, flow.keeps_all, dlog_det,
-              dweights ? dweights + l.weight_offset : nullptr);
+          direct_couple_backward<T, decltype(kind)::value, decltype(outputs)::value>(at, flow.layers[n], kept, flow.keeps_all, dlog_det,
+                                                                                     dweights ? dweights + l.weight_offset : nullptr);
         });
       } else if (l.kind == LFQ_LAYER_RESCALE) {
-        const T factor = flow.weights[l.weight_offset], inverse = T(1) / factor;
+        const T factor = shared_at<T>(numbers_at(at.record)), inverse = T(1) / factor;
         double sum[1] = {0};
-        T* const field = &shared_at<T>(x);
-        T* const gradient = &shared_at<T>(g);
-        each_of(l.n << l.ndim, [&](int64_t i) {
+        for (int i = threadIdx.x; i < l.n << l.ndim; i += blockDim.x) {
+          T &field = shared_at<T>(at.x + unsigned(i) * unsigned(sizeof(T))), &gradient = shared_at<T>(at.g + unsigned(i) * unsigned(sizeof(T)));
           if (dweights) {
-            sum[0] += double(gradient[i] * field[i]);
-            field[i] *= inverse;
+            sum[0] += double(gradient * field);
+            field *= inverse;
           }
-          gradient[i] *= factor;
-        });
+          gradient *= factor;
+        }
         if (dweights) {
           block_sum(sum);
           if (threadIdx.x == 0) dweights[l.weight_offset] += double(dlog_det) * (l.n << l.ndim) + sum[0];
         }
       } else {
         switch (l.ndim) {
-          case 1: direct_upsample_backward<T, 1>(l, below(n), flow.weights, z, x, g, du, dlog_det, dweights); break;
-          case 2: direct_upsample_backward<T, 2>(l, below(n), flow.weights, z, x, g, du, dlog_det, dweights); break;
-          case 3: direct_upsample_backward<T, 3>(l, below(n), flow.weights, z, x, g, du, dlog_det, dweights); break;
-          default: direct_upsample_backward<T, 4>(l, below(n), flow.weights, z, x, g, du, dlog_det, dweights);
+          case 1: direct_upsample_backward<T, 1>(at, z, dlog_det, dweights); break;
+          case 2: direct_upsample_backward<T, 2>(at, z, dlog_det, dweights); break;
+          case 3: direct_upsample_backward<T, 3>(at, z, dlog_det, dweights); break;
+          default: direct_upsample_backward<T, 4>(at, z, dlog_det, dweights);
         }
       }
+      copied();
       __syncthreads();
     }
   }
 
   // dS/dphi of the field into g; `energies`: returns the thread's share of the action.
   LFQ_CALLED double action_gradient(const lfq_phi4& theory, bool energies) const {
-    const direct_layer& l = flow.direct[flow.n_layers];
+    const unsigned record = record_at(flow.n_layers), x = this->x, to_g = this->g - this->x;
+    const direct_layer& l = shared_at<direct_layer>(record);
     const phi4_site<T> site_action(theory.beta, theory.lam);
-    const unsigned x = this->x, g = this->g, low = l.low;
-    const int n = l.n, ndim = l.ndim;
+    const int ndim = l.ndim;
     double s = 0;
-    each_sublattice(l, 1 << ndim, [&](int sublattice) {
+    each_group<4>(l, 1 << ndim, [&](int sublattice, int j, int, auto count) {
+      constexpr int K = decltype(count)::value;
+      const site_group<T, K> group(l, x, sublattice, j);
+      const unsigned ways = links_at<T, 1>(record, l, sublattice);
+      T ahead[K] = {}, behind[K] = {};
+      group.template each_link<1>(ways, ndim, [&](const flow_link<T, 1>&, int k, unsigned to) { ahead[k] += shared_at<T>(to); });
+      group.template each_link<1>(ways + unsigned(ndim) * unsigned(sizeof(flow_link<T, 1>)), ndim,
+                                  [&](const flow_link<T, 1>&, int k, unsigned to) { behind[k] += shared_at<T>(to); });
       T part = T(0);
-      const auto sites = [&](auto count) {
-        const link_list<T, 1, decltype(count)::value> list(links(flow.n_layers), l, sublattice);
-        for (int j = first_site(l); j < n; j += blockDim.x) {
-          const unsigned site = unsigned(sublattice * n + j) * unsigned(sizeof(T));
-          T ahead = T(0), all = T(0);
-          int number = 0;
-          list.each(site, low, [&](const flow_link<T, 1>&, unsigned to) {
-            all += shared_at<T>(x + to);
-            if (++number == (decltype(count)::value > 0 ? decltype(count)::value / 2 : ndim)) ahead = all;
-          });
-          const T phi = shared_at<T>(x + site);
-          shared_at<T>(g + site) = -site_action.force(phi, all);
-          if (energies) part += site_action.action(phi, ahead);
-        }
-      };
-      if (ndim == 2)
-        sites(std::integral_constant<int, 4>());
-      else
-        sites(std::integral_constant<int, 0>());
-      s += double(part);
+#pragma unroll
+      for (int k = 0; k < K; ++k) {
+        const T phi = shared_at<T>(group.address(k));
+        shared_at<T>(group.address(k) + to_g) = -site_action.force(phi, ahead[k] + behind[k]);
+        if (energies) part += site_action.action(phi, ahead[k]);
+      }
+      if (energies) s += double(part);
     });
     __syncthreads();
     return s;

@@ -21,8 +21,6 @@ LFQ_HD int64_t cache_of(const lfq_layer& l) {
   return resizes(l) ? sites_of(l) >> l.ndim : 0;
 }
 
-struct direct_layer;
-
 // A flow with its weights in the type of the loops: those of couplings as they are, but for the logarithms at the end of
 // each set of a site map; of a rescale its factor; of an upsampling its scale, then coefficient and width for each number of odd
 // coordinates.
@@ -35,11 +33,11 @@ struct flow_program {
   const double* log_det;  // of the layers whose log-det does not depend on the field
 
   // What direct_block reads.
-  const direct_layer* direct;
-  const char* links;
-  int64_t links_stride;  // from one layer to the next
+  const char* records;   // null: flow_block
+  int64_t record_stride;
   bool enlarges_first;   // the first layer resizes
   bool keeps_all;        // a forward pass keeps what gradients of weights need
+  bool keeps_field;      // a backward pass does not write to the field
 };
 
 // One block.
@@ -242,7 +240,7 @@ LFQ_DEVICE void neighbours(const lfq_phi4& t, const T* phi, int site, T& forward
 
 // ---- a block's buffers -----------------------------------------------------------------------
 enum buffer_name { buffer_x, buffer_g, buffer_du, buffer_z, buffer_p, buffer_spare_x, buffer_spare_g, buffer_gz, buffer_cache,
-                   buffer_hidden, buffer_du2, buffer_phi, buffer_old_g, n_buffers };
+                   buffer_hidden, buffer_du2, buffer_phi, buffer_old_g, buffer_records, n_buffers };
 
 // Where each buffer lies: in shared memory, or in the block's slot of the workspace.
 struct buffer_plan {

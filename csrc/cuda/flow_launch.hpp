@@ -111,66 +111,68 @@ lfq::buffer_plan plan_buffers(const lfq_flow& f, work what, int64_t n_chains) {
   return p;
 }
 
+// Of direct_block's records of layers, the largest.
+template <class T>
+int64_t record_stride_of(const lfq_flow& f) {
+  int64_t most = lfq::action_record_bytes<T>(f.layers[f.n_layers - 1].ndim);
+  for (int n = 0; n < f.n_layers; ++n) most = std::max(most, lfq::record_bytes<T>(f.layers[n]));
+  return most;
+}
+// Fields that a backward pass of direct_block writes besides the gradient.
+inline int cotangents_of(const lfq_flow& f) {
+  int most = 1;
+  for (int n = 0; n < f.n_layers; ++n)
+    if (f.layers[n].kind == LFQ_LAYER_COUPLING) most = std::max(most, lfq::cotangents_of(f.layers[n].scale, lfq::outputs_of(f.layers[n])));
+  return most;
+}
+// HMC does not need the field again behind the forward pass.
+inline bool keeps_field(const lfq_flow& f, work what) { return what != work::hmc || cotangents_of(f) > 1; }
+
 // The same for direct_block; no slots where it does not fit or is not for this flow.
 template <class T>
 lfq::buffer_plan plan_direct(const lfq_flow& f, work what, int64_t n_chains) {
   lfq::buffer_plan p{};
   int64_t cache = 0;
-  int cotangents = 1;
   for (int n = 0; n < f.n_layers; ++n) {
     const lfq_layer& l = f.layers[n];
     if (!lfq::is_direct(l)) return p;
-    if (l.kind != LFQ_LAYER_COUPLING) continue;
-    const int outputs = lfq::outputs_of(l);
-    cache += lfq::kept_of(l.scale, outputs, what == work::gradient) * (lfq::count_bits(lfq::active_of(l)) * (lfq::sites_of(l) >> l.ndim));
-    cotangents = std::max(cotangents, lfq::cotangents_of(l.scale, outputs));
+    if (l.kind == LFQ_LAYER_COUPLING)
+      cache += lfq::kept_of(l.scale, lfq::outputs_of(l), lfq::count_bits(lfq::active_of(l)) * (lfq::sites_of(l) >> l.ndim),
+                            what == work::gradient);
   }
   if (f.n_layers == 0) return p;
   const bool hmc = what == work::hmc;
-  int64_t size[n_buffers] = {};
-  size[lfq::buffer_x] = size[lfq::buffer_g] = f.volume;
-  // HMC does not need the field again behind the forward pass.
-  const bool in_place = hmc && cotangents == 1;
-  if (what != work::forward) {
-    size[lfq::buffer_cache] = cache;
-    size[lfq::buffer_du] = in_place ? 0 : cotangents * f.volume;
-  }
-  size[lfq::buffer_z] = size[lfq::buffer_p] = size[lfq::buffer_phi] = size[lfq::buffer_old_g] = hmc ? f.volume : 0;
+  const int fields = 2 + (what != work::forward && keeps_field(f, what) ? cotangents_of(f) : 0);
+  int64_t bytes[n_buffers] = {};
+  // Each field begins at a multiple of its size.
+  bytes[lfq::buffer_x] = (fields + 1) * f.volume * int64_t(sizeof(T));
+  bytes[lfq::buffer_records] = 2 * record_stride_of<T>(f);
+  if (what != work::forward) bytes[lfq::buffer_cache] = cache * int64_t(sizeof(T));
+  for (int b : {lfq::buffer_z, lfq::buffer_p, lfq::buffer_phi, lfq::buffer_old_g}) bytes[b] = hmc ? f.volume * int64_t(sizeof(T)) : 0;
 
   // As many blocks as registers allow are to share a multiprocessor, each thread with a few sites of a sublattice.
-  constexpr int most_threads = lfq::direct_block<T>::most_threads;
+  constexpr int most_threads = lfq::direct_block<T>::most_threads, in_all = most_threads * lfq::direct_block<T>::least_blocks;
   p.threads = lfq::warp_size;
   while (p.threads < most_threads && p.threads * 16 < f.volume) p.threads *= 2;
-  const size_t available = shared_limit(), reserved = 1024;
-  const size_t limit = (available + reserved) / (most_threads / p.threads) - reserved;
-  p.shared_bytes = lfq::sum_scratch(p.threads, n_sums);
-  for (int b = 0; b < n_buffers; ++b) {
-    const size_t bytes = (size_t(size[b]) * sizeof(T) + 15) & ~size_t(15);
-    const bool needed = b == lfq::buffer_x || b == lfq::buffer_g || b == lfq::buffer_du;
-    p.shared[b] = needed || (b != lfq::buffer_phi && b != lfq::buffer_old_g && p.shared_bytes + bytes <= limit);
-    if (p.shared[b]) {
-      p.offset[b] = int64_t(p.shared_bytes);
-      p.shared_bytes += bytes;
-    } else {
-      p.offset[b] = p.slot_bytes;
-      p.slot_bytes += int64_t(bytes);
-    }
+  const int64_t available = int64_t(shared_limit()), reserved = 1024;
+  const int64_t limit = (available + reserved) / (in_all / p.threads) - reserved;
+  int64_t shared = int64_t(lfq::sum_scratch(p.threads, n_sums));
+  // x comes last.
+  int64_t left = limit - shared - bytes[lfq::buffer_x] - bytes[lfq::buffer_records];
+  for (int b : {lfq::buffer_records, lfq::buffer_z, lfq::buffer_p, lfq::buffer_cache, lfq::buffer_phi, lfq::buffer_old_g, lfq::buffer_x}) {
+    const int64_t size = (bytes[b] + 15) & ~int64_t(15);
+    const bool needed = b == lfq::buffer_x || b == lfq::buffer_records;
+    // The last accepted field and its gradient are touched once a trajectory.
+    p.shared[b] = needed || (b != lfq::buffer_phi && b != lfq::buffer_old_g && size <= left);
+    int64_t& end = p.shared[b] ? shared : p.slot_bytes;
+    p.offset[b] = end;
+    end += size;
+    if (p.shared[b] && !needed) left -= size;
   }
-  if (p.shared_bytes > available) return lfq::buffer_plan{};
-  if (in_place) p.offset[lfq::buffer_du] = p.offset[lfq::buffer_x];
+  if (shared > available) return lfq::buffer_plan{};
+  p.shared_bytes = size_t(shared);
   share_out_slots(p, what == work::gradient ? most_slots : most_direct_slots, n_chains);
   return p;
-}
-// Of the links of a layer, the largest.
-template <class T>
-int64_t links_stride_of(const lfq_flow& f) {
-  const lfq_layer& last = f.layers[f.n_layers - 1];
-  int64_t most = lfq::action_links(last.ndim) * lfq::link_bytes<T>(1);
-  for (int n = 0; n < f.n_layers; ++n) {
-    const lfq_layer& l = f.layers[n];
-    if (l.kind == LFQ_LAYER_COUPLING) most = std::max(most, lfq::links_of(l) * lfq::link_bytes<T>(lfq::outputs_of(l)));
-  }
-  return most;
 }
 
 // The workspace of a call; `direct`: of direct_block.
@@ -179,9 +181,8 @@ struct flow_work {
   lfq::buffer_plan plan;
   T* weights;
   double *log_det, *dweights;
-  lfq::direct_layer* layers = nullptr;
-  char* links = nullptr;
-  int64_t links_stride = 0;
+  char* records = nullptr;
+  int64_t record_stride = 0;
   flow_work(pieces& mem, const lfq_flow& f, work what, int64_t n_chains, bool direct) : plan{} {
     if (direct)
       plan = plan_direct<T>(f, what, n_chains);
@@ -194,9 +195,8 @@ struct flow_work {
     dweights = what == work::gradient ? mem.take<double>(plan.n_slots * f.n_weights) : nullptr;
     plan.slots = mem.take<char>(plan.n_slots * plan.slot_bytes);
     if (!direct) return;
-    links_stride = links_stride_of<T>(f);
-    layers = mem.take<lfq::direct_layer>(f.n_layers + 1);
-    links = mem.take<char>((f.n_layers + 1) * links_stride);
+    record_stride = record_stride_of<T>(f);
+    records = mem.take<char>((f.n_layers + 1) * record_stride);
   }
 };
 
@@ -237,8 +237,8 @@ int prepare(const lfq_flow& f, const lfq_layer* layers, work what, int64_t n, vo
     if (lfq::resizes(f.layers[i])) first = lfq::sites_of(f.layers[i]) >> f.layers[i].ndim;
   a.n_chains = n;
   const bool enlarges_first = f.n_layers > 0 && lfq::resizes(f.layers[0]);
-  a.flow = {f.n_layers, int(first),   f.volume,       f.n_weights,    layers,        w.weights,
-            w.log_det,  w.layers,     w.links,        w.links_stride, enlarges_first, what == work::gradient};
+  a.flow = {f.n_layers, int(first),   f.volume,        f.n_weights,    layers,                 w.weights,
+            w.log_det,  w.records,    w.record_stride, enlarges_first, what == work::gradient, keeps_field(f, what)};
   a.plan = w.plan;
   a.plan.dweights = w.dweights;
   if (int e = launch("flow's weights", lfq::prepare_kernel<T>, 1, lfq::block_size, lfq::sum_scratch(lfq::block_size, 1), stream, f.n_layers,
@@ -246,7 +246,7 @@ int prepare(const lfq_flow& f, const lfq_layer* layers, work what, int64_t n, vo
     return e;
   if (!direct) return LFQ_OK;
   return launch("flow's layers", lfq::prepare_direct_kernel<T>, f.n_layers + 1, lfq::warp_size, 0, stream, f.n_layers, layers, w.weights,
-                w.layers, w.links, w.links_stride);
+                w.records, w.record_stride);
 }
 template <class T>
 int run(const char* what, const lfq_flow& f, const lfq::flow_arguments<T>& a, void* stream) {
@@ -255,7 +255,7 @@ int run(const char* what, const lfq_flow& f, const lfq::flow_arguments<T>& a, vo
     if (a.task == lfq::flow_task::inverse)
       return launch(what, lfq::inverse_kernel<T>, a.plan.n_slots, a.plan.threads, a.plan.shared_bytes, stream, a.flow, a.plan,
                     a.n_chains, a.forward.z, a.forward.x, a.forward.log_det);
-    const auto kernel = a.flow.direct ? lfq::flow_kernel<T, lfq::direct_block> : lfq::flow_kernel<T, lfq::flow_block>;
+    const auto kernel = a.flow.records ? lfq::flow_kernel<T, lfq::direct_block> : lfq::flow_kernel<T, lfq::flow_block>;
     return launch(what, kernel, a.plan.n_slots, a.plan.threads, a.plan.shared_bytes, stream, a);
   }
   lfq::resident_flow_arguments<T> to{};

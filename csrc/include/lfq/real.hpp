@@ -43,30 +43,6 @@ LFQ_HD float fma(float a, float b, float c) {
   return a * b + c;
 #endif
 }
-// n / d of numbers that, like their quotient, are far from overflow and underflow. On a GPU the usual division but for the
-// checks for those, which cost as much again; the bits are the same.
-template <class R>
-LFQ_HD R quotient(R n, R d) {
-  return n / d;
-}
-#if defined(__CUDA_ARCH__)
-LFQ_HD float quotient(float n, float d) {
-  float r;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(d));
-  r = ::fmaf(::fmaf(-d, r, 1.0f), r, r);
-  const float q = n * r;
-  return ::fmaf(::fmaf(-d, q, n), r, q);
-}
-LFQ_HD double quotient(double n, double d) {
-  double r;
-  asm("rcp.approx.ftz.f64 %0, %1;" : "=d"(r) : "d"(d));
-  const double e = ::fma(-d, r, 1.0);
-  r = ::fma(::fma(e, e, e), r, r);
-  r = ::fma(::fma(-d, r, 1.0), r, r);
-  const double q = n * r;
-  return ::fma(::fma(-d, q, n), r, q);
-}
-#endif
 LFQ_HD double sqrt(double x) { return ::sqrt(x); }
 LFQ_HD float sqrt(float x) { return ::sqrtf(x); }
 // The smaller of two numbers; NaN when the second is.
@@ -76,6 +52,28 @@ LFQ_HD uint64_t to_bits(double x) { uint64_t b; memcpy(&b, &x, 8); return b; }
 LFQ_HD uint32_t to_bits(float x) { uint32_t b; memcpy(&b, &x, 4); return b; }
 LFQ_HD double select(bool m, double a, double b) { return m ? a : b; }
 LFQ_HD float select(bool m, float a, float b) { return m ? a : b; }
+
+// a / b where neither b nor the quotient comes near the ends of their range: on a GPU to one ulp, without a branch.
+template <class R>
+LFQ_HD R quotient(R a, R b) {
+  return a / b;
+}
+#if defined(__CUDA_ARCH__)
+LFQ_HD float quotient(float a, float b) {
+  float r;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(b));
+  const float q = a * r;
+  return ::fmaf(::fmaf(-b, q, a), r, q);
+}
+LFQ_HD double quotient(double a, double b) {
+  double r;
+  asm("rcp.approx.ftz.f64 %0, %1;" : "=d"(r) : "d"(b));  // 20 bits
+  r = ::fma(::fma(-b, r, 1.0), r, r);
+  r = ::fma(::fma(-b, r, 1.0), r, r);
+  const double q = a * r;
+  return ::fma(::fma(-b, q, a), r, q);
+}
+#endif
 
 template <class R>
 LFQ_HD typename real_traits<R>::bits sign_mask() {
