@@ -114,7 +114,9 @@ class _DeviceLoop:
         self._chains = None
         self._weights = _gpu.empty(weights.size)
         self._coarse_action, self._dh = _gpu.empty(n * copies), _gpu.empty((base.n_between, n * copies))
-        self._noise, self._latent = _gpu.empty((n, base.n_noise), dtype), _gpu.empty((n, volume), dtype)
+        self._latent = _gpu.empty((n, volume), dtype)
+        # Latents that are nothing but noise are drawn in place.
+        self._noise = self._latent if self._coarse is None else _gpu.empty((n, base.n_noise), dtype)
         self._action, self._log_det, self._log_w = (_gpu.empty(n) for _ in range(3))
         self._gradient, self._moments = _gpu.empty(weights.size), _gpu.empty((2, weights.size))
         self._history, self._failed = _gpu.empty((len(_HISTORY), n_steps)), _gpu.empty(1, np.int64)
@@ -162,7 +164,8 @@ class _DeviceLoop:
             self._latent[:, :split] = chains.reshape(n, split)
         if split < self._latent.shape[1]:
             _gpu.normal(self._seed, _LATENT, step, 0, n, self._noise)
-            self._latent[:, split:] = self._noise
+            if self._noise is not self._latent:
+                self._latent[:, split:] = self._noise
         _gpu.call(
             "flow_loss", dtype, self._flow, self._layers, self._target, n, self._latent.data.ptr, self._action.data.ptr,
             self._log_det.data.ptr, self._gradient.data.ptr, workspace=("flow", self._flow, n),
