@@ -5,11 +5,14 @@ python examples/05_multiscale.py --draw --docs docs # tables and figure of docs/
 """
 
 import argparse
+import dataclasses
 import json
 import platform
 import sys
 import time
 from pathlib import Path
+
+import numpy as np
 
 import lfq
 from lfq.analysis import estimate, fit_exponent
@@ -21,6 +24,14 @@ BATCH = {2: 512, 4: 512, 8: 512, 16: 256, 32: 128, 64: 64, 128: 32}
 CHAINS = {8: 64, 16: 64, 32: 64, 64: 32, 128: 16}
 SECONDS = {8: 3, 16: 5, 32: 15, 64: 60, 128: 60}
 DTYPE, LENGTH_SPREAD = "float32", 0.3
+# Chains on a GPU, then lengths and steps there: of the map, and of plain HMC; trajectories that are measured of each.
+GPU = {
+    8: (8192, [(1.06, 3), (1.5, 4)], [(2.83, 15)], (1000, 2000)),
+    16: (4096, [(1.06, 3), (1.5, 4)], [(4.0, 20), (5.33, 26)], (1000, 2000)),
+    32: (2048, [(1.06, 5), (1.5, 7)], [(5.33, 48), (8.0, 72)], (1000, 4000)),
+    64: (1024, [(1.06, 8), (1.5, 11)], [(5.33, 53), (10.67, 120)], (1000, 8000)),
+    128: (256, [(1.06, 14), (1.5, 21)], [(10.67, 165)], (300, 8000)),
+}
 CHECKERBOARD = "ce|o o|ce"
 VARIANTS = {
     "exp(-|s|), 1 checkerboard": dict(order=CHECKERBOARD, scale="exp(-|s|)"),
@@ -142,6 +153,38 @@ def comparison(extent):
     return record
 
 
+def on_gpu(extent, flow):
+    """What independent samples of many chains cost on a GPU, in forces and in seconds."""
+    n_chains, lengths, plain_lengths, n_samples = GPU[extent]
+    target, found, options = theory(extent), [], dict(dtype=DTYPE, length_spread=LENGTH_SPREAD, device="cuda")
+    latents = target.pullback(flow)
+    samplers = [("multiscale", latents, *length, n_samples[0]) for length in lengths]
+    samplers += [("HMC", target, *length, n_samples[1]) for length in plain_lengths]
+    first = lfq.HMC(latents, tau=2.0, n_steps=2 * lengths[0][1], **options)
+    warm = first.advance(first.start(n_chains, seed=4), 1, 200, measure=False)
+    for name, action, tau, n_steps, count in samplers:
+        sampler = lfq.HMC(action, tau=tau, n_steps=n_steps, **options)
+        state = warm.state if action is latents else lfq.State(warm.phi, 0, 5)
+        state = sampler.advance(state, 1, 10, measure=False).state
+        begin = time.perf_counter()
+        state = sampler.advance(state, 1, count // 4, measure=False).state
+        seconds = (time.perf_counter() - begin) / (count // 4 * n_chains)
+        block = sampler.advance(state, count)
+        series = {"M": block.observables["M"], "M2": block.observables["M"] ** 2, "abs_M": abs(block.observables["M"])}
+        series |= {key: block.observables[key] for key in ("phi2", "phi2_smeared", "G_pmin")}
+        record = {"name": name, "L": extent, "tau": tau, "n_steps": n_steps, "n_chains": n_chains, "n_samples": count}
+        record |= {"acceptance": float(block.accepted.mean()), "seconds_per_trajectory": seconds}
+        record["exp_minus_dh"] = dataclasses.asdict(estimate(np.exp(-block.dh)))
+        record["observables"] = {key: dataclasses.asdict(estimate(values)) for key, values in series.items()}
+        slowest = max((e for key, e in record["observables"].items() if key != "M"), key=lambda e: e["tau_int"])
+        record["forces_per_independent_sample"] = 2 * slowest["tau_int"] * sampler.force_evaluations_per_trajectory
+        record["relative_error"] = slowest["tau_int_error"] / slowest["tau_int"]
+        record["seconds_per_independent_sample"] = 2 * slowest["tau_int"] * seconds
+        found.append(record)
+        print(json.dumps(finite(record)), file=sys.stderr, flush=True)
+    return found
+
+
 def cubic(extents):
     """Three dimensions, on the improved action of Hasenbusch, hep-lat/9902026, at its critical coupling."""
 
@@ -184,6 +227,7 @@ def main():
     parser.add_argument("--draw", action="store_true", help="draw from the results instead of making them")
     parser.add_argument("--docs", type=Path, default=Path("."), help="where figures/multiscale.png goes")
     parser.add_argument("--cubic", action="store_true", help="only three dimensions, L = 8, 16 and 32")
+    parser.add_argument("--gpu", action="store_true", help="only many chains on a GPU, at lengths tuned before")
     parser.add_argument("--variants", action="store_true", help="only the comparison of blocks")
     arguments = parser.parse_args()
     if arguments.draw:
@@ -195,6 +239,10 @@ def main():
         results["variants"] = variants([extent for extent in arguments.extents if 16 <= extent <= 32])
     elif arguments.cubic:
         results["cubic"] = cubic([8, 16, 32])
+    elif arguments.gpu:
+        results["gpu"] = {"device": lfq.info()["gpu"], "samplers": []}
+        for extent in arguments.extents:
+            results["gpu"]["samplers"] += on_gpu(extent, trained(extent)[-1].flow)
     else:
         kept = [size for size in results.get("sizes", []) if size["theory"]["shape"][0] not in arguments.extents]
         for extent in arguments.extents:
