@@ -1,6 +1,7 @@
 """Speed of the CUDA kernels, beside CuPy arrays and, where they are installed for the GPU, JAX and PyTorch.
 
     python -m benchmarks.gpu            # GPU tests, then everything; writes benchmarks/results/gpu.json
+    python -m benchmarks.gpu --tables   # from that the tables of benchmarks/README.md
 
 Device events give the times: the median of several samples after a warm-up, on a stream that does nothing else.
 A site-update is one leapfrog step of one site; trajectories include refresh, energies and accept step.
@@ -392,11 +393,72 @@ def peer_cases() -> list[dict]:
     return rows
 
 
+def _paired(rows: list[dict]) -> dict:
+    """Rows by (kernel, map or library, shape, chains), those of both types side by side."""
+    found = {}
+    for row in rows:
+        key = row["kernel"], row.get("flow") or row.get("library", ""), tuple(row["shape"]), row["chains"]
+        found.setdefault(key, {})[row["dtype"]] = row
+    return found
+
+
+def _rate(row: dict) -> float:
+    return row.get("site_updates_per_s") or row["sites_per_s"]
+
+
+def rate_table(result: dict) -> str:
+    """Rates in Markdown."""
+    lines = ["| kernel | lattice, chains | float64, 1e9 /s | float32, 1e9 /s | of the bound |", "|---|---|--:|--:|--:|"]
+    for (kernel, of, shape, chains), pair in _paired(result["rates"]).items():
+        rows = [pair[dtype] for dtype in ("float64", "float32")]
+        name, place = f"{kernel}, {of}" if of else kernel, " x ".join(map(str, shape))
+        if kernel == "HMC":
+            name += ", resident" if all(row["resident"] for row in rows) else ", tiled"
+            if rows[1]["resident"] and not rows[0]["resident"]:
+                name = "HMC, tiled and resident"
+        shares = [row.get("of_arithmetic_bound") or row.get("of_copy_bandwidth") for row in rows]
+        share = " / ".join(f"{value:.2f}" for value in shares) if all(shares) else ""
+        if "over_hmc" in rows[0]:
+            share = " / ".join(f"{row['over_hmc']:.3g}" for row in rows) + " times HMC"
+        lines.append(
+            f"| {name} | {place}, {chains} | {_rate(rows[0]) / 1e9:.3g} | {_rate(rows[1]) / 1e9:.3g} | {share} |"
+        )
+    return "\n".join(lines)
+
+
+def peer_table(result: dict) -> str:
+    """lfq over other implementations of the same work, in Markdown."""
+    own = {key[:1] + key[2:]: pair for key, pair in _paired(result["rates"]).items() if key[1] != "multiscale"}
+    lines = [
+        "| kernel | lattice, chains | library | its float64, float32, 1e9 /s | lfq over it |",
+        "|---|---|---|--:|--:|",
+    ]
+    peers = [row for row in result["peers"] if "kernel" in row]
+    for (kernel, library, shape, chains), pair in _paired(peers).items():
+        rows = [pair[dtype] for dtype in ("float64", "float32")]
+        ratios = [_rate(own[kernel, shape, chains][row["dtype"]]) / _rate(row) for row in rows]
+        rates = ", ".join(f"{_rate(row) / 1e9:.3g}" for row in rows)
+        place = " x ".join(map(str, shape))
+        lines.append(f"| {kernel} | {place}, {chains} | {library} | {rates} | {ratios[0]:.3g}, {ratios[1]:.3g} |")
+    return "\n".join(lines)
+
+
+def write_tables(result: dict, path: Path) -> None:
+    """Both tables, between their marks in a README."""
+    from .report import write_readme
+
+    write_readme(path, {"gpu rates": rate_table(result), "gpu peers": peer_table(result)})
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=HERE / "results" / "gpu.json")
     parser.add_argument("--no-tests", action="store_true", help="do not run the GPU tests first")
+    parser.add_argument("--tables", action="store_true", help="only the tables of benchmarks/README.md, from --out")
     arguments = parser.parse_args()
+    if arguments.tables:
+        write_tables(json.loads(arguments.out.read_text()), HERE / "README.md")
+        return 0
     reason = _gpu.missing()
     if reason is not None:
         print(f"benchmarks.gpu: {reason}; nothing was measured", file=sys.stderr)
