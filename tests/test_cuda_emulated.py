@@ -62,7 +62,7 @@ def test_normals_have_the_bits_of_the_cpu(library, dtype, n):
     )
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, (2, 8, 256), (9, 2, 4, 128)], ids=str)
 def test_action_force_and_observables(library, dtype, rng, shape):
     t = theory(shape)
     phi = rng.normal(size=(3, *shape)).astype(dtype)
