@@ -109,7 +109,9 @@ def misaligned(array):
     return copy
 
 
-@pytest.mark.parametrize("shape", [(16, 16), (5, 3), (10, 34), (21, 136), (1, 8), (4, 6, 8), (2, 4, 2, 4), (3, 80, 260)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(16, 16), (5, 3), (10, 34), (21, 136), (1, 8), (4, 6, 8), (2, 4, 2, 4), (3, 80, 260)], ids=str
+)
 def test_where_fields_lie_does_not_matter(library, dtype, rng, shape):
     t = theory(shape)
     hmc = lfq.HMC(t, tau=0.7, n_steps=5, dtype=str(dtype))

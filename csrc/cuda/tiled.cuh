@@ -24,7 +24,7 @@ __global__ void refresh_kernel(stream rng, uint64_t first_chain, double unit, in
 }
 // p += k F(from), to = from + d p.
 template <class T, int D, int W>
-__global__ void __launch_bounds__(block_size, D < 4 ? 4 : 3)
+__global__ void __launch_bounds__(block_size, D < 3 ? 4 : 3)
     kick_drift_kernel(lfq_phi4 theory, phi4_kick<T> kick, T step, int64_t volume, int n_parts, const T* __restrict__ from,
                       T* __restrict__ to, T* __restrict__ p) {
   const part at(n_parts);
