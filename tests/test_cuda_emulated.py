@@ -63,7 +63,7 @@ def test_normals_have_the_bits_of_the_cpu(library, dtype, n):
     )
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, (2, 8, 256), (9, 2, 4, 128)], ids=str)
 def test_action_force_and_observables(library, dtype, rng, shape):
     t = theory(shape)
     phi = rng.normal(size=(3, *shape)).astype(dtype)
@@ -110,7 +110,9 @@ def misaligned(array):
     return copy
 
 
-@pytest.mark.parametrize("shape", [(16, 16), (5, 3), (10, 34), (21, 136), (1, 8), (4, 6, 8), (2, 4, 2, 4), (3, 80, 260)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(16, 16), (5, 3), (10, 34), (21, 136), (1, 8), (4, 6, 8), (2, 4, 2, 4), (3, 80, 260)], ids=str
+)
 def test_where_fields_lie_does_not_matter(library, dtype, rng, shape):
     t = theory(shape)
     hmc = lfq.HMC(t, tau=0.7, n_steps=5, dtype=str(dtype))
