@@ -320,15 +320,23 @@ LFQ_CALLED T direct_couple(unsigned record, unsigned x, T* kept, bool all, bool 
     const direct_parameters<T, S, N> by(numbers + unsigned(l.biases) * unsigned(sizeof(T)), false);
     side_by_side<T, K> h[N], slope, before;
 #pragma unroll
+    for (int k = 0; k < K; ++k) before.v[k] = shared_at<T>(group.address(k));
+#pragma unroll
     for (int k = 0; k < K; ++k) {
-      T& field = shared_at<T>(group.address(k));
-      before.v[k] = field;
       const coupled_site<T, N> a = couple_site<S>(before.v[k], u[k], by.p);
-      field = a.y;
+      shared_at<T>(group.address(k)) = a.y;
       for (int c = 0; c < N; ++c) h[c].v[k] = a.h[c];
       slope.v[k] = a.slope;
-      if (logs) log_sum += log_slope<S>(a, by.p);
     }
+    // Apart, so that no branch keeps the sites above from being worked on together.
+    if (logs)
+#pragma unroll
+      for (int k = 0; k < K; ++k) {
+        coupled_site<T, N> a;
+        a.slope = slope.v[k];
+        for (int c = 0; c < N; ++c) a.h[c] = h[c].v[k];
+        log_sum += log_slope<S>(a, by.p);
+      }
     if (!kept) return;
     T* const keep = kept + ((set << log_n) + kept_at);
     const auto put = [&](int c, const side_by_side<T, K>& values) { *reinterpret_cast<side_by_side<T, K>*>(keep + c * stride) = values; };
