@@ -365,6 +365,30 @@ FLOWS = {
     "multiscale": ((8, 4), lambda: lfq.MultiscaleFlow(2, n_blocks=1)),
     "multiscale 3-d": ((2, 2, 2), lambda: lfq.MultiscaleFlow(1, n_blocks=1, ndim=3)),
     "multiscale from one site": ((4, 4), lambda: lfq.MultiscaleFlow(2, n_blocks=1, scale="even", features=2)),
+    # Extents that are powers of two have kernels of their own.
+    "paper, 2^n": ((8, 4), lambda: lfq.AffineFlow()),
+    "exp, kernel 5, bias, 2^n": ((4, 16), lambda: lfq.AffineFlow(kernel_size=5, bias=True, scale="exp(s)")),
+    "large kernel, 2^n": ((2, 4), lambda: lfq.AffineFlow(kernel_size=9, n_blocks=2)),
+    "1-d, 2^n": ((64,), lambda: lfq.AffineFlow(kernel_size=5, bias=True, ndim=1)),
+    "3-d, 2^n": ((4, 2, 8), lambda: lfq.AffineFlow(scale="site", bias=True, ndim=3)),
+    "even 1, 2^n": ((4, 8), lambda: lfq.AffineFlow(scale="even", features=1)),
+    "even 4, sublattices, 2^n": ((8, 4), lambda: lfq.AffineFlow(scale="even", features=4, sublattices=True)),
+    "even 8, bias, 2^n": ((4, 4), lambda: lfq.AffineFlow(bias=True, scale="even", features=8)),
+    "order, 2^n": (
+        (8, 4),
+        lambda: lfq.AffineFlow(scale="site", bias=True, sublattices=True, order="e|c c|eo ce|o o|c", n_blocks=2),
+    ),
+    "interleave twice, 2^n": (
+        (8, 8),
+        lambda: lfq.Compose([lfq.AffineFlow(), lfq.InterleaveMap(), lfq.AffineFlow(scale="site"), lfq.InterleaveMap()]),
+    ),
+    "upsample 1-d, 2^n": ((16,), lambda: lfq.MultiscaleFlow(3, n_blocks=1, ndim=1)),
+    "multiscale 3-d, twice": ((4, 8, 4), lambda: lfq.MultiscaleFlow(2, n_blocks=1, ndim=3)),
+    "multiscale 4-d": ((4, 2, 2, 4), lambda: lfq.MultiscaleFlow(1, n_blocks=1, ndim=4)),
+    # A thread has two sites of a sublattice here, and four.
+    "multiscale, a warp": ((16, 16), lambda: lfq.MultiscaleFlow(4, n_blocks=1)),
+    "multiscale, two warps": ((32, 32), lambda: lfq.MultiscaleFlow(1, n_blocks=1)),
+    "even 2, two warps": ((32, 32), lambda: lfq.AffineFlow(scale="even", features=2, sublattices=True)),
 }
 
 
@@ -606,6 +630,65 @@ def test_more_chains_than_blocks(library, rng):
     expected = reference.loss([reference_layer(layer) for layer in layers], weights, z.reshape(n, -1), t.beta, t.lam)
     for found, wanted in zip((action, log_det, dweights), expected, strict=True):
         np.testing.assert_allclose(found, wanted, **close(np.float64, 100))
+
+
+def test_more_chains_than_slots_of_flow_hmc(library, dtype, rng):
+    """A chain is the same wherever in a batch it is, to the bit."""
+    flow, shape, n = lfq.MultiscaleFlow(1, n_blocks=1), (2, 2), 4300
+    layers, weights = flow.program(shape), flow.weights
+    record, t = flow_record(shape, layers, weights), theory(shape)
+    settings = lfq.HMC(t.pullback(flow), tau=0.5, n_steps=1, dtype=str(dtype))._settings()
+    z, momenta = rng.normal(size=(2, n, *shape)).astype(dtype)
+
+    def evolve(z, momenta):
+        z, momenta = z.copy(), momenta.copy()
+        call(
+            library,
+            "flow_evolve",
+            dtype,
+            record,
+            pointer(layers),
+            t._record(),
+            settings,
+            len(z),
+            pointer(z),
+            pointer(momenta),
+            workspace=("flow", record, len(z)),
+        )
+        return z, momenta
+
+    all_of_them = evolve(z, momenta)
+    for chain in (0, 2149, 2150, n - 1):
+        alone = evolve(z[chain : chain + 1], momenta[chain : chain + 1])
+        for found, wanted in zip(all_of_them, alone, strict=True):
+            np.testing.assert_array_equal(found[chain], wanted[0])
+    expected = lfq.HMC(t.pullback(flow), tau=0.5, n_steps=1, dtype=str(dtype)).evolve(z, momenta)
+    np.testing.assert_allclose(all_of_them[0], expected[0], **close(dtype, 10))
+
+
+def test_a_theory_on_another_lattice_of_as_many_sites(library, rng):
+    flow, shape = with_random_weights(lfq.AffineFlow(), rng), (4, 16)
+    layers, weights = flow.program(shape), flow.weights
+    record, t = flow_record(shape, layers, weights), theory((8, 8))
+    z = rng.normal(size=(2, *shape))
+    action, force = np.empty(2), np.empty_like(z)
+    call(
+        library,
+        "pullback_force",
+        "float64",
+        record,
+        pointer(layers),
+        t._record(),
+        2,
+        pointer(z),
+        pointer(action),
+        pointer(force),
+        workspace=("flow", record, 2),
+    )
+    x, log_det = flow.forward(z)
+    np.testing.assert_allclose(action, t.action(x.reshape(2, 8, 8)) - log_det, **close(np.float64, 100))
+    expected = flow.vjp(z, t.force(x.reshape(2, 8, 8)).reshape(z.shape), np.ones(2))
+    np.testing.assert_allclose(force, expected, **close(np.float64, 100))
 
 
 @pytest.mark.validate

@@ -229,7 +229,7 @@ struct site_group {
     outside = (site ^ inside) | field;
   }
   LFQ_DEVICE unsigned address(int k) const { return (inside | outside) + unsigned(k) * blockDim.x * unsigned(sizeof(T)); }
-  // Calls f(link, k, address that it leads to).
+  // Calls f(link, addresses that it leads to).
   template <int N, class F>
   LFQ_DEVICE void each_link(unsigned links, int n, F&& f) const {
     unsigned in[K], out[K];
@@ -242,11 +242,19 @@ struct site_group {
 #pragma unroll 2
     for (int i = 0; i < n; ++i) {
       const flow_link<T, N> link = shared_at<flow_link<T, N>>(links + unsigned(i) * unsigned(sizeof(flow_link<T, N>)));
+      unsigned to[K];
 #pragma unroll
-      for (int k = 0; k < K; ++k) f(link, k, (in[k] + link.add) ^ out[k] ^ link.flip);
+      for (int k = 0; k < K; ++k) to[k] = (in[k] + link.add) ^ out[k] ^ link.flip;
+      f(link, to);
     }
   }
 };
+// All of them before the first is used.
+template <class T, int K>
+LFQ_DEVICE void read(const unsigned (&from)[K], unsigned step, T (&v)[K]) {
+#pragma unroll
+  for (int k = 0; k < K; ++k) v[k] = shared_at<T>(from[k] + step);
+}
 // Deals a sublattice's sites out to threads: calls f(j, where K numbers of the thread are kept, constant K) for groups.
 template <int MOST, class F>
 LFQ_DEVICE void each_group_of(int n, int thread, F&& f) {
@@ -290,15 +298,27 @@ struct direct_parameters {
   }
 };
 
-// What a block has of its flow, for the functions below.
-struct direct_place {
-  unsigned record;    // of the layer
-  unsigned x, g, du;  // fields
+// What a pass through the layers goes by. It lies in memory, for what is called to load what it needs: registers that the
+// caller held would be lost to the loops over sites.
+template <class T>
+struct direct_pass {
+  unsigned x, g, du;     // addresses of fields
+  unsigned record;       // of the layer's record
+  bool all;              // kept is what gradients of weights need
+  bool keep, logs;       // of a forward pass: whether to keep, whether log-dets are wanted
+  T dlog_det;
+  T* kept;               // of the layer
+  const T* z;            // latents
+  double* log_det;       // a thread's share
+  double* dweights;      // of the flow; null when not wanted
+  const lfq_layer* layer;
 };
 
-// Keeps what backward needs unless kept is null; `logs`: returns the thread's share of the log-det.
 template <class T, scale_kind S, int N>
-LFQ_CALLED T direct_couple(unsigned record, unsigned x, T* kept, bool all, bool logs) {
+LFQ_CALLED void direct_couple(const direct_pass<T>& pass) {
+  const unsigned record = pass.record, x = pass.x;
+  T* const kept = pass.keep ? pass.kept : nullptr;
+  const bool all = pass.all, logs = pass.logs;
   const direct_layer& l = shared_at<direct_layer>(record);
   T log_sum = T(0);
   const int stride = l.n_active << l.log_n, log_n = l.log_n;
@@ -313,22 +333,33 @@ LFQ_CALLED T direct_couple(unsigned record, unsigned x, T* kept, bool all, bool 
       const T bias = l.biases > 0 ? shared_at<T>(numbers + unsigned(c) * unsigned(sizeof(T))) : T(0);
       for (int k = 0; k < K; ++k) u[k][c] = bias;
     }
-    group.template each_link<N>(links_at<T, N>(record, l, s), l.n_links[s], [&](const flow_link<T, N>& link, int k, unsigned to) {
-      const T v = shared_at<T>(to);
-      for (int c = 0; c < N; ++c) u[k][c] = fma(link.weight[c], v, u[k][c]);
+    group.template each_link<N>(links_at<T, N>(record, l, s), l.n_links[s], [&](const flow_link<T, N>& link, const unsigned (&to)[K]) {
+      T v[K];
+      read(to, 0, v);
+#pragma unroll
+      for (int k = 0; k < K; ++k)
+        for (int c = 0; c < N; ++c) u[k][c] = fma(link.weight[c], v[k], u[k][c]);
     });
     const direct_parameters<T, S, N> by(numbers + unsigned(l.biases) * unsigned(sizeof(T)), false);
     side_by_side<T, K> h[N], slope, before;
 #pragma unroll
+    for (int k = 0; k < K; ++k) before.v[k] = shared_at<T>(group.address(k));
+#pragma unroll
     for (int k = 0; k < K; ++k) {
-      T& field = shared_at<T>(group.address(k));
-      before.v[k] = field;
       const coupled_site<T, N> a = couple_site<S>(before.v[k], u[k], by.p);
-      field = a.y;
+      shared_at<T>(group.address(k)) = a.y;
       for (int c = 0; c < N; ++c) h[c].v[k] = a.h[c];
       slope.v[k] = a.slope;
-      if (logs) log_sum += log_slope<S>(a, by.p);
     }
+    // Apart, so that no branch keeps the sites above from being worked on together.
+    if (logs)
+#pragma unroll
+      for (int k = 0; k < K; ++k) {
+        coupled_site<T, N> a;
+        a.slope = slope.v[k];
+        for (int c = 0; c < N; ++c) a.h[c] = h[c].v[k];
+        log_sum += log_slope<S>(a, by.p);
+      }
     if (!kept) return;
     T* const keep = kept + ((set << log_n) + kept_at);
     const auto put = [&](int c, const side_by_side<T, K>& values) { *reinterpret_cast<side_by_side<T, K>*>(keep + c * stride) = values; };
@@ -338,20 +369,24 @@ LFQ_CALLED T direct_couple(unsigned record, unsigned x, T* kept, bool all, bool 
     put(N, slope);
     put(N + 1, before);
   });
-  return log_sum;
+  if (logs) *pass.log_det += double(log_sum);
 }
 
 // From g = dL/dy at the active sites: dL/dx of those to g, dL/du for every output to du. Site maps, where dL/du[0] is
 // dL/dx, leave the other one only.
 template <class T, scale_kind S, int N>
-LFQ_DEVICE void couple_back(const direct_place& at, const T* kept, bool all, T dlog_det, double* dweights) {
+LFQ_DEVICE void couple_back(const direct_pass<T>& at, double* dweights) {
   constexpr bool of_site = S == scale_kind::site;
-  const direct_layer& l = shared_at<direct_layer>(at.record);
+  const T* const kept = at.kept;
+  const bool all = at.all;
+  const T dlog_det = at.dlog_det;
+  const unsigned x = at.x, g = at.g, du = at.du, record = at.record;
+  const direct_layer& l = shared_at<direct_layer>(record);
   const int stride = l.n_active << l.log_n, log_n = l.log_n;
-  const unsigned field_bytes = at.g - at.x;
+  const unsigned field_bytes = g - x;
   const auto back = [&](int set, int j, int kept_at, bool terms_wanted, auto count, auto&& add) {
     constexpr int K = decltype(count)::value;
-    const direct_parameters<T, S, N> by(numbers_of_set<T>(at.record, l, set) + unsigned(l.biases) * unsigned(sizeof(T)), terms_wanted);
+    const direct_parameters<T, S, N> by(numbers_of_set<T>(record, l, set) + unsigned(l.biases) * unsigned(sizeof(T)), terms_wanted);
     const T* const keep = kept + ((set << log_n) + kept_at);
     const auto get = [&](int c) { return *reinterpret_cast<const side_by_side<T, K>*>(keep + c * stride); };
     const unsigned site = ((unsigned(l.active[set]) << log_n) | unsigned(j)) * unsigned(sizeof(T));
@@ -368,15 +403,15 @@ LFQ_DEVICE void couple_back(const direct_place& at, const T* kept, bool all, T d
       T own[N], out[N];
       for (int c = 0; c < N; ++c) own[c] = h[c].v[k];
       const T steep = of_site ? site_slope(own[0], by.p) : slope.v[k];
-      T& gradient = shared_at<T>(at.g + offset);
+      T& gradient = shared_at<T>(g + offset);
       const T dy = gradient;
       if (terms_wanted) {
-        T& field = shared_at<T>(at.x + offset);
+        T& field = shared_at<T>(x + offset);
         parameter_terms<S>(own, by.p, steep, before.v[k], field, dy, dlog_det, add);
         field = before.v[k];
       }
       gradient = couple_site_backward<S>(own, by.p, steep, before.v[k], dy, dlog_det, out);
-      for (int c = of_site; c < N; ++c) shared_at<T>(at.du + unsigned(c - of_site) * field_bytes + offset) = out[c];
+      for (int c = of_site; c < N; ++c) shared_at<T>(du + unsigned(c - of_site) * field_bytes + offset) = out[c];
     }
   };
   if (!dweights) {
@@ -399,20 +434,25 @@ LFQ_DEVICE void couple_back(const direct_place& at, const T* kept, bool all, T d
 }
 // Gathers dL/dx at the frozen sites.
 template <class T, bool SITE, int N>
-LFQ_DEVICE void gather_back(const direct_place& at) {
-  const direct_layer& l = shared_at<direct_layer>(at.record);
+LFQ_DEVICE void gather_back(const direct_pass<T>& at) {
+  const unsigned record = at.record, g = at.g;
+  const direct_layer& l = shared_at<direct_layer>(record);
   // From a site's address in the first field that is read to those in the others.
-  const unsigned field_bytes = at.g - at.x, to_du = at.du - at.g;
+  const unsigned field_bytes = g - at.x, to_du = at.du - g;
   each_group<most_sites(N)>(l, l.n_frozen, [&](int i, int j, int, auto count) {
     constexpr int K = decltype(count)::value;
     const int s = l.frozen[i];
-    const site_group<T, K> group(l, at.g, s, j);
+    const site_group<T, K> group(l, g, s, j);
     T sum[K];
 #pragma unroll
     for (int k = 0; k < K; ++k) sum[k] = shared_at<T>(group.address(k));
-    group.template each_link<N>(links_at<T, N>(at.record, l, s), l.n_links[s], [&](const flow_link<T, N>& link, int k, unsigned to) {
-      if constexpr (SITE) sum[k] = fma(link.weight[0], shared_at<T>(to), sum[k]);
-      for (int c = SITE; c < N; ++c) sum[k] = fma(link.weight[c], shared_at<T>(to + to_du + unsigned(c - SITE) * field_bytes), sum[k]);
+    group.template each_link<N>(links_at<T, N>(record, l, s), l.n_links[s], [&](const flow_link<T, N>& link, const unsigned (&to)[K]) {
+      T v[N][K];
+      if constexpr (SITE) read(to, 0, v[0]);
+      for (int c = SITE; c < N; ++c) read(to, to_du + unsigned(c - SITE) * field_bytes, v[c]);
+#pragma unroll
+      for (int k = 0; k < K; ++k)
+        for (int c = 0; c < N; ++c) sum[k] = fma(link.weight[c], v[c][k], sum[k]);
     });
 #pragma unroll
     for (int k = 0; k < K; ++k) shared_at<T>(group.address(k)) = sum[k];
@@ -420,7 +460,8 @@ LFQ_DEVICE void gather_back(const direct_place& at) {
 }
 // Adds the sums over sites of du times the field at each tap: a warp for each set of weights and tap.
 template <class T, bool SITE, int N>
-LFQ_DEVICE void weights_back(const direct_place& at, const lfq_layer& layer, double* dweights) {
+LFQ_DEVICE void weights_back(const direct_pass<T>& at, double* dweights) {
+  const lfq_layer& layer = *at.layer;
   const direct_layer& l = shared_at<direct_layer>(at.record);
   const unsigned field_bytes = at.g - at.x;
   const int lane = threadIdx.x % warp_size, n_warps = blockDim.x / warp_size, taps = taps_of(layer), n = l.n;
@@ -458,11 +499,12 @@ LFQ_DEVICE void weights_back(const direct_place& at, const lfq_layer& layer, dou
   }
 }
 template <class T, scale_kind S, int N>
-LFQ_CALLED void direct_couple_backward(direct_place at, const lfq_layer& layer, const T* kept, bool all, T dlog_det, double* dweights) {
+LFQ_CALLED void direct_couple_backward(const direct_pass<T>& at) {
   constexpr bool of_site = S == scale_kind::site;
-  couple_back<T, S, N>(at, kept, all, dlog_det, dweights);
+  double* const dweights = at.dweights ? at.dweights + at.layer->weight_offset : nullptr;
+  couple_back<T, S, N>(at, dweights);
   __syncthreads();
-  if (dweights) weights_back<T, of_site, N>(at, layer, dweights);
+  if (dweights) weights_back<T, of_site, N>(at, dweights);
   gather_back<T, of_site, N>(at);
 }
 // Calls f(kind, outputs) with types.
@@ -537,7 +579,9 @@ struct resizing {
 LFQ_HD constexpr int odd_axes(int s) { return (s & 1) + (s >> 1 & 1) + (s >> 2 & 1) + (s >> 3 & 1); }
 
 template <class T, int D>
-LFQ_CALLED void direct_upsample(unsigned record, unsigned x, unsigned spare, const T* z) {
+LFQ_CALLED void direct_upsample(const direct_pass<T>& at) {
+  const unsigned record = at.record, x = at.x, spare = at.g;
+  const T* const z = at.z;
   const direct_layer& l = shared_at<direct_layer>(record);
   const resizing<T, D> by(record, l);
   const int n = l.n;
@@ -569,7 +613,10 @@ LFQ_CALLED void direct_upsample(unsigned record, unsigned x, unsigned spare, con
 // From g = dL/dy: that of the noise where the noise lies, that of the coarse field where this one lies. With dweights
 // x, the layer's result, is turned into the coarse field too.
 template <class T, int D>
-LFQ_CALLED void direct_upsample_backward(direct_place at, const T* z, T dlog_det, double* dweights) {
+LFQ_CALLED void direct_upsample_backward(const direct_pass<T>& at) {
+  const T* const z = at.z;
+  const T dlog_det = at.dlog_det;
+  double* const dweights = at.dweights;
   const direct_layer& l = shared_at<direct_layer>(at.record);
   const unsigned x = at.x, g = at.g, spare = at.du;
   const resizing<T, D> by(at.record, l);
@@ -630,20 +677,21 @@ struct direct_block {
   static constexpr int most_threads = 512, least_blocks = sizeof(T) == 4 ? 2 : 1;
 
   const flow_program<T>& flow;
-  unsigned records, x, g, du;  // addresses; of two records, those of even and odd layers
+  unsigned records;  // the address of two records, those of even and odd layers
   T* cache;
-  double* dweights;  // null when not wanted
+  direct_pass<T> pass;
 
   LFQ_DEVICE direct_block(const flow_program<T>& f, const buffer_plan& plan, bool weights)
       : flow(f),
         records(shared_begin() + unsigned(plan.offset[buffer_records])),
         cache(plan.get<T>(buffer_cache)),
-        dweights(weights ? plan.dweights + blockIdx.x * f.n_weights : nullptr) {
+        pass() {
     const unsigned field = unsigned(f.volume) * unsigned(sizeof(T));
-    // Both are powers of two, and a field may be smaller than what a link's vector takes.
-    x = (shared_begin() + unsigned(plan.offset[buffer_x]) + field - 1) & ~(field - 1);
-    g = x + field;
-    du = flow.keeps_field ? g + field : x;
+    pass.x = (shared_begin() + unsigned(plan.offset[buffer_x]) + field - 1) & ~(field - 1);
+    pass.g = pass.x + field;
+    pass.du = flow.keeps_field ? pass.g + field : pass.x;
+    pass.all = flow.keeps_all;
+    pass.dweights = weights ? plan.dweights + blockIdx.x * f.n_weights : nullptr;
   }
 
   LFQ_DEVICE const direct_layer& layer_of(int n) const { return *reinterpret_cast<const direct_layer*>(flow.records + n * flow.record_stride); }
@@ -653,90 +701,88 @@ struct direct_block {
     const int bytes = layer_of(n).bytes;
     for (int i = threadIdx.x * 16; i < bytes; i += blockDim.x * 16) copy_to_shared(record_at(n) + unsigned(i), from + i);
   }
+  LFQ_DEVICE int64_t kept_by(int n) const {
+    const direct_layer& l = shared_at<direct_layer>(record_at(n));
+    return kept_of(l.scale, l.outputs, l.n_active << l.log_n, flow.keeps_all);
+  }
   // Where entry i of a latent lies: as it is, but for a first field that no layer enlarges.
   LFQ_DEVICE unsigned place_of_latent(int64_t i) const {
     return i < flow.first_volume && !flow.enlarges_first ? place_of(layer_of(0), unsigned(i)) : unsigned(i);
   }
   LFQ_DEVICE unsigned place_of_site(int64_t i) const { return place_of(layer_of(flow.n_layers), unsigned(i)); }
-  LFQ_DEVICE T& field_at(int64_t i) const { return shared_at<T>(x + place_of_site(i) * unsigned(sizeof(T))); }
-  LFQ_DEVICE T& field_gradient_at(int64_t i) const { return shared_at<T>(g + place_of_site(i) * unsigned(sizeof(T))); }
-  LFQ_DEVICE T& gradient_at(int64_t i) const { return shared_at<T>(g + place_of_latent(i) * unsigned(sizeof(T))); }
+  LFQ_DEVICE T& field_at(int64_t i) const { return shared_at<T>(pass.x + place_of_site(i) * unsigned(sizeof(T))); }
+  LFQ_DEVICE T& field_gradient_at(int64_t i) const { return shared_at<T>(pass.g + place_of_site(i) * unsigned(sizeof(T))); }
+  LFQ_DEVICE T& gradient_at(int64_t i) const { return shared_at<T>(pass.g + place_of_latent(i) * unsigned(sizeof(T))); }
   // For smearing, when the field is not needed.
-  LFQ_DEVICE T* scratch() const { return &shared_at<T>(x); }
+  LFQ_DEVICE T* scratch() const { return &shared_at<T>(pass.x); }
 
   // x = f(z); what backward needs is kept unless `keep` is false. log_det null when not wanted: the thread's share.
   LFQ_CALLED void forward(const T* z, bool keep, double* log_det) {
-    const unsigned x = this->x, g = this->g;
-    T* kept = cache;
+    pass.z = z;
+    pass.kept = cache;
+    pass.keep = keep;
+    pass.logs = log_det != nullptr;
+    pass.log_det = log_det;
     fetch(0);
-    each_of(flow.first_volume, [&](int64_t i) { shared_at<T>(x + place_of_latent(i) * unsigned(sizeof(T))) = z[i]; });
+    each_of(flow.first_volume, [&](int64_t i) { shared_at<T>(pass.x + place_of_latent(i) * unsigned(sizeof(T))) = z[i]; });
     copied();
     __syncthreads();
     for (int n = 0; n < flow.n_layers; ++n) {
       fetch(n + 1);
-      const unsigned record = record_at(n);
-      const direct_layer& l = shared_at<direct_layer>(record);
+      pass.record = record_at(n);
+      const direct_layer& l = shared_at<direct_layer>(pass.record);
       if (l.kind == LFQ_LAYER_COUPLING) {
-        T sum = T(0);
-        with_coupling(l, [&](auto kind, auto outputs) {
-          sum = direct_couple<T, decltype(kind)::value, decltype(outputs)::value>(record, x, keep ? kept : nullptr, flow.keeps_all,
-                                                                                   log_det != nullptr);
-        });
-        if (log_det) *log_det += double(sum);
-        if (keep) kept += kept_of(l.scale, l.outputs, l.n_active << l.log_n, flow.keeps_all);
+        with_coupling(l, [&](auto kind, auto outputs) { direct_couple<T, decltype(kind)::value, decltype(outputs)::value>(pass); });
+        pass.kept += kept_by(n);
       } else if (l.kind == LFQ_LAYER_RESCALE) {
-        const T factor = shared_at<T>(numbers_at(record));
-        for (int i = threadIdx.x; i < l.n << l.ndim; i += blockDim.x) shared_at<T>(x + unsigned(i) * unsigned(sizeof(T))) *= factor;
+        const T factor = shared_at<T>(numbers_at(pass.record));
+        for (int i = threadIdx.x; i < l.n << l.ndim; i += blockDim.x) shared_at<T>(pass.x + unsigned(i) * unsigned(sizeof(T))) *= factor;
       } else {
         switch (l.ndim) {
-          case 1: direct_upsample<T, 1>(record, x, g, z); break;
-          case 2: direct_upsample<T, 2>(record, x, g, z); break;
-          case 3: direct_upsample<T, 3>(record, x, g, z); break;
-          default: direct_upsample<T, 4>(record, x, g, z);
+          case 1: direct_upsample<T, 1>(pass); break;
+          case 2: direct_upsample<T, 2>(pass); break;
+          case 3: direct_upsample<T, 3>(pass); break;
+          default: direct_upsample<T, 4>(pass);
         }
       }
       copied();
       __syncthreads();
     }
-    if (keep) cache_end = kept;
   }
   // After forward with keep, and with dL/dx in g: dL/dz to gradient_at. x is overwritten.
   LFQ_CALLED void backward(const T* z, T dlog_det) {
-    direct_place at{0, x, g, du};
-    const T* kept = cache_end;
-    double* const dweights = this->dweights;
+    pass.z = z;
+    pass.dlog_det = dlog_det;
     // The last layer's record is still there.
     for (int n = flow.n_layers - 1; n >= 0; --n) {
       if (n > 0) fetch(n - 1);
-      at.record = record_at(n);
-      const direct_layer& l = shared_at<direct_layer>(at.record);
+      pass.record = record_at(n);
+      pass.layer = flow.layers + n;
+      const direct_layer& l = shared_at<direct_layer>(pass.record);
       if (l.kind == LFQ_LAYER_COUPLING) {
-        kept -= kept_of(l.scale, l.outputs, l.n_active << l.log_n, flow.keeps_all);
-        with_coupling(l, [&](auto kind, auto outputs) {
-          direct_couple_backward<T, decltype(kind)::value, decltype(outputs)::value>(at, flow.layers[n], kept, flow.keeps_all, dlog_det,
-                                                                                     dweights ? dweights + l.weight_offset : nullptr);
-        });
+        pass.kept -= kept_by(n);
+        with_coupling(l, [&](auto kind, auto outputs) { direct_couple_backward<T, decltype(kind)::value, decltype(outputs)::value>(pass); });
       } else if (l.kind == LFQ_LAYER_RESCALE) {
-        const T factor = shared_at<T>(numbers_at(at.record)), inverse = T(1) / factor;
+        const T factor = shared_at<T>(numbers_at(pass.record)), inverse = T(1) / factor;
         double sum[1] = {0};
         for (int i = threadIdx.x; i < l.n << l.ndim; i += blockDim.x) {
-          T &field = shared_at<T>(at.x + unsigned(i) * unsigned(sizeof(T))), &gradient = shared_at<T>(at.g + unsigned(i) * unsigned(sizeof(T)));
-          if (dweights) {
+          T &field = shared_at<T>(pass.x + unsigned(i) * unsigned(sizeof(T))), &gradient = shared_at<T>(pass.g + unsigned(i) * unsigned(sizeof(T)));
+          if (pass.dweights) {
             sum[0] += double(gradient * field);
             field *= inverse;
           }
           gradient *= factor;
         }
-        if (dweights) {
+        if (pass.dweights) {
           block_sum(sum);
-          if (threadIdx.x == 0) dweights[l.weight_offset] += double(dlog_det) * (l.n << l.ndim) + sum[0];
+          if (threadIdx.x == 0) pass.dweights[l.weight_offset] += double(dlog_det) * (l.n << l.ndim) + sum[0];
         }
       } else {
         switch (l.ndim) {
-          case 1: direct_upsample_backward<T, 1>(at, z, dlog_det, dweights); break;
-          case 2: direct_upsample_backward<T, 2>(at, z, dlog_det, dweights); break;
-          case 3: direct_upsample_backward<T, 3>(at, z, dlog_det, dweights); break;
-          default: direct_upsample_backward<T, 4>(at, z, dlog_det, dweights);
+          case 1: direct_upsample_backward<T, 1>(pass); break;
+          case 2: direct_upsample_backward<T, 2>(pass); break;
+          case 3: direct_upsample_backward<T, 3>(pass); break;
+          default: direct_upsample_backward<T, 4>(pass);
         }
       }
       copied();
@@ -746,7 +792,7 @@ struct direct_block {
 
   // dS/dphi of the field into g; `energies`: returns the thread's share of the action.
   LFQ_CALLED double action_gradient(const lfq_phi4& theory, bool energies) const {
-    const unsigned record = record_at(flow.n_layers), x = this->x, to_g = this->g - this->x;
+    const unsigned record = record_at(flow.n_layers), x = pass.x, to_g = pass.g - pass.x;
     const direct_layer& l = shared_at<direct_layer>(record);
     const phi4_site<T> site_action(theory.beta, theory.lam);
     const int ndim = l.ndim;
@@ -756,9 +802,15 @@ struct direct_block {
       const site_group<T, K> group(l, x, sublattice, j);
       const unsigned ways = links_at<T, 1>(record, l, sublattice);
       T ahead[K] = {}, behind[K] = {};
-      group.template each_link<1>(ways, ndim, [&](const flow_link<T, 1>&, int k, unsigned to) { ahead[k] += shared_at<T>(to); });
+      const auto add = [](const unsigned(&to)[K], T(&sum)[K]) {
+        T v[K];
+        read(to, 0, v);
+#pragma unroll
+        for (int k = 0; k < K; ++k) sum[k] += v[k];
+      };
+      group.template each_link<1>(ways, ndim, [&](const flow_link<T, 1>&, const unsigned (&to)[K]) { add(to, ahead); });
       group.template each_link<1>(ways + unsigned(ndim) * unsigned(sizeof(flow_link<T, 1>)), ndim,
-                                  [&](const flow_link<T, 1>&, int k, unsigned to) { behind[k] += shared_at<T>(to); });
+                                  [&](const flow_link<T, 1>&, const unsigned (&to)[K]) { add(to, behind); });
       T part = T(0);
 #pragma unroll
       for (int k = 0; k < K; ++k) {
@@ -771,8 +823,6 @@ struct direct_block {
     __syncthreads();
     return s;
   }
-
-  T* cache_end;
 };
 
 LFQ_NAMESPACE_END
