@@ -37,10 +37,6 @@ int check_flow_on(const lfq_flow* f, const lfq_layer* device_layers, const lfq_p
   if (int e = check_flow(f, device_layers, n_chains)) return e;
   if (f->volume != volume_of(*t))
     return fail(LFQ_ERR_ARGUMENT, "flow: makes fields of %lld sites, the theory has %lld", (long long)f->volume, (long long)volume_of(*t));
-  for (int i = 0; f->n_layers > 0 && i < t->ndim; ++i) {
-    const lfq_layer& l = f->layers[f->n_layers - 1];
-    if (l.ndim != t->ndim || l.extent[i] != t->extent[i]) return fail(LFQ_ERR_ARGUMENT, "flow: ends on another lattice than the theory's");
-  }
   return LFQ_OK;
 }
 
@@ -175,7 +171,25 @@ lfq::buffer_plan plan_direct(const lfq_flow& f, work what, int64_t n_chains) {
   return p;
 }
 
-// The workspace of a call; `direct`: of direct_block.
+// Which kernel a call takes: that of chains in registers, that of flows without hidden layers, or the one for all.
+struct flow_route {
+  flow_residence residence;
+  bool direct = false;
+};
+// With `theory`, if any, whose lattice the last layer may write in another shape.
+template <class T>
+flow_route route_of(const lfq_flow& f, work what, int64_t n_chains, const lfq_phi4* theory) {
+  flow_route r;
+  if (theory && f.n_layers > 0) {
+    const lfq_layer& last = f.layers[f.n_layers - 1];
+    if (theory->ndim != last.ndim || !std::equal(last.extent, last.extent + last.ndim, theory->extent)) return r;
+  }
+  r.residence = find_flow_residence<T>(f);
+  r.direct = !r.residence.rows && plan_direct<T>(f, what, n_chains).n_slots > 0;
+  return r;
+}
+
+// The workspace of a call.
 template <class T>
 struct flow_work {
   lfq::buffer_plan plan;
@@ -183,34 +197,27 @@ struct flow_work {
   double *log_det, *dweights;
   char* records = nullptr;
   int64_t record_stride = 0;
-  flow_work(pieces& mem, const lfq_flow& f, work what, int64_t n_chains, bool direct) : plan{} {
-    if (direct)
+  flow_work(pieces& mem, const lfq_flow& f, work what, int64_t n_chains, const flow_route& route) : plan{} {
+    if (route.direct)
       plan = plan_direct<T>(f, what, n_chains);
-    else if (find_flow_residence<T>(f).rows)
+    else if (route.residence.rows)
       plan.n_slots = int(n_chains < most_resident_slots ? n_chains : most_resident_slots);
-    else
-      plan = plan_buffers<T>(f, what, n_chains);
+    else  // one slot will do for a theory of another shape
+      plan = plan_buffers<T>(f, what, find_flow_residence<T>(f).rows ? 1 : n_chains);
     weights = mem.take<T>(f.n_weights);
     log_det = mem.take<double>(1);
     dweights = what == work::gradient ? mem.take<double>(plan.n_slots * f.n_weights) : nullptr;
     plan.slots = mem.take<char>(plan.n_slots * plan.slot_bytes);
-    if (!direct) return;
+    if (!route.direct) return;
     record_stride = record_stride_of<T>(f);
     records = mem.take<char>((f.n_layers + 1) * record_stride);
   }
 };
 
-// With `theory`, if any, whose lattice the last layer may write in another shape.
 template <class T>
-bool goes_direct(const lfq_flow& f, work what, int64_t n, const lfq_phi4* theory) {
-  if (find_flow_residence<T>(f).rows || plan_direct<T>(f, what, n).n_slots == 0) return false;
-  const lfq_layer& last = f.layers[f.n_layers - 1];
-  return !theory || (theory->ndim == last.ndim && std::equal(last.extent, last.extent + last.ndim, theory->extent));
-}
-template <class T>
-size_t bytes_of(const lfq_flow& f, work what, int64_t n, bool direct) {
+size_t bytes_of(const lfq_flow& f, work what, int64_t n, const flow_route& route) {
   pieces mem(nullptr);
-  flow_work<T>(mem, f, what, n, direct);
+  flow_work<T>(mem, f, what, n, route);
   return mem.used;
 }
 template <class T>
@@ -219,19 +226,19 @@ size_t workspace(const lfq_flow* f, int64_t n) {
   if (check_flow(f, f ? f->layers : nullptr, n)) return 0;
   size_t most = 0;
   for (work what : {work::forward, work::gradient, work::hmc}) {
-    most = std::max(most, bytes_of<T>(*f, what, n, false));
-    if (goes_direct<T>(*f, what, n, nullptr)) most = std::max(most, bytes_of<T>(*f, what, n, true));
+    most = std::max(most, bytes_of<T>(*f, what, n, flow_route()));
+    most = std::max(most, bytes_of<T>(*f, what, n, route_of<T>(*f, what, n, nullptr)));
   }
   return most;
 }
 
 // Lays out the workspace and queues the conversion of weights. What the kernel is to do remains to be set.
 template <class T>
-int prepare(const lfq_flow& f, const lfq_layer* layers, work what, int64_t n, void* ws, size_t bytes, void* stream, bool direct,
-            lfq::flow_arguments<T>& a) {
-  if (int e = check_workspace(ws, bytes, bytes_of<T>(f, what, n, direct))) return e;
+int prepare(const lfq_flow& f, const lfq_layer* layers, work what, int64_t n, void* ws, size_t bytes, void* stream,
+            const flow_route& route, lfq::flow_arguments<T>& a) {
+  if (int e = check_workspace(ws, bytes, bytes_of<T>(f, what, n, route))) return e;
   pieces mem(ws);
-  const flow_work<T> w(mem, f, what, n, direct);
+  const flow_work<T> w(mem, f, what, n, route);
   int64_t first = f.volume;
   for (int i = f.n_layers - 1; i >= 0; --i)
     if (lfq::resizes(f.layers[i])) first = lfq::sites_of(f.layers[i]) >> f.layers[i].ndim;
@@ -244,18 +251,18 @@ int prepare(const lfq_flow& f, const lfq_layer* layers, work what, int64_t n, vo
   if (int e = launch("flow's weights", lfq::prepare_kernel<T>, 1, lfq::block_size, lfq::sum_scratch(lfq::block_size, 1), stream, f.n_layers,
                      layers, f.n_weights, f.weights, w.weights, w.log_det))
     return e;
-  if (!direct) return LFQ_OK;
+  if (!route.direct) return LFQ_OK;
   return launch("flow's layers", lfq::prepare_direct_kernel<T>, f.n_layers + 1, lfq::warp_size, 0, stream, f.n_layers, layers, w.weights,
                 w.records, w.record_stride);
 }
 template <class T>
-int run(const char* what, const lfq_flow& f, const lfq::flow_arguments<T>& a, void* stream) {
-  const flow_residence r = find_flow_residence<T>(f);
+int run(const char* what, const lfq_flow& f, const flow_route& route, const lfq::flow_arguments<T>& a, void* stream) {
+  const flow_residence& r = route.residence;
   if (!r.rows) {
     if (a.task == lfq::flow_task::inverse)
       return launch(what, lfq::inverse_kernel<T>, a.plan.n_slots, a.plan.threads, a.plan.shared_bytes, stream, a.flow, a.plan,
                     a.n_chains, a.forward.z, a.forward.x, a.forward.log_det);
-    const auto kernel = a.flow.records ? lfq::flow_kernel<T, lfq::direct_block> : lfq::flow_kernel<T, lfq::flow_block>;
+    const auto kernel = route.direct ? lfq::flow_kernel<T, lfq::direct_block> : lfq::flow_kernel<T, lfq::flow_block>;
     return launch(what, kernel, a.plan.n_slots, a.plan.threads, a.plan.shared_bytes, stream, a);
   }
   lfq::resident_flow_arguments<T> to{};
@@ -292,20 +299,23 @@ int forward(const lfq_flow* f, const lfq_layer* layers, int64_t n, const T* z, T
   if (int e = check_flow(f, layers, n)) return e;
   if (n > 0 && (!z || !x || !log_det)) return fail(LFQ_ERR_ARGUMENT, "a field or an output is null");
   lfq::flow_arguments<T> a;
-  if (int e = prepare(*f, layers, work::forward, n, ws, bytes, stream, goes_direct<T>(*f, work::forward, n, nullptr), a)) return e;
+  const flow_route route = route_of<T>(*f, work::forward, n, nullptr);
+  if (int e = prepare(*f, layers, work::forward, n, ws, bytes, stream, route, a)) return e;
   a.task = lfq::flow_task::forward;
   a.forward = {z, x, log_det};
-  return run("flow forward", *f, a, stream);
+  return run("flow forward", *f, route, a, stream);
 }
 template <class T>
 int inverse(const lfq_flow* f, const lfq_layer* layers, int64_t n, const T* x, T* z, double* log_det, void* ws, size_t bytes, void* stream) {
   if (int e = check_flow(f, layers, n)) return e;
   if (n > 0 && (!z || !x || !log_det)) return fail(LFQ_ERR_ARGUMENT, "a field or an output is null");
   lfq::flow_arguments<T> a;
-  if (int e = prepare(*f, layers, work::forward, n, ws, bytes, stream, false, a)) return e;
+  flow_route route = route_of<T>(*f, work::forward, n, nullptr);
+  route.direct = false;
+  if (int e = prepare(*f, layers, work::forward, n, ws, bytes, stream, route, a)) return e;
   a.task = lfq::flow_task::inverse;
   a.forward = {x, z, log_det};
-  return run("flow inverse", *f, a, stream);
+  return run("flow inverse", *f, route, a, stream);
 }
 
 // dweights null when not wanted; factor: of the sum over chains.
@@ -313,12 +323,13 @@ template <class T>
 int gradient(const lfq_flow& f, const lfq_layer* layers, int64_t n, const lfq::gradient_arguments<T>& of, double* dweights, double factor,
              void* ws, size_t bytes, void* stream) {
   lfq::flow_arguments<T> a;
-  if (int e = prepare(f, layers, work::gradient, n, ws, bytes, stream, goes_direct<T>(f, work::gradient, n, of.dx ? nullptr : &of.theory), a)) return e;
+  const flow_route route = route_of<T>(f, work::gradient, n, of.dx ? nullptr : &of.theory);
+  if (int e = prepare(f, layers, work::gradient, n, ws, bytes, stream, route, a)) return e;
   a.task = lfq::flow_task::gradient;
   a.gradient = of;
   const double* partial = a.plan.dweights;
   if (!dweights) a.plan.dweights = nullptr;
-  if (int e = run("flow backward", f, a, stream)) return e;
+  if (int e = run("flow backward", f, route, a, stream)) return e;
   if (!dweights) return LFQ_OK;
   return launch("weight gradient", lfq::weights_kernel, lfq::ceil_div(f.n_weights, lfq::weights_of_block), lfq::block_size,
                 lfq::block_size * sizeof(double), stream, a.plan.n_slots, f.n_weights, factor, partial, dweights);
@@ -359,10 +370,11 @@ int evolve(const lfq_flow* f, const lfq_layer* layers, const lfq_phi4* t, const 
            size_t bytes, void* stream) {
   if (int e = hmc_arguments(f, layers, t, h, n, z, momenta)) return e;
   lfq::flow_arguments<T> a;
-  if (int e = prepare(*f, layers, work::hmc, n, ws, bytes, stream, goes_direct<T>(*f, work::hmc, n, t), a)) return e;
+  const flow_route route = route_of<T>(*f, work::hmc, n, t);
+  if (int e = prepare(*f, layers, work::hmc, n, ws, bytes, stream, route, a)) return e;
   a.task = lfq::flow_task::hmc;
   a.hmc = {{*t, *h, lfq::schedule(*h, 1.0), {}, f->volume, n, nullptr, nullptr, nullptr}, z, nullptr, momenta};
-  return run("flow-HMC", *f, a, stream);
+  return run("flow-HMC", *f, route, a, stream);
 }
 template <class T>
 int hmc(const lfq_flow* f, const lfq_layer* layers, const lfq_phi4* t, const lfq_hmc* h, int64_t n, T* z, T* phi, double* dh,
@@ -374,8 +386,9 @@ int hmc(const lfq_flow* f, const lfq_layer* layers, const lfq_phi4* t, const lfq
   a.hmc = {{*t, *h, lfq::schedule(*h, lfq::momentum_unit(*h)), {}, f->volume, n, dh, accepted, observables}, z, phi, nullptr};
   if (observables)
     if (int e = smearing_of(*t, smear, a.hmc.hmc.smear, least_factor<T>)) return e;
-  if (int e = prepare(*f, layers, work::hmc, n, ws, bytes, stream, goes_direct<T>(*f, work::hmc, n, t), a)) return e;
-  return run("flow-HMC", *f, a, stream);
+  const flow_route route = route_of<T>(*f, work::hmc, n, t);
+  if (int e = prepare(*f, layers, work::hmc, n, ws, bytes, stream, route, a)) return e;
+  return run("flow-HMC", *f, route, a, stream);
 }
 
 template <class T>
