@@ -1,5 +1,9 @@
-"""The CUDA kernels on a machine without a GPU: compiled for the host against tests/cuda/cuda_runtime.h."""
+"""The CUDA kernels: compiled for the host against tests/cuda/cuda_runtime.h and, where there is one, on a GPU.
 
+LFQ_REQUIRE_GPU=1 turns the skip without a GPU into a failure.
+"""
+
+import ctypes
 import os
 import subprocess
 import sys
@@ -9,36 +13,96 @@ import numpy as np
 import pytest
 
 import lfq
-from lfq import _core, _cuda, reference
+from lfq import _core, _cuda, _gpu, reference
 from lfq.observables import heat_kernel
 
-pytestmark = pytest.mark.skipif(emulated.GXX is None, reason="no g++")
+
+class Host(int):
+    """The address of an array on the host."""
+
+    def __new__(cls, array):
+        address = super().__new__(cls, array.ctypes.data)
+        address.array = array
+        return address
 
 
-@pytest.fixture(scope="session")
-def library(tmp_path_factory):
-    return emulated.library(tmp_path_factory)
+class OnGpu:
+    """liblfq_cuda for arrays of the host: they are copied to the GPU, at as many bytes from alignment, and back."""
+
+    def __init__(self, library):
+        self._library = library
+        self.architectures, self.workspace_bytes = library.architectures, library.workspace_bytes
+        self.device_count = library.device_count
+
+    def call(self, name, dtype, *arguments):
+        import cupy
+
+        copies = {}
+
+        def there(argument):
+            if isinstance(argument, np.ndarray) and argument.dtype == _cuda.FLOW_RECORD:
+                argument = argument.copy()
+                weights = ctypes.c_double * int(argument["n_weights"][0])
+                weights = np.ctypeslib.as_array(weights.from_address(int(argument["weights"][0])))
+                argument["weights"] = there(Host(weights))
+            if not isinstance(argument, Host):
+                return argument
+            array, offset = argument.array, argument % 64
+            if argument not in copies:
+                memory = cupy.zeros(offset + array.nbytes, dtype=np.uint8)
+                memory[offset:] = cupy.asarray(np.frombuffer(array.tobytes(), dtype=np.uint8))
+                copies[argument] = array, memory, offset
+            return copies[argument][1].data.ptr + offset
+
+        result = self._library.call(name, dtype, *map(there, arguments))
+        for array, memory, offset in copies.values():
+            bytes_of = cupy.asnumpy(memory[offset:])
+            if array.flags.writeable:
+                array[...] = bytes_of.view(array.dtype).reshape(array.shape)
+        return result
+
+
+@pytest.fixture(scope="session", params=["emulated", "gpu"])
+def library(request, tmp_path_factory):
+    if request.param == "emulated":
+        if emulated.GXX is None:
+            pytest.skip("no g++")
+        return emulated.library(tmp_path_factory)
+    reason = _gpu.missing()
+    if reason is not None:
+        if os.environ.get("LFQ_REQUIRE_GPU") == "1":
+            pytest.fail(f"LFQ_REQUIRE_GPU=1, but {reason}")
+        pytest.skip(reason)
+    return OnGpu(_cuda.library())
 
 
 def pointer(array):
-    return None if array is None else array.ctypes.data
+    return None if array is None else Host(array)
 
 
 def call(library, name, dtype, *arguments, workspace=None):
-    """A call where device memory is the host's; `workspace` names the function for its size and the arguments."""
+    """A call with arrays of the host; `workspace` names the function for its size and the arguments."""
     if workspace is not None:
         space = np.full(library.workspace_bytes(workspace[0], dtype, *workspace[1:]), 0xA5, dtype=np.uint8)
         arguments += (pointer(space), space.size)
     return library.call(name, dtype, *arguments, None)
 
 
-def close(dtype, scale=1.0):
-    # Sums grow beyond 10^4 where site maps are steep.
+@pytest.fixture
+def rng(request):
+    """Random numbers that depend on the test's name alone, and not on where it runs."""
+    name = request.node.name.replace("gpu-", "").replace("emulated-", "")
+    return np.random.default_rng(list(os.fsencode(name)))
+
+
+def close(dtype, scale=1.0, of=0.0):
+    """What may lie between an array and `of`, the one expected, whose sums grow beyond 10^4 where maps are steep."""
+    scale *= max(1, np.abs(of).max() / 1000)
     return {"rtol": 8 * np.finfo(dtype).eps, "atol": scale * (2e-4 if dtype == np.float32 else 1e-11)}
 
 
-SHAPES = [(6,), (37,), (4, 4), (5, 3), (16, 16), (10, 34), (2, 1), (48, 16), (4, 6, 3), (11, 2, 8), (8, 6, 8), (2, 4, 2, 6)]
-SHAPES += [(2, 3, 2, 4), (16, 2, 3, 4)]
+SHAPES = [(6,), (37,), (4, 4), (5, 3), (16, 16), (10, 34), (2, 1), (48, 16), (4, 6, 3), (11, 2, 8), (8, 6, 8)]
+SHAPES += [(2, 4, 2, 6), (2, 3, 2, 4), (16, 2, 3, 4)]
 
 
 def theory(shape):
@@ -46,8 +110,9 @@ def theory(shape):
 
 
 def test_every_kernel_source_is_compiled(library):
-    assert library.architectures == "emulated"
-    assert library.device_count() == (1, "")
+    on_gpu = isinstance(library, OnGpu)
+    assert (library.architectures == "emulated") != on_gpu
+    assert library.device_count()[0] >= 1 if on_gpu else library.device_count() == (1, "")
 
 
 @pytest.mark.parametrize("n", [1, 5, 64, 1030])
@@ -56,7 +121,7 @@ def test_normals_have_the_bits_of_the_cpu(library, dtype, n):
     found, expected = np.full((3, n), np.nan, dtype=dtype), np.empty((3, n), dtype=dtype)
     call(library, "normal", dtype, seed, purpose, trajectory, first, 3, n, pointer(found))
     _core.normal(seed, purpose, trajectory, first, 3, expected)
-    if "v3" in _core.isas():
+    if "v3" in _core.isas() and not isinstance(library, OnGpu):  # whose quotients are not rounded to nearest
         np.testing.assert_array_equal(found, expected)
     np.testing.assert_allclose(
         found, reference.normals(seed, purpose, trajectory, first + np.arange(3), n, dtype), **close(dtype)
@@ -393,7 +458,7 @@ FLOWS = {
 
 
 def flow_record(shape, layers, weights):
-    """lfq_flow; the layers' copy on the device is the host's own."""
+    """lfq_flow, with its weights on the host."""
     record = np.zeros(1, dtype=_cuda.FLOW_RECORD)
     record["volume"], record["n_weights"], record["n_layers"] = np.prod(shape), weights.size, layers.size
     record["layers"], record["weights"] = layers.ctypes.data, weights.ctypes.data
@@ -476,7 +541,7 @@ def test_flow_gradients(library, dtype, rng, case):
     vjp(dz, pointer(dweights))
     expected = reference.flow_vjp(reference_flow, weights, flat, dx.astype(np.float64), dlog_det)
     np.testing.assert_allclose(dz.reshape(3, -1), expected[0], **close(dtype, scale))
-    np.testing.assert_allclose(dweights, expected[1], **close(dtype, scale))
+    np.testing.assert_allclose(dweights, expected[1], **close(dtype, scale, expected[1]))
     without = np.empty_like(z)
     vjp(without, None)
     np.testing.assert_array_equal(without, dz)
@@ -498,7 +563,7 @@ def test_flow_gradients(library, dtype, rng, case):
     )
     expected = reference.loss(reference_flow, weights, flat, t.beta, t.lam)
     for found, wanted in zip((action, log_det, dweights), expected, strict=True):
-        np.testing.assert_allclose(found, wanted, **close(dtype, scale))
+        np.testing.assert_allclose(found, wanted, **close(dtype, scale, wanted))
 
     force = np.empty_like(z)
     call(
@@ -709,8 +774,9 @@ def test_under_sanitizers(tmp_path):
     }
     environment.pop("PYTEST_XDIST_WORKER", None)
     # One type of field is enough for addresses.
+    only = "not float32 and not gpu"
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "not float32"] + [__file__],
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", only, __file__],
         env=environment,
         capture_output=True,
         text=True,
