@@ -395,6 +395,7 @@ FLOWS = {
     "paper, half a warp": ((24, 8), lambda: lfq.AffineFlow(rescale=False)),
     "paper, a warp": ((16, 16), lambda: lfq.AffineFlow()),
     "paper, long rows": ((8, 128), lambda: lfq.AffineFlow(bias=True, rescale=False)),
+    "paper, large tiles": ((68, 32), lambda: lfq.AffineFlow(bias=True)),
     "large kernel on a small lattice": ((2, 4), lambda: lfq.AffineFlow(kernel_size=9, scale="exp(s)")),
     "hidden": ((4, 6), lambda: lfq.AffineFlow(hidden=(9, 3), bias=True, n_blocks=2)),
     "leaky": ((6, 4), lambda: lfq.AffineFlow(kernel_size=5, hidden=(4,), activation="leaky_relu")),

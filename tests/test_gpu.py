@@ -22,6 +22,12 @@ def cp(request, monkeypatch, tmp_path_factory):
         if emulated.GXX is None:
             pytest.skip("no g++")
         return emulated.install(monkeypatch, tmp_path_factory)
+    return request.getfixturevalue("gpu")
+
+
+@pytest.fixture
+def gpu(request):
+    """CuPy, on a GPU alone."""
     reason = _gpu.missing()
     if reason is not None:
         if os.environ.get("LFQ_REQUIRE_GPU") == "1":
@@ -230,6 +236,45 @@ def test_out_of_memory_names_the_bytes(monkeypatch, tmp_path_factory, theory):
     monkeypatch.setattr(emulated, "memory_left", 100)
     with pytest.raises(MemoryError, match="the GPU has no room for 1536 bytes"):
         theory.force(phi)
+
+
+def test_work_goes_to_the_current_stream(gpu, theory):
+    flow = lfq.AffineFlow(seed=1)
+    samplers = [lfq.HMC(target, n_steps=5, device="cuda") for target in (theory, theory.pullback(flow))]
+    expected = [hmc.advance(hmc.start(4, seed=3), 3) for hmc in samplers]
+    stream = gpu.cuda.Stream(non_blocking=True)
+    with stream:
+        # What the others read is still to be written when they are queued.
+        late = gpu.zeros((4, 8, 6))
+        for _ in range(200):
+            late += 0.01
+        force, (image, _) = theory.force(late), flow.forward(late)
+        found = [hmc.advance(hmc.start(4, seed=3), 3) for hmc in samplers]
+    stream.synchronize()
+    for block, wanted in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(_gpu.to_host(block.phi), _gpu.to_host(wanted.phi))
+        np.testing.assert_array_equal(block.dh, wanted.dh)
+    host = _gpu.to_host(late)
+    close(force, theory.force(host), np.float64)
+    close(image, flow.forward(host)[0], np.float64)
+
+
+def test_memory_of_the_gpu_that_runs_out(gpu, theory):
+    """An error with the bytes, after which everything goes on."""
+    pool = gpu.cuda.MemoryPool()
+    with gpu.cuda.using_allocator(pool.malloc):
+        hmc = lfq.HMC(theory, device="cuda")
+        state = hmc.start(2000, seed=2)
+        before = _gpu.to_host(state.latent)
+        pool.set_limit(size=pool.total_bytes())
+        forces = []
+        with pytest.raises(MemoryError, match=f"the GPU has no room for {before.nbytes} bytes"):
+            while True:
+                forces.append(theory.force(state.latent))
+        np.testing.assert_array_equal(_gpu.to_host(state.latent), before)
+        pool.set_limit(size=0)
+        state = hmc.start(2000, seed=2)
+        np.testing.assert_array_equal(_gpu.to_host(state.latent), before)
 
 
 class OnlyDlpack:

@@ -673,8 +673,8 @@ LFQ_CALLED void direct_upsample_backward(const direct_pass<T>& at) {
 
 template <class T>
 struct direct_block {
-  // 64 registers a thread for float, 128 for double.
-  static constexpr int most_threads = 512, least_blocks = sizeof(T) == 4 ? 2 : 1;
+  // 128 registers a thread.
+  static constexpr int most_threads = 512, least_blocks = 1;
 
   const flow_program<T>& flow;
   unsigned records;  // the address of two records, those of even and odd layers

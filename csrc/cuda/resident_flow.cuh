@@ -314,7 +314,8 @@ struct resident_flow_arguments {
   pulled_back_arguments<T> hmc;
 };
 
-constexpr int resident_flow_threads = 512;
+// Blocks of this size hold a chain of 4096 sites, with 128 or 255 registers a thread.
+constexpr int resident_flow_threads(int rows) { return 1024 / rows; }
 // What a block adds up at most: for each weight, or of the observables.
 constexpr int resident_flow_sums = 21;
 // Chains whose gradients are added up in the type of the field before they go to double.
@@ -323,7 +324,7 @@ constexpr int chains_together = 8;
 enum class resident_task { forward, inverse, gradient, weight_gradient, hmc };
 
 template <class T, int R, resident_task TASK>
-__global__ void __launch_bounds__(resident_flow_threads) resident_flow_kernel(const __grid_constant__ resident_flow_arguments<T> a) {
+__global__ void __launch_bounds__(resident_flow_threads(R)) resident_flow_kernel(const __grid_constant__ resident_flow_arguments<T> a) {
   constexpr int n_sums = resident_flow_sums;
   char* const base = lfq_shared + sum_scratch(blockDim.x, n_sums);
   near_net<T>* const nets = reinterpret_cast<near_net<T>*>(base);
