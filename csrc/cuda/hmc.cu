@@ -39,10 +39,12 @@ bool fits_tiles(const lfq_phi4& t, residence<T>& r) {
   const int64_t tiles = lfq::tile<D, R>::per_chain(t);
   if (tiles < LEAST) return false;
   // Three blocks a multiprocessor leave a thread 80 registers, which hold what a step needs.
-  if constexpr (sizeof(T) == 4)
+  if constexpr (sizeof(T) == 8)
+    return r.template takes<potential, 512>(t, tiles, 2);
+  else if constexpr (R == 4)
     return r.template takes<potential, 256, 3>(t, tiles, 2) || r.template takes<potential, 1024>(t, tiles, 2);
   else
-    return r.template takes<potential, 512>(t, tiles, 2);
+    return r.template takes<potential, 256, 3>(t, tiles, 2);
 }
 
 template <class T>
