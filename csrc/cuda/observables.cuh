@@ -37,7 +37,7 @@ LFQ_DEVICE void add_moments(const lfq_phi4& t, unsigned index, const T* phi, dou
   rotation<T> along(own.first, t.extent[0]);
   T column[W], squares = T(0), fourth = T(0), links = T(0), cosine = T(0), sine = T(0);
   for (T& v : column) v = T(0);
-  own.template visit<false, 1>(phi, nothing_early(), [&](int, auto& x, auto& forward, auto&, int) {
+  own.template visit<false>(phi, nothing_early(), [&](int, auto& x, auto& forward, auto&, int) {
     for (int w = 0; w < W; ++w) {
       const T p = x.v[w], p2 = p * p;
       column[w] += p;

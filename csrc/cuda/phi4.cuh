@@ -150,7 +150,7 @@ struct patch {
   LFQ_DEVICE patch(const lfq_phi4& t, unsigned index) : slice(1), right(0), left(0) {
     for (int i = 1; i < D; ++i) slice *= t.extent[i];
     const unsigned per_slice = unsigned(slice) / W, number = index / per_slice;
-    place = int(within(index - number * per_slice, per_slice, unsigned(t.extent[D - 1]) / W)) * W;
+    place = int(index - number * per_slice) * W;
     const int extent = t.extent[0];
     first = int(number) * R;
     count = extent - first;
@@ -174,26 +174,23 @@ struct patch {
   }
 
   // Calls f(site, phi, sums over forward neighbours, sums over all neighbours, early(site)) for the W sites from `site`
-  // on; without ALL the second sums are the first ones. Slices are read AHEAD of them before they are used, and
-  // early(site) is called one before.
-  template <bool ALL, int AHEAD, class E, class F>
+  // on; without ALL the second sums are the first ones. What comes from far is read a slice before it is used.
+  template <bool ALL, class E, class F>
   LFQ_DEVICE void visit(const T* __restrict__ phi, E&& early, F&& f) const {
     if (count == 0) return;
     int row = first * slice;
-    // The slices after `here`.
-    V below, here = at(phi + row + place), next[AHEAD + 1];
+    V below, here = at(phi + row + place), above = at(phi + (count > 1 ? row + slice : end) + place);
     if (ALL) below = at(phi + (first > 0 ? row - slice : last) + place);
-    const auto read = [&](int j, int k) {
-      if (k + j < count) next[j] = at(phi + (k + j + 1 < count ? row + (j + 1) * slice : end) + place);
-    };
-    for (int j = 0; j < AHEAD; ++j) read(j, 0);
     auto ready = early(row + place);
 #pragma unroll 2
     for (int k = 0; k < count; ++k) {
+      V far = above;
       auto soon = ready;
-      read(AHEAD, k);
-      if (k + 1 < count) soon = early(row + slice + place);
-      V forward = next[0];
+      if (k + 1 < count) {
+        far = at(phi + (k + 2 < count ? row + 2 * slice : end) + place);
+        soon = early(row + slice + place);
+      }
+      V forward = above;
       if constexpr (D > 1) {
         for (int w = 0; w + 1 < W; ++w) forward.v[w] += here.v[w + 1];
         forward.v[W - 1] += phi[row + right];
@@ -210,8 +207,8 @@ struct patch {
       }
       f(row + place, here, forward, all, ready);
       below = here;
-      here = next[0];
-      for (int j = 0; j < AHEAD; ++j) next[j] = next[j + 1];
+      here = above;
+      above = far;
       ready = soon;
       row += slice;
     }
@@ -219,14 +216,6 @@ struct patch {
 
  private:
   using V = lanes<T, W>;
-  // Which W sites of a slice thread i takes. From three dimensions on a block takes as many rows as it has warps where
-  // rows are long, and so shares more of their neighbours.
-  static LFQ_DEVICE unsigned within(unsigned i, unsigned per_slice, unsigned per_row) {
-    constexpr unsigned n = block_size / warp_size;
-    if (D < 3 || per_row % warp_size != 0 || per_slice / per_row % n != 0) return i;
-    const unsigned number = i / block_size, per = per_row / warp_size, group = number / per;
-    return (group * n + i / warp_size % n) * per_row + (number - group * per) * warp_size + i % warp_size;
-  }
   static LFQ_DEVICE V at(const T* phi) { return load<W, ALIGNED>(phi); }
   static LFQ_DEVICE void add(V& sum, const V& x) {
     for (int w = 0; w < W; ++w) sum.v[w] += x.v[w];
@@ -291,7 +280,7 @@ __global__ void __launch_bounds__(block_size)
   const part at(n_parts);
   double s[1] = {0};
   const patch<T, D, W, strip_rows, ALIGNED> own(theory, unsigned(at.thread()));
-  own.template visit<false, 2>(phi + at.chain * volume, nothing_early(), [&](int, auto& x, auto& forward, auto&, int) {
+  own.template visit<false>(phi + at.chain * volume, nothing_early(), [&](int, auto& x, auto& forward, auto&, int) {
     lanes<T, W> terms;
     for (int w = 0; w < W; ++w) terms.v[w] = site.action(x.v[w], forward.v[w]);
     s[0] += double(sum_of(terms));
@@ -306,7 +295,7 @@ __global__ void __launch_bounds__(block_size)
   const part at(n_parts);
   T* f = force + at.chain * volume;
   const patch<T, D, W, strip_rows> own(theory, unsigned(at.thread()));
-  own.template visit<true, 1>(phi + at.chain * volume, nothing_early(), [&](int i, auto& x, auto&, auto& all, int) {
+  own.template visit<true>(phi + at.chain * volume, nothing_early(), [&](int i, auto& x, auto&, auto& all, int) {
     lanes<T, W> y;
     for (int w = 0; w < W; ++w) y.v[w] = site.force(x.v[w], all.v[w]);
     store(f + i, y);

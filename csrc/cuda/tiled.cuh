@@ -24,13 +24,13 @@ __global__ void refresh_kernel(stream rng, uint64_t first_chain, double unit, in
 }
 // p += k F(from), to = from + d p.
 template <class T, int D, int W>
-__global__ void __launch_bounds__(block_size, D < 3 ? 4 : 3)
+__global__ void __launch_bounds__(block_size)
     kick_drift_kernel(lfq_phi4 theory, phi4_kick<T> kick, T step, int64_t volume, int n_parts, const T* __restrict__ from,
                       T* __restrict__ to, T* __restrict__ p) {
   const part at(n_parts);
   const int64_t chain = at.chain * volume;
   const patch<T, D, W, strip_rows> own(theory, unsigned(at.thread()));
-  own.template visit<true, 1>(
+  own.template visit<true>(
       from + chain, [&](int i) { return load<W>(p + chain + i); },
       [&](int i, auto& x, auto&, auto& all, auto& before) {
         lanes<T, W> m, y;
@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(block_size)
   const int64_t chain = at.chain * volume;
   double p2[1] = {0};
   const patch<T, D, 4, strip_rows, ALIGNED> own(theory, unsigned(at.thread()));
-  own.template visit<true, 1>(from + chain, nothing_early(), [&](int i, auto& x, auto&, auto& all, int) {
+  own.template visit<true>(from + chain, nothing_early(), [&](int i, auto& x, auto&, auto& all, int) {
     T n[4];
     normal_block<T>(rng, uint32_t(i) / 4, uint32_t(first_chain + uint64_t(at.chain)), n);
     lanes<T, 4> m, y, squares;
@@ -187,7 +187,7 @@ __global__ void __launch_bounds__(block_size)
   const int64_t chain = at.chain * volume;
   double e[2] = {0, 0};
   const patch<T, D, W, strip_rows> own(theory, unsigned(at.thread()));
-  own.template visit<true, 1>(
+  own.template visit<true>(
       phi + chain, [&](int i) { return load<W>(p + chain + i); },
       [&](int i, auto& x, auto& forward, auto& all, auto& before) {
         lanes<T, W> m, terms, squares;
