@@ -1,6 +1,7 @@
 """Speed of the CUDA kernels, beside CuPy arrays and, where they are installed for the GPU, JAX and PyTorch.
 
-    python -m benchmarks.gpu            # GPU tests, then everything; writes benchmarks/results/gpu.json
+    python -m benchmarks.gpu --build    # builds this checkout, GPU tests, then everything; benchmarks/results/gpu.json
+    python -m benchmarks.gpu            # the same of what is built
     python -m benchmarks.gpu --tables   # from that the tables of benchmarks/README.md
 
 Device events give the times: the median of several samples after a warm-up, on a stream that does nothing else.
@@ -18,14 +19,30 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
-
-import lfq
-from lfq import _cuda, _gpu
-
 HERE = Path(__file__).resolve().parent
+
+
+def build() -> None:
+    """The libraries of this checkout, with CUDA, laid into its package."""
+    arguments = f"{os.environ.get('LFQ_CMAKE_ARGS', '')} -DLFQ_CUDA=ON"
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    subprocess.run(
+        command, check=True, cwd=HERE.parent, env=os.environ | {"LFQ_CMAKE_ARGS": arguments}, stdout=sys.stderr
+    )
+
+
+if __name__ == "__main__" and "--build" in sys.argv:
+    build()
+
+import numpy as np  # noqa: E402
+
+import lfq  # noqa: E402, which cannot be imported before it is built
+from lfq import _cuda, _gpu  # noqa: E402
+
 BETA, LAM, STEPS = 0.634, 0.5, 10
 FLOW_SIZES = (((16, 16), 65536), ((64, 64), 8192))  # that fill the chip
+
+GPU_TESTS = ("test_gpu.py", "test_cuda.py", "embed/test_embed_cuda.py")
 
 # A multiprocessor's multiply-adds a clock, by compute capability; others are not known here.
 MULTIPLY_ADDS = {"90": {"float64": 64, "float32": 128}}
@@ -453,6 +470,7 @@ def write_tables(result: dict, path: Path) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=HERE / "results" / "gpu.json")
+    parser.add_argument("--build", action="store_true", help="build the libraries of this checkout first")
     parser.add_argument("--no-tests", action="store_true", help="do not run the GPU tests first")
     parser.add_argument("--tables", action="store_true", help="only the tables of benchmarks/README.md, from --out")
     arguments = parser.parse_args()
@@ -465,8 +483,8 @@ def main() -> int:
         return 2
     if not arguments.no_tests:
         tests = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", str(HERE.parent / "tests" / "test_gpu.py")],
-            env=os.environ | {"LFQ_REQUIRE_GPU": "1"},
+            [sys.executable, "-m", "pytest", "-q", *(HERE.parent / "tests" / name for name in GPU_TESTS)],
+            env=os.environ | {"LFQ_REQUIRE_GPU": "1", "PYTHONPATH": str(HERE.parent)},
         )
         if tests.returncode:
             return tests.returncode
