@@ -185,6 +185,36 @@ def on_gpu(extent, flow):
     return found
 
 
+def shells(extent, flow):
+    """tau_int of the power in each shell of momenta, |n| to the nearest integer, at the lengths that were tuned."""
+    _, lengths, plain_lengths, _ = GPU[extent]
+    (tau, n_steps), (plain_tau, plain_steps) = lengths[0], plain_lengths[0]
+    n = np.fft.fftfreq(extent, 1 / extent)
+    shell = np.rint(np.hypot(n[:, None], n))
+    members = [shell == number for number in range(1, extent // 2 + 1)]
+    chains = through(flow, extent, tau=tau, n_steps=n_steps, length_spread=LENGTH_SPREAD)
+    warm = chains.advance(chains.start(CHAINS[extent], seed=4), 1, 200, measure=False)
+    plain = lfq.HMC(theory(extent), tau=plain_tau, n_steps=plain_steps, dtype=DTYPE, n_threads=1)
+    found = []
+    for name, sampler, state, count in (
+        ("multiscale", chains, warm.state, 1000),
+        ("HMC", plain, plain.start(CHAINS[extent], seed=5, phi=warm.phi), {16: 2000, 32: 4000, 64: 6000}[extent]),
+    ):
+        series = np.empty((len(members), count, CHAINS[extent]))
+        for trajectory in range(count):
+            block = sampler.advance(state, 1, measure=False)
+            state, power = block.state, abs(np.fft.fft2(block.phi)) ** 2
+            for number, member in enumerate(members):
+                series[number, trajectory] = power[:, member].mean(axis=1)
+        estimates = [estimate(values) for values in series]
+        record = {"name": name, "L": extent, "tau": sampler.tau, "n_steps": sampler.n_steps, "n_samples": count}
+        record["tau_int"] = [e.tau_int for e in estimates]
+        record["tau_int_error"] = [e.tau_int_error for e in estimates]
+        found.append(record)
+        print(json.dumps(finite(record)), file=sys.stderr, flush=True)
+    return found
+
+
 def cubic(extents):
     """Three dimensions, on the improved action of Hasenbusch, hep-lat/9902026, at its critical coupling."""
 
@@ -228,6 +258,7 @@ def main():
     parser.add_argument("--docs", type=Path, default=Path("."), help="where figures/multiscale.png goes")
     parser.add_argument("--cubic", action="store_true", help="only three dimensions, L = 8, 16 and 32")
     parser.add_argument("--gpu", action="store_true", help="only many chains on a GPU, at lengths tuned before")
+    parser.add_argument("--shells", action="store_true", help="only tau_int of each shell of momenta")
     parser.add_argument("--variants", action="store_true", help="only the comparison of blocks")
     arguments = parser.parse_args()
     if arguments.draw:
@@ -239,6 +270,8 @@ def main():
         results["variants"] = variants([extent for extent in arguments.extents if 16 <= extent <= 32])
     elif arguments.cubic:
         results["cubic"] = cubic([8, 16, 32])
+    elif arguments.shells:
+        results["shells"] = [record for extent in (16, 32, 64) for record in shells(extent, trained(extent)[-1].flow)]
     elif arguments.gpu:
         results["gpu"] = {"device": lfq.info()["gpu"], "samplers": []}
         for extent in arguments.extents:
