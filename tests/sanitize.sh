@@ -51,8 +51,14 @@ cmake --build "$build" --parallel "${JOBS:-2}"
 [ -z "$quick" ] || cp "$(cd / && "$python" -c 'import lfq._core; print(lfq._core.__file__)')" "$build"
 # A package of its own, so that the sources' one keeps its libraries. Removed first: another run may have them loaded.
 mkdir -p "$build/package/lfq"
-cp --remove-destination "$root"/lfq/*.{py,pyi,toml,cc} "$build"/_core*.so "$build"/liblfq.so "$build/package/lfq/"
-mkdir -p "$build/package/lfq/include" && cp -r "$root/csrc/include/lfq" "$build/package/lfq/include/"
+cp --remove-destination "$root"/lfq/*.{py,pyi,toml,cc} "$build/package/lfq/"
+if [ -n "$quick" ]; then
+  cp --remove-destination "$build"/_core*.so "$build"/liblfq.so "$build/package/lfq/"
+  mkdir -p "$build/package/lfq/include" && cp -r "$root/csrc/include/lfq" "$build/package/lfq/include/"
+else
+  rm -f "$build"/package/lfq/*.so
+  cmake --install "$build" --prefix "$build/package" >/dev/null
+fi
 if [ $# -eq 0 ]; then
   # Left out: tests that look at the symbols of a plain build, or bound the memory of a process.
   set -- -k "not symbol and not resident and not templates_come_from and not instruction_set_is_compiled"
@@ -72,6 +78,8 @@ PYTHONPATH=$build/package:${PYTHONPATH:-} LD_PRELOAD=$preload NUMBA_CACHE_DIR=$b
   "$python" -m pytest -q -p no:cacheprovider "$@" || status=$?
 for report in report.*; do
   [ -e "$report" ] || continue
+  # Of the fibres that CUDA's threads are emulated with.
+  grep -qv "doesn't fully support makecontext" "$report" || continue
   cat "$report" >&2
   [ $status -ne 0 ] || status=1
 done
