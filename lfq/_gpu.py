@@ -136,20 +136,18 @@ def call(name: str, dtype, *arguments, workspace=None) -> None:
 
 
 @lru_cache(maxsize=128)
-def _uploaded(data: bytes, device: int):
+def _uploaded(data: bytes, device: int, stream: int):
+    # A copy for each stream: CuPy gives the memory of one that is forgotten to the stream that allocated it.
     import cupy
 
-    array = cupy.asarray(np.frombuffer(data or bytes(1), dtype=np.uint8))
-    # Other streams may use it too.
-    cupy.cuda.get_current_stream().synchronize()
-    return array
+    return cupy.asarray(np.frombuffer(data or bytes(1), dtype=np.uint8))
 
 
 def on_device(array: np.ndarray):
     """The bytes of a small array in device memory, copied there once for all calls with equal contents."""
     import cupy
 
-    return _uploaded(array.tobytes(), cupy.cuda.runtime.getDevice())
+    return _uploaded(array.tobytes(), cupy.cuda.runtime.getDevice(), _stream())
 
 
 def _volume(theory: np.ndarray) -> int:

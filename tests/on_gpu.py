@@ -1,4 +1,4 @@
-"""Every CUDA kernel once, on small lattices: for a tool that watches a program.
+"""Every CUDA kernel, on small lattices as far as they have it: for a tool that watches a program.
 
 compute-sanitizer --tool memcheck python tests/on_gpu.py    # and racecheck, initcheck, synccheck
 """
@@ -9,10 +9,12 @@ import numpy as np
 import lfq
 
 LATTICES = [(16, 16), (8, 8), (24, 8), (64, 64), (10, 6), (8, 4, 4), (4, 4, 4, 4), (30,)]
+LATTICES += [(256, 256), (246, 255), (40, 40, 44)]
 FLOWS = [
     (lfq.AffineFlow(seed=1), (16, 16)),
     (lfq.AffineFlow(seed=1, bias=True, rescale=False), (8, 64)),
     (lfq.AffineFlow(seed=1), (10, 6)),
+    (lfq.AffineFlow(seed=1), (64, 64)),
     (lfq.AffineFlow(hidden=(4,), seed=1), (8, 8)),
     (lfq.MultiscaleFlow(3, seed=1), (8, 8)),
     (lfq.MultiscaleFlow(4, seed=1), (16, 16)),

@@ -311,6 +311,33 @@ def test_a_diverging_chain_stays_and_says_so(library, dtype, path):
     after, dh, accepted, values = run_hmc(library, hmc, phi, 3, 1, path)
     assert not np.isfinite(dh[:, 1]).any() and not accepted[:, 1].any()
     np.testing.assert_array_equal(after[1], phi[1])
+    if path == RESIDENT:
+        np.testing.assert_array_equal(np.isnan(values), ~np.isfinite(dh)[..., None].repeat(6, axis=2))
+    else:
+        np.testing.assert_allclose(values[:, 1, 1], (phi[1].astype(np.float64) ** 2).mean(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["evolve", "hmc"])
+@pytest.mark.parametrize("shape", [(16, 64), (8, 6, 8)], ids=str)
+def test_a_launch_that_fails_is_an_error(library, shape, name):
+    """Whichever of a call's it is."""
+    if isinstance(library, OnGpu):
+        pytest.skip("launches fail in the emulator only")
+    t = lfq.Phi4(shape, 0.2, 0.5)
+    hmc = lfq.HMC(t, tau=0.1, n_steps=10)
+    phi, record = np.zeros((1, *shape)), t._record()
+    left = ctypes.c_int.in_dll(library._library, "emulated_launches_left")
+    try:
+        for launches in range(6):
+            left.value = launches
+            with pytest.raises(RuntimeError, match="CUDA says: invalid configuration"):
+                if name == "hmc":
+                    run_hmc(library, hmc, phi, 1, 1, TILED)
+                else:
+                    arguments = (record, hmc._settings(), 1, pointer(phi.copy()), pointer(phi.copy()))
+                    call(library, "evolve", "float64", *arguments, workspace=("hmc", record, 1))
+    finally:
+        left.value = 1 << 30
 
 
 @pytest.mark.parametrize("shape", [(6,), (6, 10), (4, 2, 6)], ids=str)
@@ -343,6 +370,14 @@ def test_bad_arguments_are_named(library):
     record["ndim"] = 5
     with pytest.raises(ValueError, match="ndim is 5"):
         library.call("phi4_force", "float64", record, 1, pointer(phi), pointer(phi), None)
+    settings = lfq.HMC(lfq.Phi4((4, 4), 0.1, 0.5))._settings(0)
+    record["ndim"] = 2
+    with pytest.raises(ValueError, match="path: unknown value 7"):
+        library.call("hmc", "float64", record, settings, 7, 1, pointer(phi), pointer(phi), *3 * (None,), None, 0, None)
+    training = np.zeros(1, dtype=_cuda.TRAINING_RECORD)
+    training["n"] = training["total_steps"] = 1
+    with pytest.raises(ValueError, match="training: an array is null"):
+        library.call("train_step", "float64", training, None, None)
     wide = np.full(200, 1 / 200)
     record = lfq.Phi4((200,), 0.1, 0.5)._record()
     with pytest.raises(ValueError, match="reaches farther than 31"):
@@ -755,6 +790,22 @@ def test_a_theory_on_another_lattice_of_as_many_sites(library, rng):
     np.testing.assert_allclose(action, t.action(x.reshape(2, 8, 8)) - log_det, **close(np.float64, 100))
     expected = flow.vjp(z, t.force(x.reshape(2, 8, 8)).reshape(z.shape), np.ones(2))
     np.testing.assert_allclose(force, expected, **close(np.float64, 100))
+
+
+@pytest.mark.parametrize("shapes", [((16, 16), (8, 32)), ((8, 8), (4, 16)), ((8, 8), (8, 8), (4, 16))], ids=str)
+def test_layers_that_reshape(library, rng, shapes):
+    """Sites in order, on a lattice of another shape from one layer to the next."""
+    flow = with_random_weights(lfq.AffineFlow(bias=True, rescale=len(shapes) > 2), rng)
+    layers = np.concatenate([flow.program(shape)[i : i + 1] for i, shape in enumerate(shapes)])
+    weights, volume = flow.weights, int(np.prod(shapes[0]))
+    record = flow_record(shapes[0], layers, weights)
+    z = rng.normal(size=(3, volume))
+    found, expected = (np.empty_like(z), np.empty(3)), (np.empty_like(z), np.empty(3))
+    arguments = (3, pointer(z), *map(pointer, found))
+    call(library, "flow_forward", "float64", record, pointer(layers), *arguments, workspace=("flow", record, 3))
+    _core.flow_forward(volume, layers, weights, z, *expected, 1)
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, **close(np.float64, 100))
 
 
 @pytest.mark.validate

@@ -27,7 +27,7 @@ enum class work { forward, gradient, hmc };
 
 int check_flow(const lfq_flow* f, const lfq_layer* device_layers, int64_t n_chains) {
   if (int e = lfq_flow_check_layers(f)) return fail_check(e);
-  if (f->volume > 0x7fffffff) return fail(LFQ_ERR_ARGUMENT, "flow: a GPU takes up to 2^31 - 1 sites");
+  if (f->volume > most_sites) return fail(LFQ_ERR_ARGUMENT, "flow: a GPU takes up to 2^31 - 4096 sites");
   if (f->n_layers > 0 && !device_layers) return fail(LFQ_ERR_ARGUMENT, "flow: the layers in device memory are null");
   if (n_chains < 0) return fail(LFQ_ERR_ARGUMENT, "n_chains is %lld, must not be negative", (long long)n_chains);
   return LFQ_OK;
@@ -185,7 +185,7 @@ flow_route route_of(const lfq_flow& f, work what, int64_t n_chains, const lfq_ph
     if (theory->ndim != last.ndim || !std::equal(last.extent, last.extent + last.ndim, theory->extent)) return r;
   }
   r.residence = find_flow_residence<T>(f);
-  r.direct = !r.residence.rows && plan_direct<T>(f, what, n_chains).n_slots > 0;
+  r.direct = !r.residence.rows && keeps_lattice(f) && plan_direct<T>(f, what, n_chains).n_slots > 0;
   return r;
 }
 
@@ -395,6 +395,9 @@ template <class T>
 int train_step(const lfq_cuda_training* t, const T* noise, void* stream) {
   if (!t) return fail(LFQ_ERR_ARGUMENT, "training is null");
   if (t->n < 1 || t->n_noise < 0 || t->n_weights < 0 || t->copies < 0) return fail(LFQ_ERR_ARGUMENT, "training: a size is out of range");
+  if (!t->target_action || !t->log_det || !t->gradient || !t->weights || !t->first_moment || !t->second_moment || !t->log_w ||
+      !t->history || !t->failed_step || (t->copies > 0 && !t->coarse_action) || (t->n_noise > 0 && !noise))
+    return fail(LFQ_ERR_ARGUMENT, "training: an array is null");
   if (t->step < 0 || t->step >= t->total_steps) return fail(LFQ_ERR_ARGUMENT, "training: step is out of range");
   const lfq::train_arguments<T> a{t->n, t->n_noise, t->n_weights, t->copies, noise, t->coarse_action, t->target_action, t->log_det,
                                   t->gradient, t->weights, t->first_moment, t->second_moment, t->log_w, t->history, t->failed_step,

@@ -96,7 +96,7 @@ struct hmc_work {
         measured(mem, t, n_chains) {
     // Measurements and momenta are not needed at a time.
     p_next = measured.field[0];
-    if (!p_next && goes_twice<T>(t)) p_next = mem.take<T>(n_chains * volume_of(t));
+    if (measured.n_parts == 0 && goes_twice<T>(t)) p_next = mem.take<T>(n_chains * volume_of(t));
   }
 };
 
@@ -191,9 +191,9 @@ int drift_through(const lfq_phi4& t, const lfq::schedule& steps, int n_steps, co
     waiting = 0;
   };
   const int last = lfq::integrate(steps, n_steps, [&](int kick, int drift) {
+    if (code) return;
     k[waiting] = steps.kick[kick];
     d[waiting++] = steps.drift[drift];
-    if (code) return;
     if (draws) {
       draws = false;
       return moved(refresh_kick_drift(t, *fresh, k[0], d[0], n, from, w.field[buffer], w, stream));
@@ -269,8 +269,8 @@ int hmc(const lfq_phi4* t, const lfq_hmc* h, int32_t path, int64_t n, T* phi, do
   lfq::hmc_arguments a{*t, *h, lfq::schedule(*h, lfq::momentum_unit(*h)), {}, volume_of(*t), n, dh, accepted, observables};
   if (observables)
     if (int e = smearing_of(*t, smear, a.smear, least_factor<T>)) return e;
-  if (h->n_samples == 0) return LFQ_OK;
   if (path < LFQ_CUDA_AUTO || path > LFQ_CUDA_TILED) return fail(LFQ_ERR_ARGUMENT, "path: unknown value %d", int(path));
+  if (h->n_samples == 0) return LFQ_OK;
   const residence<T> r = path == LFQ_CUDA_TILED ? residence<T>() : find_residence<T>(*t);
   if (path == LFQ_CUDA_RESIDENT && !r.kernel) return fail(LFQ_ERR_ARGUMENT, "path: a chain of this theory does not fit one block");
   if (r.kernel) return launch("HMC", r.kernel, n, r.threads, r.shared, stream, lfq::resident_arguments<T>(a), phi);

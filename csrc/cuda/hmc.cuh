@@ -98,6 +98,8 @@ LFQ_DEVICE void run_chain(P& potential, const hmc_arguments& a, int64_t chain) {
             a.dh[n * a.n_chains + chain] = dh - dh;
             if (a.accepted) a.accepted[n * a.n_chains + chain] = 0;
           }
+        for (int64_t left = sample; a.observables && left < h.n_samples; ++left)
+          if (threadIdx.x < LFQ_N_OBSERVABLES) a.observables[(left * a.n_chains + chain) * LFQ_N_OBSERVABLES + threadIdx.x] = dh - dh;
         return;
       }
       if (accept) s0[0] = e[1];

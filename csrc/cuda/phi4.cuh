@@ -60,11 +60,6 @@ struct strip {
     else if (count > 0)
       visit_rows<false>(phi, own, f);
   }
-  // The same with all of phi read from memory, where comparisons do not matter.
-  template <class T, class F>
-  LFQ_DEVICE void visit(const T* phi, F&& f) const {
-    if (count > 0) visit_rows<false>(phi, [&](int, int site) { return phi[site]; }, f);
-  }
 
  private:
   // FULL strips need no comparisons.

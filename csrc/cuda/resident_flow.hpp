@@ -14,9 +14,24 @@ struct flow_residence {
   size_t shared = 0;
 };
 
+// Whether the lattices of all layers follow from the last one's: layers may also take the sites of the ones before in
+// another shape, in order.
+inline bool keeps_lattice(const lfq_flow& f) {
+  int halved = 0;
+  for (int i = f.n_layers - 1; i >= 0; --i) {
+    const lfq_layer &l = f.layers[i], &last = f.layers[f.n_layers - 1];
+    if (l.ndim != last.ndim) return false;
+    for (int axis = 0; axis < l.ndim; ++axis)
+      if (int64_t(l.extent[axis]) << halved != last.extent[axis]) return false;
+    halved += lfq::resizes(l);
+  }
+  return true;
+}
+
 template <class T>
 flow_residence find_flow_residence(const lfq_flow& f) {
   flow_residence r;
+  if (!keeps_lattice(f)) return r;
   if (f.n_layers < 2 || f.n_layers > 3 || (f.n_layers == 3 && f.layers[2].kind != LFQ_LAYER_RESCALE)) return r;
   for (int i = 0; i < 2; ++i) {
     const lfq_layer& l = f.layers[i];

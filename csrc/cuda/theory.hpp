@@ -61,9 +61,12 @@ struct shares {
       : shares(volume_of(t) / t.extent[0] / width * lfq::ceil_div(t.extent[0], lfq::strip_rows)) {}
 };
 
+// Indices of sites have 32 bits, and threads beyond the last site and taps beyond a row count on.
+constexpr int64_t most_sites = (int64_t(1) << 31) - 4096;
+
 inline int check_theory(const lfq_phi4* t, int64_t n_chains) {
   if (int e = lfq_phi4_check(t)) return fail_check(e);
-  if (volume_of(*t) > 0x7fffffff) return fail(LFQ_ERR_ARGUMENT, "theory: a GPU takes up to 2^31 - 1 sites");
+  if (volume_of(*t) > most_sites) return fail(LFQ_ERR_ARGUMENT, "theory: a GPU takes up to 2^31 - 4096 sites");
   if (n_chains < 0) return fail(LFQ_ERR_ARGUMENT, "n_chains is %lld, must not be negative", (long long)n_chains);
   return LFQ_OK;
 }
@@ -117,7 +120,7 @@ int with_layout(const lfq_phi4& t, bool is_aligned, F&& f) {
   });
 }
 
-// The actions' parts to `partial`, as shares_of(t, width_of<T>(t)) has them.
+// The actions' parts to `partial`, as shares(t, width_of<T>(t)) has them.
 template <class T>
 int action_parts(const lfq_phi4& t, int64_t n_chains, const T* phi, double* partial, void* stream) {
   const shares own(t, width_of<T>(t));

@@ -222,10 +222,16 @@ struct cudaLaunchConfig_t {
 };
 __align__(16) inline char lfq_shared[emulator::shared_bytes];
 
+// Launches until one fails, and all after it; a test sets it.
+extern "C" {
+inline __attribute__((visibility("default"))) int emulated_launches_left = 1 << 30;
+}
+
 template <class... P, class... A>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* c, void (*kernel)(P...), A&&... arguments) {
   if (c->blockDim.x > 1024 || c->blockDim.x == 0 || c->gridDim.x == 0 || c->dynamicSmemBytes > emulator::shared_bytes)
     return cudaErrorInvalidConfiguration;
+  if (emulated_launches_left-- <= 0) return emulated_launches_left = 0, cudaErrorInvalidConfiguration;
   emulator::block b;
   b.threads.resize(c->blockDim.x);
   for (auto& f : b.threads) f.stack.reset(new char[emulator::stack_bytes]);

@@ -20,7 +20,7 @@ extern "C" {
 enum lfq_cuda_path {
   LFQ_CUDA_AUTO = 0,     /* resident where it fits */
   LFQ_CUDA_RESIDENT = 1, /* a chain in one block's registers and shared memory */
-  LFQ_CUDA_TILED = 2     /* in device memory, a pass a step */
+  LFQ_CUDA_TILED = 2     /* in device memory, a pass for one step or two */
 };
 
 /* ---- library --------------------------------------------------------------------------- */
@@ -64,7 +64,8 @@ LFQ_API int lfq_cuda_evolve_f32(const lfq_phi4* theory, const lfq_hmc* hmc, int6
                                 void* workspace, size_t workspace_bytes, void* stream);
 LFQ_API int lfq_cuda_evolve_f64(const lfq_phi4* theory, const lfq_hmc* hmc, int64_t n_chains, double* phi,
                                 double* momenta, void* workspace, size_t workspace_bytes, void* stream);
-/* dh must not be null. A chain whose dH is NaN or Inf keeps its last good field; its later dh are NaN. */
+/* dh must not be null. A chain whose dH is NaN or Inf keeps its last good field; its later dh are NaN,
+ * and its observables from then on NaN too or, tiled, those of that field. */
 LFQ_API int lfq_cuda_hmc_f32(const lfq_phi4* theory, const lfq_hmc* hmc, int32_t path, int64_t n_chains, float* phi,
                              double* dh, uint8_t* accepted, const double* smear, double* observables,
                              void* workspace, size_t workspace_bytes, void* stream);
