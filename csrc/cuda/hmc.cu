@@ -34,8 +34,6 @@ bool fits_strips(const lfq_phi4& t, residence<T>& r) {
 template <int D, int R, int LEAST, class T>
 bool fits_tiles(const lfq_phi4& t, residence<T>& r) {
   using potential = lfq::tile_phi4<T, D, R>;
-  const int row = t.extent[D - 1];
-  if (row < 4 || row > 4 * lfq::warp_size || (row & (row - 1)) || t.extent[0] % R) return false;
   const int64_t tiles = lfq::tile<D, R>::per_chain(t);
   if (tiles < LEAST) return false;
   // Three blocks a multiprocessor leave a thread 80 registers, which hold what a step needs.

@@ -92,37 +92,18 @@ struct strip_phi4 {
   }
 };
 
-// Four neighbouring sites of a row.
-template <class T>
-struct __align__(16) quad {
-  T v[4];
-};
-template <class T>
-LFQ_DEVICE quad<T> load_quad(const T* p) {
-  return *reinterpret_cast<const quad<T>*>(p);
-}
-template <class T>
-LFQ_DEVICE void store_quad(T* p, const quad<T>& q) {
-  *reinterpret_cast<quad<T>*>(p) = q;
-}
 // In device memory, which need not be aligned.
 template <class T>
 LFQ_DEVICE bool aligned(const T* p) {
   return reinterpret_cast<uintptr_t>(p) % 16 == 0;
 }
 template <class T>
-LFQ_DEVICE quad<T> load_sites(const T* p) {
-  quad<T> q;
-  for (int i = 0; i < 4; ++i) q.v[i] = p[i];
-  return q;
-}
-template <class T>
-LFQ_DEVICE void store_sites(T* p, const quad<T>& q) {
+LFQ_DEVICE void store_sites(T* p, const lanes<T, 4>& q) {
   for (int i = 0; i < 4; ++i) p[i] = q.v[i];
 }
 // Summed in pairs: fewer conversions to double, and no more rounding than a site's own.
 template <class T>
-LFQ_DEVICE double squares(const quad<T>& q) {
+LFQ_DEVICE double squares(const lanes<T, 4>& q) {
   return double(fma(q.v[0], q.v[0], q.v[1] * q.v[1]) + fma(q.v[2], q.v[2], q.v[3] * q.v[3]));
 }
 
@@ -137,7 +118,10 @@ struct tile {
   int left, right;   // the lanes of the neighbours along the last axis
   bool counts;
 
+  // How many tiles a lattice is; none where it cannot be cut into such.
   static LFQ_HD int64_t per_chain(const lfq_phi4& t) {
+    const int row = t.extent[D - 1];
+    if (row < 4 || row > 4 * warp_size || (row & (row - 1)) || t.extent[0] % R) return 0;
     int64_t volume = 1;
     for (int i = 0; i < D; ++i) volume *= t.extent[i];
     return volume / (4 * R);
@@ -168,7 +152,7 @@ struct tile {
 // Momenta in units of 1 / unit; returns the thread's share of their squares. A block of the stream makes the four sites
 // of a row.
 template <class T, int D, int R>
-LFQ_DEVICE double fill_momenta(const tile<D, R>& own, const stream& rng, uint32_t chain, T unit, quad<T> (&p)[R]) {
+LFQ_DEVICE double fill_momenta(const tile<D, R>& own, const stream& rng, uint32_t chain, T unit, lanes<T, 4> (&p)[R]) {
   double p2 = 0;
 #pragma unroll
   for (int r = 0; r < R; ++r) {
@@ -187,14 +171,14 @@ struct tile_phi4 {
   const tile<D, R> own;
   T* const z;
   T *from, *to;
-  quad<T> x[R], p[R];
+  lanes<T, 4> x[R], p[R];
 
   LFQ_DEVICE tile_phi4(const resident_arguments<T>& arguments, T* field, T* shared)
       : a(arguments), own(arguments.hmc.theory), z(field), from(shared), to(shared + arguments.hmc.volume) {}
 
   // Row r of x is what the next step begins with.
   LFQ_DEVICE void publish(int r) {
-    if (D > 2 || r == 0 || r == R - 1) store_quad(to + own.block + r * own.slice, x[r]);
+    if (D > 2 || r == 0 || r == R - 1) lfq::store(to + own.block + r * own.slice, x[r]);
   }
   LFQ_DEVICE void published() {
     T* const t = from;
@@ -206,16 +190,16 @@ struct tile_phi4 {
   // thread needs x[r] any more.
   template <class F, class G>
   LFQ_DEVICE void visit(F&& f, G&& done) {
-    quad<T> below = load_quad(from + own.below);
+    lanes<T, 4> below = lfq::load<4>(from + own.below);
 #pragma unroll
     for (int r = 0; r < R; ++r) {
-      const quad<T> here = x[r], above = r + 1 < R ? x[r + 1 < R ? r + 1 : r] : load_quad(from + own.above);
+      const lanes<T, 4> here = x[r], above = r + 1 < R ? x[r + 1 < R ? r + 1 : r] : lfq::load<4>(from + own.above);
       const T left = __shfl_sync(0xffffffffu, here.v[3], own.left), right = __shfl_sync(0xffffffffu, here.v[0], own.right);
-      quad<T> ahead = above, behind = below;
+      lanes<T, 4> ahead = above, behind = below;
 #pragma unroll
       for (int axis = 0; axis < D - 2; ++axis) {
         const T* row = from + own.block + r * own.slice;
-        const quad<T> u = load_quad(row + own.up[axis]), d = load_quad(row + own.down[axis]);
+        const lanes<T, 4> u = lfq::load<4>(row + own.up[axis]), d = lfq::load<4>(row + own.down[axis]);
         for (int i = 0; i < 4; ++i) ahead.v[i] += u.v[i], behind.v[i] += d.v[i];
       }
 #pragma unroll
@@ -234,7 +218,7 @@ struct tile_phi4 {
 #pragma unroll
     for (int r = 0; r < R; ++r) {
       const T* const row = z + own.block + r * own.slice;
-      x[r] = whole ? load_quad(row) : load_sites(row);
+      x[r] = whole ? lfq::load<4>(row) : lfq::load<4, false>(row);
       publish(r);
     }
     published();
@@ -281,7 +265,7 @@ struct tile_phi4 {
     for (int r = 0; r < R; ++r) {
       T* const row = z + own.block + r * own.slice;
       if (whole)
-        store_quad(row, x[r]);
+        lfq::store(row, x[r]);
       else
         store_sites(row, x[r]);
     }
@@ -290,7 +274,7 @@ struct tile_phi4 {
     T* const phi = from < to ? from : to;
     __syncthreads();
 #pragma unroll
-    for (int r = 0; r < R; ++r) store_quad(phi + own.block + r * own.slice, x[r]);
+    for (int r = 0; r < R; ++r) lfq::store(phi + own.block + r * own.slice, x[r]);
     __syncthreads();
     measure_shared<T, D>(a.hmc.theory, a.hmc.smear, phi, out);
     __syncthreads();

@@ -26,7 +26,7 @@ struct resident_flow {
   const T factor;
   T *from, *to;
   // The latent; the field before the rescale; the gradient by what was last undone.
-  quad<T> z[R], x[R], g[R];
+  lanes<T, 4> z[R], x[R], g[R];
   // Of a row's two sites that a coupling changes, h and the slope; in backward, h gives way to dL/du.
   T h[2][R][2][2], slope[2][R][2];
 
@@ -43,9 +43,9 @@ struct resident_flow {
     to = t;
     __syncthreads();
   }
-  LFQ_DEVICE void publish(const quad<T> (&rows)[R]) {
-    store_quad(to + own.block, rows[0]);
-    store_quad(to + own.block + (R - 1) * own.slice, rows[R - 1]);
+  LFQ_DEVICE void publish(const lanes<T, 4> (&rows)[R]) {
+    lfq::store(to + own.block, rows[0]);
+    lfq::store(to + own.block + (R - 1) * own.slice, rows[R - 1]);
     swap_rows();
   }
 
@@ -54,10 +54,10 @@ struct resident_flow {
   LFQ_DEVICE void net(F&& f) {
     publish(x);
     const near_net<T> w = nets[S];
-    quad<T> below = load_quad(from + own.below);
+    lanes<T, 4> below = lfq::load<4>(from + own.below);
 #pragma unroll
     for (int r = 0; r < R; ++r) {
-      const quad<T> above = r + 1 < R ? x[r + 1 < R ? r + 1 : r] : load_quad(from + own.above);
+      const lanes<T, 4> above = r + 1 < R ? x[r + 1 < R ? r + 1 : r] : lfq::load<4>(from + own.above);
       const int odd = first(S, r);
       const T beyond = __shfl_sync(0xffffffffu, odd ? x[r].v[0] : x[r].v[3], odd ? own.right : own.left);
 #pragma unroll
@@ -119,10 +119,10 @@ struct resident_flow {
   LFQ_DEVICE double action_gradient(const phi4_site<T>& site, bool wanted) {
     publish(x);
     double s = 0;
-    quad<T> below = load_quad(from + own.below);
+    lanes<T, 4> below = lfq::load<4>(from + own.below);
 #pragma unroll
     for (int r = 0; r < R; ++r) {
-      const quad<T> above = r + 1 < R ? x[r + 1 < R ? r + 1 : r] : load_quad(from + own.above);
+      const lanes<T, 4> above = r + 1 < R ? x[r + 1 < R ? r + 1 : r] : lfq::load<4>(from + own.above);
       const T left = __shfl_sync(0xffffffffu, x[r].v[3], own.left), right = __shfl_sync(0xffffffffu, x[r].v[0], own.right);
       T row = T(0);
 #pragma unroll
@@ -143,7 +143,7 @@ struct resident_flow {
   template <int S, bool WEIGHTS>
   LFQ_DEVICE void couple_backward(T dlog_det, T (&sum)[10]) {
     const near_net<T> w = nets[S];
-    quad<T> edge[R];
+    lanes<T, 4> edge[R];
 #pragma unroll
     for (int r = 0; r < R; ++r)
 #pragma unroll
@@ -158,10 +158,10 @@ struct resident_flow {
         }
       }
     publish(edge);
-    quad<T> below = load_quad(from + own.below);
+    lanes<T, 4> below = lfq::load<4>(from + own.below);
 #pragma unroll
     for (int r = 0; r < R; ++r) {
-      const quad<T> above = r + 1 < R ? edge[r + 1 < R ? r + 1 : r] : load_quad(from + own.above);
+      const lanes<T, 4> above = r + 1 < R ? edge[r + 1 < R ? r + 1 : r] : lfq::load<4>(from + own.above);
       const int odd = first(S, r);
       T beyond[2];
       for (int o = 0; o < 2; ++o)
@@ -195,17 +195,17 @@ struct resident_flow {
 #pragma unroll
     for (int r = 0; r < R; ++r) f(r, field + own.block + r * own.slice);
   }
-  LFQ_DEVICE void load(const T* field, quad<T> (&rows)[R]) const {
+  LFQ_DEVICE void load(const T* field, lanes<T, 4> (&rows)[R]) const {
     const bool whole = aligned(field);
-    rows_of(const_cast<T*>(field), [&](int r, const T* row) { rows[r] = whole ? load_quad(row) : load_sites(row); });
+    rows_of(const_cast<T*>(field), [&](int r, const T* row) { rows[r] = whole ? lfq::load<4>(row) : lfq::load<4, false>(row); });
   }
-  LFQ_DEVICE void store(T* field, const quad<T> (&rows)[R], T scale = T(1)) const {
+  LFQ_DEVICE void store(T* field, const lanes<T, 4> (&rows)[R], T scale = T(1)) const {
     const bool whole = aligned(field);
     rows_of(field, [&](int r, T* row) {
-      quad<T> q = rows[r];
+      lanes<T, 4> q = rows[r];
       for (int c = 0; c < 4; ++c) q.v[c] *= scale;
       if (whole)
-        store_quad(row, q);
+        lfq::store(row, q);
       else
         store_sites(row, q);
     });
@@ -218,7 +218,7 @@ struct resident_pulled_back {
   const hmc_arguments& a;
   const phi4_site<T> site;
   resident_flow<T, R> flow;
-  quad<T> p[R];
+  lanes<T, 4> p[R];
   T* const latent;  // of the chain, the last accepted one
   bool gradient_known = false;
 
@@ -274,9 +274,9 @@ struct resident_pulled_back {
     __syncthreads();
 #pragma unroll
     for (int r = 0; r < R; ++r) {
-      quad<T> row = flow.x[r];
+      lanes<T, 4> row = flow.x[r];
       for (int c = 0; c < 4; ++c) row.v[c] *= flow.factor;
-      store_quad(field + flow.own.block + r * flow.own.slice, row);
+      lfq::store(field + flow.own.block + r * flow.own.slice, row);
     }
     __syncthreads();
     measure_shared<T, 2>(a.theory, a.smear, field, out);

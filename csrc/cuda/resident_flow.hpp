@@ -42,13 +42,11 @@ flow_residence find_flow_residence(const lfq_flow& f) {
   lfq_phi4 lattice{};
   lattice.ndim = 2;
   for (int i = 0; i < 2; ++i) lattice.extent[i] = f.layers[0].extent[i];
-  const int height = lattice.extent[0], row = lattice.extent[1];
-  if (row < 4 || row > 4 * lfq::warp_size || (row & (row - 1))) return r;
   // In double, large tiles spill less and keep more operations in flight, once there are enough of them.
-  const bool large = sizeof(T) == 8 && height % 4 == 0 && f.volume > 2048;
+  const bool large = sizeof(T) == 8 && f.volume > 2048 && lfq::tile<2, 4>::per_chain(lattice) > 0;
   const int rows = large ? 4 : 2;
-  const int64_t tiles = f.volume / (4 * rows);
-  if (height % rows || tiles > lfq::resident_flow_threads(rows)) return r;
+  const int64_t tiles = large ? lfq::tile<2, 4>::per_chain(lattice) : lfq::tile<2, 2>::per_chain(lattice);
+  if (tiles == 0 || tiles > lfq::resident_flow_threads(rows)) return r;
   r.threads = lfq::whole_warps(tiles);
   r.shared = lfq::sum_scratch(r.threads, lfq::resident_flow_sums) + 2 * sizeof(lfq::near_net<T>) + 2 * size_t(f.volume) * sizeof(T);
   if (r.shared <= shared_limit() && lfq::can_measure(lattice, f.volume, r.threads, lfq::segment_sites<T>)) r.rows = rows;
