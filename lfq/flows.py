@@ -25,6 +25,8 @@ COARSE_TO_FINE = "e|c c|e e|c o|ce c|eo e|co o|ce"
 _ACTIVATIONS = {"tanh": 0, "leaky_relu": 1}
 _SITE_MAP = np.log([0.5, 0.5, 1.0])
 """log a, log b, log c of a site map to begin with: the identity up to third order, half of it bent."""
+_NOISE, _INTERPOLATION = 0.8, 0.3
+"""Width of the noise at the new sites of a level, and factor of the mean of the nearest coarse sites, to begin with."""
 _SCALES = {"exp(-|s|)": 0, "exp(s)": 1, "even": 2, "site": 3}
 
 
@@ -335,7 +337,7 @@ class AffineFlow(Flow):
         if self._n_weights > MAX_WEIGHTS:
             raise ValueError(f"AffineFlow: {self._n_weights} weights, at most {MAX_WEIGHTS}")
         # Drawn when first asked for: a structure from a file must not allocate before its weights were counted.
-        self._seed, self._weights = check_seed(seed), None
+        self._seed, self._weights, self._interpolates = check_seed(seed), None, False
 
     def _net_shapes(self) -> list[tuple[int, int]]:
         channels = (1, *self.hidden, self.features or 2)
@@ -365,7 +367,27 @@ class AffineFlow(Flow):
         means = np.tile(np.concatenate([np.tile(means, n), rescale]), self.n_blocks)
         normals = np.empty((1, widths.size))
         _core.normal(seed, _core.PURPOSES["weights"], 0, 0, 1, normals, 1)
-        return means + widths * normals[0]
+        weights = means + widths * normals[0]
+        if self._interpolates:
+            self._interpolate(weights[: weights.size // self.n_blocks].reshape(n, -1))
+        return weights
+
+    def _interpolate(self, sets) -> None:
+        """Have the first site map of each sublattice do what an `UpsampleMap` of these settings would do before it."""
+        nets = iter(sets)
+        taps, filled = self.kernel_size**self.ndim, {0}
+        for _, active, _ in self._block:
+            for sublattice in (s for s in range(2**self.ndim) if active >> s & 1):
+                weights = next(nets)
+                if sublattice in filled:
+                    continue
+                filled.add(sublattice)
+                odd = [sublattice >> (self.ndim - 1 - axis) & 1 for axis in range(self.ndim)]
+                nearest = np.zeros((self.kernel_size,) * self.ndim)
+                nearest[np.ix_(*([self.kernel_size // 2 + step for step in ((-1, 1) if n else (0,))] for n in odd))] = 1
+                weights[:taps] += _INTERPOLATION / nearest.sum() * nearest.ravel()
+                weights[:taps] /= _NOISE
+                weights[[-3, -1]] += math.log(_NOISE)
 
     @property
     def weights(self) -> np.ndarray:
@@ -603,6 +625,10 @@ class MultiscaleFlow(Compose):
         Of the initial weights.
     ndim : int
         Dimensions of the lattice.
+    interpolate : bool
+        Whether a level interpolates the coarse field before its blocks (`UpsampleMap`) or lays bare noise beside it
+        (`InterleaveMap`). By default it interpolates, except with site maps in the default order: the first coupling of
+        each new site sees its nearest coarse ones and has an interpolation of its own.
 
     Examples
     --------
@@ -612,31 +638,39 @@ class MultiscaleFlow(Compose):
 
     def __init__(
         self, n_levels, n_blocks=1, scale="site", kernel_size=3, hidden=(), features=None, seed=0, ndim=2,
-        sublattices=None, order=None,
+        sublattices=None, order=None, interpolate=None,
     ):  # fmt: skip
         self.n_levels = check_count(n_levels, "n_levels", 1, 16)
         own = not hidden if sublattices is None else bool(sublattices)
         if order is None:
             order = COARSE_TO_FINE if own and ndim != 1 else CHECKERBOARD
+        if interpolate is None:
+            interpolate = scale != "site" or not own or order != COARSE_TO_FINE
+        self.interpolate = bool(interpolate)
         self._blocks = dict(
             n_blocks=n_blocks, scale=scale, kernel_size=kernel_size, hidden=list(hidden), features=features, ndim=ndim,
             sublattices=own, order=order,
         )  # fmt: skip
         seed, parts = check_seed(seed), []
         for level in range(self.n_levels):
-            parts.append(UpsampleMap(scale=1.0, width=0.8, interpolation=0.3, ndim=ndim))
             # A site map has a scale of its own.
-            parts.append(AffineFlow(**self._blocks, rescale=scale != "site", seed=(seed + level) % 2**64))
+            blocks = AffineFlow(**self._blocks, rescale=scale != "site", seed=(seed + level) % 2**64)
+            if self.interpolate:
+                parts.append(UpsampleMap(scale=1.0, width=_NOISE, interpolation=_INTERPOLATION, ndim=ndim))
+            else:
+                parts.append(InterleaveMap(ndim))
+                blocks._interpolates = scale == "site" and own
+            parts.append(blocks)
         super().__init__(parts)
 
     def refined(self) -> MultiscaleFlow:
         """A flow of one more level, whose weights are those of the finest one here."""
-        finer = MultiscaleFlow(self.n_levels + 1, **self._blocks)
+        finer = MultiscaleFlow(self.n_levels + 1, **self._blocks, interpolate=self.interpolate)
         finer.weights = np.concatenate([self.weights, *(flow.weights for flow in self.flows[-2:])])
         return finer
 
     def to_dict(self) -> dict:
-        return {"kind": "multiscale", "n_levels": self.n_levels} | self._blocks
+        return {"kind": "multiscale", "n_levels": self.n_levels} | self._blocks | {"interpolate": self.interpolate}
 
     def __repr__(self) -> str:
         return f"MultiscaleFlow({', '.join(f'{k}={v!r}' for k, v in self.to_dict().items() if k != 'kind')})"
@@ -655,7 +689,9 @@ def _from_dict(structure, depth: int = 0) -> Flow:
     if kind not in makers:
         raise ValueError(f"unknown kind of flow {kind!r}")
     if kind == "multiscale":
-        arguments.setdefault("order", CHECKERBOARD)  # of files that do not know it
+        # Of files that do not know them.
+        arguments.setdefault("order", CHECKERBOARD)
+        arguments.setdefault("interpolate", True)
     return makers[kind](**arguments)
 
 

@@ -464,6 +464,7 @@ FLOWS = {
     "3-d, order": ((4, 2, 6), lambda: lfq.AffineFlow(ndim=3, sublattices=True, order="e|c o|e c|eo")),
     "4-d, order": ((2, 4, 2, 4), lambda: lfq.AffineFlow(scale="exp(s)", ndim=4, sublattices=True, order="e|c c|eo")),
     "multiscale": ((8, 4), lambda: lfq.MultiscaleFlow(2, n_blocks=1)),
+    "multiscale, interpolating": ((8, 4), lambda: lfq.MultiscaleFlow(2, interpolate=True)),
     "multiscale 3-d": ((2, 2, 2), lambda: lfq.MultiscaleFlow(1, n_blocks=1, ndim=3)),
     "multiscale from one site": ((4, 4), lambda: lfq.MultiscaleFlow(2, n_blocks=1, scale="even", features=2)),
     # Extents that are powers of two have kernels of their own.

@@ -22,8 +22,10 @@ def test_structure():
     flow = lfq.MultiscaleFlow(n_levels=4, n_blocks=3)
     program = flow.program((16, 16))
     # A block has seven couplings, two of which change two sublattices: nine sets of 2 x 9 taps and three parameters of
-    # the site map; each step between levels: 5.
-    assert flow.n_weights == 4 * (3 * 9 * 21 + 5)
+    # the site map; each step between levels, where it interpolates: 5.
+    assert flow.n_weights == 4 * 3 * 9 * 21
+    assert lfq.MultiscaleFlow(n_levels=4, n_blocks=3, interpolate=True).n_weights == 4 * (3 * 9 * 21 + 5)
+    assert lfq.MultiscaleFlow(1, scale="even", features=1).interpolate
     assert lfq.MultiscaleFlow(n_levels=4, n_blocks=3, order="ce|o o|ce").n_weights == 4 * (3 * 2 * 2 * 21 + 5)
     assert program["extent"][0, :2].tolist() == [2, 2] and program["extent"][-1, :2].tolist() == [16, 16]
     assert lfq.MultiscaleFlow(n_levels=2, ndim=3).program((4, 4, 8))["extent"][0, :3].tolist() == [2, 2, 4]
@@ -34,14 +36,27 @@ def test_structure():
     assert lfq.MultiscaleFlow(1, ndim=1).flows[1].order == "ce|o o|ce"
 
 
-def test_a_structure_without_an_order_is_the_checkerboard(tmp_path):
-    flow = lfq.MultiscaleFlow(2, order="ce|o o|ce", seed=5)
+@pytest.mark.parametrize("key", ["order", "interpolate"])
+def test_a_structure_from_before_a_choice(tmp_path, key):
+    order = "ce|o o|ce" if key == "order" else None
+    flow = lfq.MultiscaleFlow(2, order=order, interpolate=True, seed=5)
     structure = flow.to_dict()
-    del structure["order"]
+    del structure[key]
     save_tensors(tmp_path / "flow", {"weights": flow.weights}, {"lfq_flow": json.dumps(structure)})
     found = lfq.load_flow(tmp_path / "flow")
     assert found.to_dict() == flow.to_dict()
     np.testing.assert_array_equal(found.weights, flow.weights)
+
+
+@pytest.mark.parametrize("shape", [(8, 16), (4, 4, 8)], ids=str)
+def test_first_site_maps_interpolate(shape):
+    """Where coarse sites stay as they are, a flow begins as the one that interpolates before its blocks."""
+    order, ndim = "e|c o|ce e|co", len(shape)
+    laid, interpolated = (lfq.MultiscaleFlow(2, ndim=ndim, order=order, interpolate=i, seed=4) for i in (False, True))
+    assert laid.n_weights == interpolated.n_weights - 2 * (1 + 2 * len(shape))
+    z = np.random.default_rng(3).normal(size=(5, *shape))
+    for a, b in zip(laid.forward(z), interpolated.forward(z), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("shape", [(8,), (8, 16), (4, 4, 8)], ids=str)

@@ -678,6 +678,10 @@ struct flow_group {
   static int odd_axes(int sublattice) { return __builtin_popcount(unsigned(sublattice)); }
 
   void upsample(const layer_plan<T>& l, const V* x, const V* z, V* y) const {
+    if (l.spec.kind == LFQ_LAYER_INTERLEAVE)
+      return sublattices(l, [&](int64_t site, int64_t c, int sub, int, const int64_t*) LFQ_LAMBDA_INLINE {
+        y[site] = sub ? z[sub * l.coarse.volume + c] : x[c];
+      });
     sublattices(l, [&](int64_t site, int64_t c, int sub, int n, const int64_t* near) LFQ_LAMBDA_INLINE {
       if (sub == 0) {
         y[site] = V(l.factor) * x[c];
@@ -704,6 +708,10 @@ struct flow_group {
   // gc = dL/dx of the coarse field; the noise's part of dL/dz goes to gz.
   template <bool WEIGHTS>
   void upsample_backward(const layer_plan<T>& l, const V* x, const V* z, const V* g, V* gc, V* gz, V dlog_det) const {
+    if (l.spec.kind == LFQ_LAYER_INTERLEAVE)
+      return sublattices(l, [&](int64_t site, int64_t c, int sub, int, const int64_t*) LFQ_LAMBDA_INLINE {
+        (sub ? gz[sub * l.coarse.volume + c] : gc[c]) = g[site];
+      });
     const int D = l.lat.ndim;
     V dscale(T(0)), dmean[LFQ_MAX_DIM + 1], dwidth[LFQ_MAX_DIM + 1];
     for (int k = 0; k <= D; ++k) dmean[k] = dwidth[k] = V(T(0));
@@ -730,7 +738,6 @@ struct flow_group {
       }
     });
     if constexpr (WEIGHTS) {
-      if (l.spec.kind == LFQ_LAYER_INTERLEAVE) return;
       V* dw = work.dweights + l.spec.weight_offset;
       const T volume = T(l.coarse.volume);
       T binomial = T(1);

@@ -3,7 +3,13 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
+#include <cstdlib>
 #include <memory>
+#include <new>
 #include <string>
 
 #include "lfq/lfq.h"
@@ -66,10 +72,22 @@ inline lfq_flow flow_of(int64_t volume, const array<lfq_layer>& layers, const ar
   return lfq_flow{volume, int64_t(weights.size()), int32_t(layers.size()), 0, layers.data(), weights.data()};
 }
 
+// Large ones ask for huge pages: kernels walk through many fields at a time, more than the TLB has small pages for.
 struct workspace {
+  struct release {
+    void operator()(char* p) const { std::free(p); }
+  };
   size_t bytes;
-  std::unique_ptr<char[]> data;
-  explicit workspace(size_t n) : bytes(n), data(new char[n ? n : 1]) {}
+  std::unique_ptr<char[], release> data;
+  explicit workspace(size_t n) : bytes(n) {
+    constexpr size_t huge = size_t(1) << 21;
+    const bool large = n >= 2 * huge;
+    data.reset(static_cast<char*>(large ? std::aligned_alloc(huge, (n + huge - 1) / huge * huge) : std::malloc(n ? n : 1)));
+    if (!data) throw std::bad_alloc();
+#ifdef MADV_HUGEPAGE
+    if (large) ::madvise(data.get(), n, MADV_HUGEPAGE);  // a wish: small pages do as well
+#endif
+  }
 };
 
 void bind_library(py::module_& m);

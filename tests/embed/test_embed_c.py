@@ -125,6 +125,7 @@ FLOWS = {
     "sublattices": lfq.AffineFlow(kernel_size=5, bias=True, scale="site", sublattices=True, seed=7),
     "order": lfq.AffineFlow(scale="site", sublattices=True, order="e|c c|eo o|ce", seed=11),
     "multiscale": lfq.MultiscaleFlow(3, n_blocks=2, seed=8),
+    "interpolating": lfq.MultiscaleFlow(3, interpolate=True, seed=12),
     "multiscale of other couplings": lfq.MultiscaleFlow(
         2, n_blocks=1, scale="even", kernel_size=5, hidden=(3,), features=2, seed=9
     ),
@@ -146,7 +147,8 @@ DAMAGED = {
     "order, order is null": "order",
     "multiscale, n_levels is 0": "n_levels must be an integer from 1 to 16",
     "multiscale, n_levels is 4": "an extent of 1 cannot be halved",
-    "multiscale, n_levels is 2": "n_weights is 1149, the layers take 766",
+    "multiscale, n_levels is 2": "n_weights is 1134, the layers take 756",
+    "interpolating, interpolate is 0": "interpolate",
     "multiscale, n_blocks is 0": "n_blocks must be an integer from 1 to 10000",
     "multiscale, hidden is null": "hidden must be a list",
     "multiscale, scale is missing": '"scale" is missing',

@@ -285,10 +285,12 @@ inline void prepend_layers(const json& structure, std::vector<int32_t>& extent, 
     const int32_t activation = structure["activation"].one_of({"tanh", "leaky_relu"}, "activation");  // as in lfq_activation
     prepend(blocks_on(extent, structure, activation, structure["bias"].flag("bias"), structure["rescale"].flag("rescale")));
   } else if (kind == "multiscale") {
+    const json* const said = structure.find("interpolate");  // not by files that know nothing else
+    const bool interpolate = !said || said->flag("interpolate");
     for (int64_t level = structure["n_levels"].integer(1, 16, "n_levels"); level > 0; --level) {
       // A site map has a scale of its own.
       prepend(blocks_on(extent, structure, LFQ_TANH, false, structure["scale"].word("scale") != "site"));
-      prepend_enlarging(LFQ_LAYER_UPSAMPLE);
+      prepend_enlarging(interpolate ? LFQ_LAYER_UPSAMPLE : LFQ_LAYER_INTERLEAVE);
     }
   } else {
     throw file_error("unknown kind of flow " + kind);
