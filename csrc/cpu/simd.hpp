@@ -280,6 +280,7 @@ struct lane_sum<double> {
   LFQ_HD void add(simd<double> x) { a += x; }
   LFQ_HD void add(double factor, const lane_sum& o) { a += simd<double>(factor) * o.a; }
   LFQ_HD double operator[](int lane) const { return a[lane]; }
+  LFQ_HD simd<double> rounded() const { return a; }
 };
 template <>
 struct lane_sum<float> {
@@ -294,6 +295,13 @@ struct lane_sum<float> {
     for (int i = 0; i < 2; ++i) a[i] += simd<double>(factor) * o.a[i];
   }
   LFQ_HD double operator[](int lane) const { return a[lane / simd<double>::width][lane % simd<double>::width]; }
+  LFQ_HD simd<float> rounded() const {
+    half h[2];
+    for (int i = 0; i < 2; ++i) h[i] = __builtin_convertvector(a[i].v, half);
+    simd<float> x;
+    memcpy(&x.v, h, sizeof(h));
+    return x;
+  }
 };
 
 template <class T>
