@@ -157,43 +157,60 @@ struct fused_block {
   template <int STRIDE>
   struct surroundings {
     const V *above, *own, *below;
-    int begin;  // the left neighbour of site 0
-    surroundings shifted(int64_t by) const { return {above + by, own + by, below + by, begin}; }
+    surroundings shifted(int64_t by) const { return {above + by, own + by, below + by}; }
   };
+  // Site k among those of its parity in a row that begin at `column`, or k and k + 1, and its neighbours among the others.
+  struct place {
+    int k, left, between, right;
+  };
+  template <class R>
+  LFQ_HD place place_of(int column, int k) const {
+    const int begin = k + column - 1;
+    return {k, wrapped(begin), begin + 1, wrapped(begin + span<R>::sites)};
+  }
   template <class F>
-  LFQ_HD surroundings<1> around(int r, int column, F&& row_of) const {
-    return {row_of(above(r)), row_of(r), row_of(below(r)), column - 1};
+  LFQ_HD surroundings<1> around(int r, F&& row_of) const {
+    return {row_of(above(r)), row_of(r), row_of(below(r))};
   }
   LFQ_HD surroundings<2> around_in_field(int r, int column) const {
-    return {x + int64_t(above(r)) * n + column, x + int64_t(r) * n + (1 - column), x + int64_t(below(r)) * n + column,
-            column - 1};
+    return {x + int64_t(above(r)) * n + column, x + int64_t(r) * n + (1 - column), x + int64_t(below(r)) * n + column};
   }
   template <class R, int STRIDE>
-  LFQ_HD void neighbours(const surroundings<STRIDE>& from, int k, R (&tap)[4]) const {
-    const auto beside = [&](int i) LFQ_LAMBDA_INLINE { return from.own[STRIDE * wrapped(k + from.begin + i)]; };
-    tap[up] = span<R>::at(from.above + STRIDE * k, STRIDE);
-    tap[down] = span<R>::at(from.below + STRIDE * k, STRIDE);
+  LFQ_HD void neighbours(const surroundings<STRIDE>& from, const place& p, R (&tap)[4]) const {
+    tap[up] = span<R>::at(from.above + STRIDE * p.k, STRIDE);
+    tap[down] = span<R>::at(from.below + STRIDE * p.k, STRIDE);
+    const V left_one = from.own[STRIDE * p.left], right_one = from.own[STRIDE * p.right];
     if constexpr (span<R>::sites == 2) {
-      const V between = from.own[STRIDE * (k + from.begin + 1)];
-      tap[left] = {beside(0), between};
-      tap[right] = {between, beside(2)};
+      const V between = from.own[STRIDE * p.between];
+      tap[left] = {left_one, between};
+      tap[right] = {between, right_one};
     } else {
-      tap[left] = beside(0);
-      tap[right] = beside(1);
+      tap[left] = left_one;
+      tap[right] = right_one;
     }
   }
-  // `start` and what the neighbours' nets pull back: a site is the lower tap of its upper neighbour.
+  // What a row's sites take from the cotangents of their neighbours: one is the lower tap of its upper neighbour.
+  struct pull {
+    V w[N][4];
+    pull(const half_update& of, int r) {
+      const net &own = of.nets[of.set(r)], &other = of.nets[of.set(r + 1)];
+      for (int c = 0; c < N; ++c) {
+        w[c][up] = other.w[c][down], w[c][down] = other.w[c][up];
+        w[c][left] = own.w[c][right], w[c][right] = own.w[c][left];
+      }
+    }
+  };
+  // `start` and all that.
   template <class R>
-  LFQ_HD R gathered(const half_update& of, int r, const surroundings<1>& cotangents, int k, R start) const {
-    const net &own = of.nets[of.set(r)], &other = of.nets[of.set(r + 1)];
+  LFQ_HD R gathered(const pull& by, const surroundings<1>& cotangents, const place& p, R start) const {
     R beside(T(0));
     for (int c = 0; c < N; ++c) {
       R tap[4];
-      neighbours(cotangents.shifted(int64_t(c) * half), k, tap);
-      start = fma(R(other.w[c][down]), tap[up], start);
-      start = fma(R(other.w[c][up]), tap[down], start);
-      beside = c == 0 ? R(own.w[c][right]) * tap[left] : fma(R(own.w[c][right]), tap[left], beside);
-      beside = fma(R(own.w[c][left]), tap[right], beside);
+      neighbours(cotangents.shifted(int64_t(c) * half), p, tap);
+      start = fma(R(by.w[c][up]), tap[up], start);
+      start = fma(R(by.w[c][down]), tap[down], start);
+      beside = c == 0 ? R(by.w[c][left]) * tap[left] : fma(R(by.w[c][left]), tap[left], beside);
+      beside = fma(R(by.w[c][right]), tap[right], beside);
     }
     return start + beside;
   }
@@ -217,24 +234,38 @@ struct fused_block {
     log_slopes = V(T(0));
   }
 
+  // The activations of a row's net to the first two numbers of `out`. Apart from what follows, which waits for them:
+  // chains of dependent operations half as long fit a core's window twice.
+  template <int STRIDE>
+  LFQ_HD void activate_row(const net& row_net, const surroundings<STRIDE>& from, int column, V* out) const {
+    sites([&](auto real, int k) LFQ_LAMBDA_INLINE {
+      using R = decltype(real);
+      R tap[4], u[N];
+      neighbours(from, place_of<R>(column, k), tap);
+      row_net(tap, u);
+      for (int c = 0; c < N; ++c) span<R>::put(out + c * half + k, 1, tanh(u[c]));
+    });
+  }
+  template <class R>
+  LFQ_HD coupled_site<R, N> couple_activated(const V* activations, int k, const V* before) const {
+    coupled_site<R, N> a;
+    for (int c = 0; c < N; ++c) a.h[c] = span<R>::at(activations + c * half + k, 1);
+    affine_site<S>(span<R>::at(before + 2 * k, 2), parameters, a);
+    return a;
+  }
+
   template <bool ENERGY>
   void stage_a(int begin, int end) {
     V logs(T(0));
     int terms = 0;
     for (int i = begin; i < end; ++i) {
       const int r = i % n_rows, column = first.column(r);
-      const net& row_net = first.nets[first.set(r)];
-      const surroundings<2> from = around_in_field(r, column);
-      const V* own = x + int64_t(r) * n + column;
       V* out = row_a(r);
+      activate_row(first.nets[first.set(r)], around_in_field(r, column), column, out);
       sites([&](auto real, int k) LFQ_LAMBDA_INLINE {
         using R = decltype(real);
-        R tap[4], u[N];
-        neighbours(from, k, tap);
-        row_net(tap, u);
-        const coupled_site<R, N> a = couple_site<S>(span<R>::at(own + 2 * k, 2), u, parameters);
-        span<R>::put(out + k, 1, a.h[0]);
-        span<R>::put(out + half + k, 1, INPUT ? a.slope : a.h[1]);
+        const coupled_site<R, N> a = couple_activated<R>(out, k, x + int64_t(r) * n + column);
+        if constexpr (INPUT) span<R>::put(out + half + k, 1, a.slope);
         span<R>::put(out + 2 * half + k, 1, a.y);
         if constexpr (ENERGY) {
           logs = span<R>::sum(log_slope<S>(a, parameters), logs);
@@ -251,17 +282,15 @@ struct fused_block {
     int terms = 0;
     for (int i = begin; i < end; ++i) {
       const int r = i % n_rows, column = second.column(r);
-      const net& row_net = second.nets[second.set(r)];
-      const surroundings<1> from =
-          around(r, column, [&](int row) LFQ_LAMBDA_INLINE { return row_a(row) + 2 * half; });
+      const surroundings<1> from = around(r, [&](int row) LFQ_LAMBDA_INLINE { return row_a(row) + 2 * half; });
       const int64_t at = int64_t(r) * n + column;
       V* out = row_b(r);
+      activate_row(second.nets[second.set(r)], from, column, out);
       sites([&](auto real, int k) LFQ_LAMBDA_INLINE {
         using R = decltype(real);
-        R tap[4], u[N], cotangent[N];
-        neighbours(from, k, tap);
-        row_net(tap, u);
-        const coupled_site<R, N> a = couple_site<S>(span<R>::at(x + at + 2 * k, 2), u, parameters);
+        R tap[4], cotangent[N];
+        neighbours(from, place_of<R>(column, k), tap);
+        const coupled_site<R, N> a = couple_activated<R>(out, k, x + at);
         const R phi2 = a.y * a.y, hopping = R(site.beta) * ((tap[up] + tap[down]) + (tap[left] + tap[right]));
         const R dx = affine_backward<S>(a.h, a.slope, a.y - a.h[1], site.gradient(a.y, phi2, hopping), R(dlog_det),
                                         cotangent);
@@ -279,85 +308,76 @@ struct fused_block {
     }
     if constexpr (ENERGY) settle(sums), settle(logs);
   }
-  // Apart from stage B, so that all sums stay in registers.
-  void weights_b(int begin, int end) {
-    for (int q = 0; q < second.layer.n_classes; ++q) {
-      net_gradient sum = second.grads[q];
+  // The weights' gradients of rows with their nets' inputs from(row) and cotangents du(row). Apart from the stages, so
+  // that all sums stay in registers.
+  template <class From, class Du>
+  void add_weights(half_update& h, int begin, int end, From&& from, Du&& du) const {
+    for (int q = 0; q < h.layer.n_classes; ++q) {
+      net_gradient sum = h.grads[q];
       for (int i = begin; i < end; ++i) {
-        const int r = i % n_rows;
-        if (second.set(r) != q) continue;
-        const surroundings<1> from =
-            around(r, second.column(r), [&](int row) LFQ_LAMBDA_INLINE { return row_a(row) + 2 * half; });
-        const V* du = row_b(r);
+        const int r = i % n_rows, column = h.column(r);
+        if (h.set(r) != q) continue;
+        const auto inputs = from(r);
+        const V* cotangents = du(r);
         sites([&](auto real, int k) LFQ_LAMBDA_INLINE {
           using R = decltype(real);
           R tap[4], cotangent[N];
-          neighbours(from, k, tap);
-          for (int c = 0; c < N; ++c) cotangent[c] = span<R>::at(du + c * half + k, 1);
+          neighbours(inputs, place_of<R>(column, k), tap);
+          for (int c = 0; c < N; ++c) cotangent[c] = span<R>::at(cotangents + c * half + k, 1);
           sum.add(tap, cotangent);
         });
       }
-      second.grads[q] = sum;
+      h.grads[q] = sum;
     }
   }
   template <bool ENERGY>
   void stage_c(int begin, int end) {
     powers sums;
     int terms = 0;
-    for (int q = 0; q < first.layer.n_classes; ++q) {
-      net_gradient sum;
-      if constexpr (WEIGHTS) sum = first.grads[q];
-      for (int i = begin; i < end; ++i) {
-        const int r = i % n_rows, column = first.column(r);
-        if (first.set(r) != q) continue;
-        const surroundings<1> from = around(r, column, [&](int row) LFQ_LAMBDA_INLINE { return row_b(row); });
-        const surroundings<2> inputs = around_in_field(r, column);
-        const int64_t at = int64_t(r) * n + column;
-        const V* kept = row_a(r);
-        V* out = row_c(r);
-        sites([&](auto real, int k) LFQ_LAMBDA_INLINE {
-          using R = decltype(real);
-          R tap[4], cotangent[N], slope(T(0)), moved_x;
-          R h[2] = {span<R>::at(kept + k, 1), span<R>::at(kept + half + k, 1)};
-          const R y = span<R>::at(kept + 2 * half + k, 1), phi2 = y * y;
-          if constexpr (INPUT) {
-            slope = h[1];
-            moved_x = span<R>::at(x + at + 2 * k, 2) * slope;
-            h[1] = y - moved_x;
-          } else {
-            moved_x = y - h[1];
-          }
-          neighbours(from.shifted(int64_t(N) * half), k, tap);
-          const R hopping = R(site.beta) * ((tap[up] + tap[down]) + (tap[left] + tap[right]));
-          const R dy = gathered(second, r, from, k, site.gradient(y, phi2, hopping));
-          const R dx = affine_backward<S>(h, slope, moved_x, dy, R(dlog_det), cotangent);
-          if constexpr (INPUT) {
-            finish(at + 2 * k, dx);
-            for (int c = 0; c < N; ++c) span<R>::put(out + c * half + k, 1, cotangent[c]);
-          }
-          if constexpr (WEIGHTS) {
-            neighbours(inputs, k, tap);
-            sum.add(tap, cotangent);
-          }
-          if constexpr (ENERGY) {
-            sums.add(phi2);
-            if (many<R>(terms)) settle(sums);
-            if (phi) span<R>::put(phi + at + 2 * k, 2, R(factor) * y);
-          }
-        });
-      }
-      if constexpr (WEIGHTS) first.grads[q] = sum;
+    for (int i = begin; i < end; ++i) {
+      const int r = i % n_rows, column = first.column(r);
+      const surroundings<1> from = around(r, [&](int row) LFQ_LAMBDA_INLINE { return row_b(row); });
+      const pull by(second, r);
+      const int64_t at = int64_t(r) * n + column;
+      const V* kept = row_a(r);
+      V* out = row_c(r);
+      sites([&](auto real, int k) LFQ_LAMBDA_INLINE {
+        using R = decltype(real);
+        const place p = place_of<R>(column, k);
+        R tap[4], cotangent[N], slope(T(0)), moved_x;
+        R h[2] = {span<R>::at(kept + k, 1), span<R>::at(kept + half + k, 1)};
+        const R y = span<R>::at(kept + 2 * half + k, 1), phi2 = y * y;
+        if constexpr (INPUT) {
+          slope = h[1];
+          moved_x = span<R>::at(x + at + 2 * k, 2) * slope;
+          h[1] = y - moved_x;
+        } else {
+          moved_x = y - h[1];
+        }
+        neighbours(from.shifted(int64_t(N) * half), p, tap);
+        const R hopping = R(site.beta) * ((tap[up] + tap[down]) + (tap[left] + tap[right]));
+        const R dy = gathered(by, from, p, site.gradient(y, phi2, hopping));
+        const R dx = affine_backward<S>(h, slope, moved_x, dy, R(dlog_det), cotangent);
+        if constexpr (INPUT) finish(at + 2 * k, dx);
+        for (int c = 0; c < N; ++c) span<R>::put(out + c * half + k, 1, cotangent[c]);
+        if constexpr (ENERGY) {
+          sums.add(phi2);
+          if (many<R>(terms)) settle(sums);
+          if (phi) span<R>::put(phi + at + 2 * k, 2, R(factor) * y);
+        }
+      });
     }
     if constexpr (ENERGY) settle(sums);
   }
   void stage_d(int begin, int end) {
     for (int i = begin; i < end; ++i) {
       const int r = i % n_rows, column = second.column(r);
-      const surroundings<1> from = around(r, column, [&](int row) LFQ_LAMBDA_INLINE { return row_c(row); });
+      const surroundings<1> from = around(r, [&](int row) LFQ_LAMBDA_INLINE { return row_c(row); });
+      const pull by(first, r);
       const int64_t at = int64_t(r) * n + column;
       sites([&](auto real, int k) LFQ_LAMBDA_INLINE {
         using R = decltype(real);
-        finish(at + 2 * k, gathered(first, r, from, k, span<R>::at(g + at + 2 * k, 2)));
+        finish(at + 2 * k, gathered(by, from, place_of<R>(column, k), span<R>::at(g + at + 2 * k, 2)));
       });
     }
   }
@@ -391,9 +411,19 @@ struct fused_block {
       advance(0, [&](int begin, int end) LFQ_LAMBDA_INLINE { stage_a<ENERGY>(begin, end); });
       advance(1, [&](int begin, int end) LFQ_LAMBDA_INLINE {
         stage_b<ENERGY>(begin, end);
-        if constexpr (WEIGHTS) weights_b(begin, end);
+        if constexpr (WEIGHTS)
+          add_weights(second, begin, end,
+                      [&](int r) LFQ_LAMBDA_INLINE {
+                        return around(r, [&](int row) LFQ_LAMBDA_INLINE { return row_a(row) + 2 * half; });
+                      },
+                      [&](int r) LFQ_LAMBDA_INLINE { return row_b(r); });
       });
-      advance(2, [&](int begin, int end) LFQ_LAMBDA_INLINE { stage_c<ENERGY>(begin, end); });
+      advance(2, [&](int begin, int end) LFQ_LAMBDA_INLINE {
+        stage_c<ENERGY>(begin, end);
+        if constexpr (WEIGHTS)
+          add_weights(first, begin, end, [&](int r) LFQ_LAMBDA_INLINE { return around_in_field(r, first.column(r)); },
+                      [&](int r) LFQ_LAMBDA_INLINE { return row_c(r); });
+      });
       if constexpr (INPUT) advance(3, [&](int begin, int end) LFQ_LAMBDA_INLINE { stage_d(begin, end); });
     }
   }

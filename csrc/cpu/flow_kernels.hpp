@@ -841,11 +841,7 @@ struct flow_group {
   }
   // The sum over lanes, in the order of the flow's weight vector.
   void store_weight_sums(double* grad) const {
-    const auto lanes = [&](int64_t i) {
-      double s = 0;
-      for (int l = 0; l < V::width; ++l) s += work.weight_sums[i][l];
-      return s;
-    };
+    const auto lanes = [&](int64_t i) { return work.weight_sums[i].over_lanes(); };
     for (int n = 0; n < plan.n_layers; ++n) {
       const layer_plan<T>& l = plan.layers[n];
       if (l.spec.kind != LFQ_LAYER_COUPLING) {

@@ -271,6 +271,15 @@ struct word_traits<twin_bits<B>> {
   }
 };
 
+template <class T>
+LFQ_HD T sum_of_lanes(simd<T> x) {
+  T part[simd<T>::width];
+  for (int l = 0; l < simd<T>::width; ++l) part[l] = x[l];
+  for (int n = simd<T>::width / 2; n > 0; n /= 2)
+    for (int l = 0; l < n; ++l) part[l] += part[l + n];
+  return part[0];
+}
+
 // Per-lane sums in double, whatever the type of the terms.
 template <class T>
 struct lane_sum;
@@ -281,6 +290,7 @@ struct lane_sum<double> {
   LFQ_HD void add(double factor, const lane_sum& o) { a += simd<double>(factor) * o.a; }
   LFQ_HD double operator[](int lane) const { return a[lane]; }
   LFQ_HD simd<double> rounded() const { return a; }
+  LFQ_HD double over_lanes() const { return sum_of_lanes(a); }
 };
 template <>
 struct lane_sum<float> {
@@ -295,6 +305,7 @@ struct lane_sum<float> {
     for (int i = 0; i < 2; ++i) a[i] += simd<double>(factor) * o.a[i];
   }
   LFQ_HD double operator[](int lane) const { return a[lane / simd<double>::width][lane % simd<double>::width]; }
+  LFQ_HD double over_lanes() const { return sum_of_lanes(a[0] + a[1]); }
   LFQ_HD simd<float> rounded() const {
     half h[2];
     for (int i = 0; i < 2; ++i) h[i] = __builtin_convertvector(a[i].v, half);

@@ -40,6 +40,15 @@ LFQ_HD R site_slope(R th, const typename real_traits<R>::scalar* p) {
   return fma(R(p[1] * p[2]), fma(-th, th, R(typename real_traits<R>::scalar(1))), R(p[0]));
 }
 
+// Slope and y of the affine kinds from h.
+template <scale_kind S, class R, int N>
+LFQ_HD void affine_site(R x, const typename real_traits<R>::scalar* parameters, coupled_site<R, N>& r) {
+  R t, log_e;
+  affine_from<S>(r.h, parameters, t, log_e);
+  r.slope = S == scale_kind::neg_abs ? exp_minus(abs(r.h[0])) : exp(log_e);
+  r.y = fma(x, r.slope, t);
+}
+
 // `parameters` of `site`: a, b, c, 1 / a.
 template <scale_kind S, class R, int N>
 LFQ_HD coupled_site<R, N> couple_site(R x, const R (&u)[N], const typename real_traits<R>::scalar* parameters) {
@@ -51,11 +60,8 @@ LFQ_HD coupled_site<R, N> couple_site(R x, const R (&u)[N], const typename real_
     r.h[1] = u[1];
     r.y = fma(R(parameters[0]), v, fma(R(parameters[1]), r.h[0], u[1]));
   } else {
-    R t, log_e;
     for (int c = 0; c < N; ++c) r.h[c] = tanh(u[c]);
-    affine_from<S>(r.h, parameters, t, log_e);
-    r.slope = S == scale_kind::neg_abs ? exp_minus(abs(r.h[0])) : exp(log_e);
-    r.y = fma(x, r.slope, t);
+    affine_site<S>(x, parameters, r);
   }
   return r;
 }
