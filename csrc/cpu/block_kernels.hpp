@@ -123,7 +123,7 @@ struct fused_block {
         n(first.layer.lat.length),
         half(n / 2),
         n_rows(int(first.layer.lat.n_rows)),
-        chunk(n < 128 ? 128 / n : 1),
+        chunk(n < 64 ? 64 / n : 1),
         n_slots(chunk + 8),
         phi4_sum(T(0)) {
     const T f2 = factor * factor;
@@ -171,6 +171,9 @@ struct fused_block {
   template <class F>
   LFQ_HD surroundings<1> around(int r, F&& row_of) const {
     return {row_of(above(r)), row_of(r), row_of(below(r))};
+  }
+  LFQ_HD surroundings<1> around_in_y(int r) const {
+    return around(r, [&](int row) LFQ_LAMBDA_INLINE { return row_a(row) + 2 * half; });
   }
   LFQ_HD surroundings<2> around_in_field(int r, int column) const {
     return {x + int64_t(above(r)) * n + column, x + int64_t(r) * n + (1 - column), x + int64_t(below(r)) * n + column};
@@ -234,17 +237,23 @@ struct fused_block {
     log_slopes = V(T(0));
   }
 
-  // The activations of a row's net to the first two numbers of `out`. Apart from what follows, which waits for them:
-  // chains of dependent operations half as long fit a core's window twice.
-  template <int STRIDE>
-  LFQ_HD void activate_row(const net& row_net, const surroundings<STRIDE>& from, int column, V* out) const {
-    sites([&](auto real, int k) LFQ_LAMBDA_INLINE {
-      using R = decltype(real);
-      R tap[4], u[N];
-      neighbours(from, place_of<R>(column, k), tap);
-      row_net(tap, u);
-      for (int c = 0; c < N; ++c) span<R>::put(out + c * half + k, 1, tanh(u[c]));
-    });
+  // The activations of rows to the first two numbers of out(row). Apart from what follows, which waits for them: chains
+  // of dependent operations half as long fit a core's window twice.
+  template <class From, class Out>
+  LFQ_HD void activate(const half_update& h, int begin, int end, From&& from, Out&& out) const {
+    for (int i = begin; i < end; ++i) {
+      const int r = i % n_rows, column = h.column(r);
+      const net& row_net = h.nets[h.set(r)];
+      const auto inputs = from(r);
+      V* activations = out(r);
+      sites([&](auto real, int k) LFQ_LAMBDA_INLINE {
+        using R = decltype(real);
+        R tap[4], u[N];
+        neighbours(inputs, place_of<R>(column, k), tap);
+        row_net(tap, u);
+        for (int c = 0; c < N; ++c) span<R>::put(activations + c * half + k, 1, tanh(u[c]));
+      });
+    }
   }
   template <class R>
   LFQ_HD coupled_site<R, N> couple_activated(const V* activations, int k, const V* before) const {
@@ -256,12 +265,13 @@ struct fused_block {
 
   template <bool ENERGY>
   void stage_a(int begin, int end) {
+    activate(first, begin, end, [&](int r) LFQ_LAMBDA_INLINE { return around_in_field(r, first.column(r)); },
+             [&](int r) LFQ_LAMBDA_INLINE { return row_a(r); });
     V logs(T(0));
     int terms = 0;
     for (int i = begin; i < end; ++i) {
       const int r = i % n_rows, column = first.column(r);
       V* out = row_a(r);
-      activate_row(first.nets[first.set(r)], around_in_field(r, column), column, out);
       sites([&](auto real, int k) LFQ_LAMBDA_INLINE {
         using R = decltype(real);
         const coupled_site<R, N> a = couple_activated<R>(out, k, x + int64_t(r) * n + column);
@@ -277,15 +287,16 @@ struct fused_block {
   }
   template <bool ENERGY>
   void stage_b(int begin, int end) {
+    activate(second, begin, end, [&](int r) LFQ_LAMBDA_INLINE { return around_in_y(r); },
+             [&](int r) LFQ_LAMBDA_INLINE { return row_b(r); });
     V logs(T(0));
     powers sums;
     int terms = 0;
     for (int i = begin; i < end; ++i) {
       const int r = i % n_rows, column = second.column(r);
-      const surroundings<1> from = around(r, [&](int row) LFQ_LAMBDA_INLINE { return row_a(row) + 2 * half; });
+      const surroundings<1> from = around_in_y(r);
       const int64_t at = int64_t(r) * n + column;
       V* out = row_b(r);
-      activate_row(second.nets[second.set(r)], from, column, out);
       sites([&](auto real, int k) LFQ_LAMBDA_INLINE {
         using R = decltype(real);
         R tap[4], cotangent[N];
@@ -393,7 +404,8 @@ struct fused_block {
     }
   }
 
-  // Rows of a stage at a time: enough sites for the sums to stay in registers a while.
+  // Rows of a stage at a time: enough sites for sums and constants to stay in registers a while, few enough for the
+  // first-level cache.
   template <bool ENERGY>
   void run() {
     static_assert(ENERGY || !WEIGHTS, "the rescale's gradient takes the action");
@@ -412,10 +424,7 @@ struct fused_block {
       advance(1, [&](int begin, int end) LFQ_LAMBDA_INLINE {
         stage_b<ENERGY>(begin, end);
         if constexpr (WEIGHTS)
-          add_weights(second, begin, end,
-                      [&](int r) LFQ_LAMBDA_INLINE {
-                        return around(r, [&](int row) LFQ_LAMBDA_INLINE { return row_a(row) + 2 * half; });
-                      },
+          add_weights(second, begin, end, [&](int r) LFQ_LAMBDA_INLINE { return around_in_y(r); },
                       [&](int r) LFQ_LAMBDA_INLINE { return row_b(r); });
       });
       advance(2, [&](int begin, int end) LFQ_LAMBDA_INLINE {
