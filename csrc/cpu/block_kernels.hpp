@@ -84,7 +84,7 @@ struct fused_block {
     int set(int row) const { return row & (layer.n_classes - 1); }
     int column(int row) const { return (row & 1) ^ layer.spec.parity; }  // of the row's first site
   };
-  // What the action of the sites of a stage adds up to; in single precision, of few sites.
+  // What the action of sites adds up to.
   struct powers {
     V y2 = V(T(0)), y4 = V(T(0)), hopping = V(T(0));
     template <class R>
@@ -134,10 +134,27 @@ struct fused_block {
 
   // Calls f(real, k) for the sites k of a row and a parity, two at a time.
   template <class F>
+  LFQ_HD void sites(int begin, int end, F&& f) const {
+    int k = begin;
+    for (; k + 1 < end; k += 2) f(twin<T>(), k);
+    if (k < end) f(simd<T>(), k);
+  }
+  template <class F>
   LFQ_HD void sites(F&& f) const {
-    int k = 0;
-    for (; k + 1 < half; k += 2) f(twin<T>(), k);
-    if (k < half) f(simd<T>(), k);
+    sites(0, half, f);
+  }
+  // The same where f adds up energies: single-precision sums go to double, by settle(), every 8 to 23 sites.
+  template <bool ENERGY, class F, class Settle>
+  LFQ_HD void summed_sites(int& terms, F&& f, Settle&& settle) const {
+    if constexpr (!ENERGY || sizeof(T) == 8) return sites(f);
+    for (int begin = 0, end; begin < half; begin = end) {
+      end = half - begin < 16 ? half : begin + 16;
+      sites(begin, end, f);
+      terms += end - begin;
+      if (terms < 8) continue;
+      terms = 0;
+      settle();
+    }
   }
   LFQ_HD int below(int r) const { return r + 1 < n_rows ? r + 1 : 0; }
   LFQ_HD int above(int r) const { return r > 0 ? r - 1 : n_rows - 1; }
@@ -218,15 +235,6 @@ struct fused_block {
     return start + beside;
   }
 
-  // Single-precision sums go to double every eight sites.
-  template <class R>
-  LFQ_HD bool many(int& terms) const {
-    if constexpr (sizeof(T) == 8) return false;
-    terms += span<R>::sites;
-    if (terms < 8) return false;
-    terms = 0;
-    return true;
-  }
   LFQ_HD void settle(powers& p) {
     action.add(fma(V(site.lam), p.y4, fma(V(site.quadratic), p.y2, -p.hopping)));
     phi4_sum += p.y4;
@@ -238,7 +246,7 @@ struct fused_block {
   }
 
   // The activations of rows to the first two numbers of out(row). Apart from what follows, which waits for them: chains
-  // of dependent operations half as long fit a core's window twice.
+  // of dependent operations half as long fit a core's window twice. For the same reason four tanh go side by side.
   template <class From, class Out>
   LFQ_HD void activate(const half_update& h, int begin, int end, From&& from, Out&& out) const {
     for (int i = begin; i < end; ++i) {
@@ -246,12 +254,28 @@ struct fused_block {
       const net& row_net = h.nets[h.set(r)];
       const auto inputs = from(r);
       V* activations = out(r);
-      sites([&](auto real, int k) LFQ_LAMBDA_INLINE {
-        using R = decltype(real);
-        R tap[4], u[N];
-        neighbours(inputs, place_of<R>(column, k), tap);
+      const auto outputs = [&](int at, auto& u) LFQ_LAMBDA_INLINE {
+        using R = std::decay_t<decltype(u[0])>;
+        R tap[4];
+        neighbours(inputs, place_of<R>(column, at), tap);
         row_net(tap, u);
-        for (int c = 0; c < N; ++c) span<R>::put(activations + c * half + k, 1, tanh(u[c]));
+      };
+      int k = 0;
+      for (; k + 3 < half; k += 4) {
+        twin<T> u[N], v[N];
+        outputs(k, u);
+        outputs(k + 2, v);
+        for (int c = 0; c < N; ++c) {
+          const side_by_side<twin<T>> h = tanh(side_by_side<twin<T>>(u[c], v[c]));
+          span<twin<T>>::put(activations + c * half + k, 1, h.a);
+          span<twin<T>>::put(activations + c * half + k + 2, 1, h.b);
+        }
+      }
+      sites(k, half, [&](auto real, int at) LFQ_LAMBDA_INLINE {
+        using R = decltype(real);
+        R u[N];
+        outputs(at, u);
+        for (int c = 0; c < N; ++c) span<R>::put(activations + c * half + at, 1, tanh(u[c]));
       });
     }
   }
@@ -272,16 +296,14 @@ struct fused_block {
     for (int i = begin; i < end; ++i) {
       const int r = i % n_rows, column = first.column(r);
       V* out = row_a(r);
-      sites([&](auto real, int k) LFQ_LAMBDA_INLINE {
+      const auto one = [&](auto real, int k) LFQ_LAMBDA_INLINE {
         using R = decltype(real);
         const coupled_site<R, N> a = couple_activated<R>(out, k, x + int64_t(r) * n + column);
         if constexpr (INPUT) span<R>::put(out + half + k, 1, a.slope);
         span<R>::put(out + 2 * half + k, 1, a.y);
-        if constexpr (ENERGY) {
-          logs = span<R>::sum(log_slope<S>(a, parameters), logs);
-          if (many<R>(terms)) settle(logs);
-        }
-      });
+        if constexpr (ENERGY) logs = span<R>::sum(log_slope<S>(a, parameters), logs);
+      };
+      summed_sites<ENERGY>(terms, one, [&]() LFQ_LAMBDA_INLINE { settle(logs); });
     }
     if constexpr (ENERGY) settle(logs);
   }
@@ -297,7 +319,7 @@ struct fused_block {
       const surroundings<1> from = around_in_y(r);
       const int64_t at = int64_t(r) * n + column;
       V* out = row_b(r);
-      sites([&](auto real, int k) LFQ_LAMBDA_INLINE {
+      const auto one = [&](auto real, int k) LFQ_LAMBDA_INLINE {
         using R = decltype(real);
         R tap[4], cotangent[N];
         neighbours(from, place_of<R>(column, k), tap);
@@ -312,10 +334,10 @@ struct fused_block {
           sums.add(phi2);
           sums.hopping = span<R>::dot(a.y, hopping, sums.hopping);
           logs = span<R>::sum(log_slope<S>(a, parameters), logs);
-          if (many<R>(terms)) settle(sums), settle(logs);
           if (phi) span<R>::put(phi + at + 2 * k, 2, R(factor) * a.y);
         }
-      });
+      };
+      summed_sites<ENERGY>(terms, one, [&]() LFQ_LAMBDA_INLINE { settle(sums), settle(logs); });
     }
     if constexpr (ENERGY) settle(sums), settle(logs);
   }
@@ -352,7 +374,7 @@ struct fused_block {
       const int64_t at = int64_t(r) * n + column;
       const V* kept = row_a(r);
       V* out = row_c(r);
-      sites([&](auto real, int k) LFQ_LAMBDA_INLINE {
+      const auto one = [&](auto real, int k) LFQ_LAMBDA_INLINE {
         using R = decltype(real);
         const place p = place_of<R>(column, k);
         R tap[4], cotangent[N], slope(T(0)), moved_x;
@@ -373,10 +395,10 @@ struct fused_block {
         for (int c = 0; c < N; ++c) span<R>::put(out + c * half + k, 1, cotangent[c]);
         if constexpr (ENERGY) {
           sums.add(phi2);
-          if (many<R>(terms)) settle(sums);
           if (phi) span<R>::put(phi + at + 2 * k, 2, R(factor) * y);
         }
-      });
+      };
+      summed_sites<ENERGY>(terms, one, [&]() LFQ_LAMBDA_INLINE { settle(sums); });
     }
     if constexpr (ENERGY) settle(sums);
   }

@@ -202,38 +202,40 @@ struct twin_bits {
   }
 };
 
-template <class T>
-struct twin {
-  using V = simd<T>;
+template <class V>
+struct side_by_side {
+  using T = typename real_traits<V>::scalar;
   using bits_t = twin_bits<typename V::bits_t>;
   V a, b;
-  twin() = default;
-  LFQ_HD twin(V x, V y) : a(x), b(y) {}
-  LFQ_HD explicit twin(T x) : a(x), b(x) {}
-  LFQ_HD explicit twin(V x) : a(x), b(x) {}
-  friend LFQ_HD twin operator+(twin x, twin y) { return {x.a + y.a, x.b + y.b}; }
-  friend LFQ_HD twin operator-(twin x, twin y) { return {x.a - y.a, x.b - y.b}; }
-  friend LFQ_HD twin operator*(twin x, twin y) { return {x.a * y.a, x.b * y.b}; }
-  friend LFQ_HD twin operator/(twin x, twin y) { return {x.a / y.a, x.b / y.b}; }
-  friend LFQ_HD twin operator-(twin x) { return {-x.a, -x.b}; }
-  friend LFQ_HD twin fma(twin x, twin y, twin z) { return {fma(x.a, y.a, z.a), fma(x.b, y.b, z.b)}; }
-  friend LFQ_HD twin sqrt(twin x) { return {sqrt(x.a), sqrt(x.b)}; }
-  friend LFQ_HD twin minimum(twin x, twin y) { return {minimum(x.a, y.a), minimum(x.b, y.b)}; }
-  friend LFQ_HD bits_t to_bits(twin x) { return {to_bits(x.a), to_bits(x.b)}; }
-  friend LFQ_HD auto operator>(twin x, twin y) { return twin_bits<decltype(x.a > y.a)>{x.a > y.a, x.b > y.b}; }
-  friend LFQ_HD auto operator<(twin x, twin y) { return twin_bits<decltype(x.a < y.a)>{x.a < y.a, x.b < y.b}; }
+  side_by_side() = default;
+  LFQ_HD side_by_side(V x, V y) : a(x), b(y) {}
+  LFQ_HD explicit side_by_side(T x) : a(x), b(x) {}
+  LFQ_HD explicit side_by_side(V x) : a(x), b(x) {}
+  friend LFQ_HD side_by_side operator+(side_by_side x, side_by_side y) { return {x.a + y.a, x.b + y.b}; }
+  friend LFQ_HD side_by_side operator-(side_by_side x, side_by_side y) { return {x.a - y.a, x.b - y.b}; }
+  friend LFQ_HD side_by_side operator*(side_by_side x, side_by_side y) { return {x.a * y.a, x.b * y.b}; }
+  friend LFQ_HD side_by_side operator/(side_by_side x, side_by_side y) { return {x.a / y.a, x.b / y.b}; }
+  friend LFQ_HD side_by_side operator-(side_by_side x) { return {-x.a, -x.b}; }
+  friend LFQ_HD side_by_side fma(side_by_side x, side_by_side y, side_by_side z) { return {fma(x.a, y.a, z.a), fma(x.b, y.b, z.b)}; }
+  friend LFQ_HD side_by_side sqrt(side_by_side x) { return {sqrt(x.a), sqrt(x.b)}; }
+  friend LFQ_HD side_by_side minimum(side_by_side x, side_by_side y) { return {minimum(x.a, y.a), minimum(x.b, y.b)}; }
+  friend LFQ_HD bits_t to_bits(side_by_side x) { return {to_bits(x.a), to_bits(x.b)}; }
+  friend LFQ_HD auto operator>(side_by_side x, side_by_side y) { return twin_bits<decltype(x.a > y.a)>{x.a > y.a, x.b > y.b}; }
+  friend LFQ_HD auto operator<(side_by_side x, side_by_side y) { return twin_bits<decltype(x.a < y.a)>{x.a < y.a, x.b < y.b}; }
   template <class M>
-  friend LFQ_HD twin select(twin_bits<M> m, twin x, twin y) { return {select(m.a, x.a, y.a), select(m.b, x.b, y.b)}; }
+  friend LFQ_HD side_by_side select(twin_bits<M> m, side_by_side x, side_by_side y) { return {select(m.a, x.a, y.a), select(m.b, x.b, y.b)}; }
 };
 
-template <class T>
-struct real_traits<twin<T>> {
-  using scalar = T;
-  using bits = typename twin<T>::bits_t;
-  static LFQ_HD twin<T> from_bits(bits x) {
-    return {real_traits<simd<T>>::from_bits(x.a), real_traits<simd<T>>::from_bits(x.b)};
+template <class V>
+struct real_traits<side_by_side<V>> {
+  using scalar = typename real_traits<V>::scalar;
+  using bits = typename side_by_side<V>::bits_t;
+  static LFQ_HD side_by_side<V> from_bits(bits x) {
+    return {real_traits<V>::from_bits(x.a), real_traits<V>::from_bits(x.b)};
   }
 };
+template <class T>
+using twin = side_by_side<simd<T>>;
 
 // The sites a real stands for: one, or two that are two apart, which is where a row's next site of the same
 // parity lies. at<R>(p) reads them, put(p, v) writes them.
