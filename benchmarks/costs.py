@@ -93,8 +93,8 @@ def exp_minus(single: bool) -> Cost:
 
 
 def tanh(single: bool) -> Cost:
-    # 2 to reduce, q^2, the polynomial's 5 (2) steps, 3 for numerator and denominator
-    return Cost(fma=8 if single else 11, add=5, other=5, divide=1)
+    # 2 to reduce, q^2, the polynomial's 5 (2) steps, 1 for the numerator: powers of two are integer additions
+    return Cost(fma=6 if single else 9, add=6, other=7, divide=1)
 
 
 def log(single: bool) -> Cost:
@@ -232,17 +232,23 @@ def affine_backward(flow) -> Cost:
 
 
 def fused_block(flow, single: bool, weights: bool, sums: bool) -> list[Cost]:
-    """The four stages of csrc/cpu/block_kernels.hpp, each over half of the sites."""
-    net = Cost(fma=8) + affine_forward(flow, single, sums)
-    back = affine_backward(flow) + Cost(fma=8, group=4)  # and a part for each of four neighbours
-    own = (Cost(fma=2, group=4) + Cost(fma=8, group=6)) if weights else Cost()  # y^4; du out and in, and the taps
-    energy = Cost(fma=2) + site_sum(single) if sums else Cost()
+    """The stages of csrc/cpu/block_kernels.hpp, each over half of the sites; with weights no gradient by the input."""
+    settle = 0.125 * lane_sum(True) if single else Cost()  # eight float32 terms go to double at a time
+    # Activations go out and in again.
+    net = Cost(fma=8, group=4) + affine_forward(flow, single, False) + (Cost(add=1) + settle if sums else Cost())
+    back = affine_backward(flow) + Cost(fma=-1 - weights, add=1, group=2)  # x dy/dx = y - t; dx
+    own = Cost(fma=8, add=2, group=3) if weights else Cost()
+    energy = Cost(fma=1, add=1) + settle if sums else Cost()  # y^4, y^2
     stages = [
-        net + Cost(group=2 + 4),
-        net + Cost(fma=5, add=4, group=2 + 1) + back + own + energy,
-        Cost(fma=3, add=5, group=4 + 4 + 1) + back + own + energy + (site_sum(single) if sums else Cost()),
-        Cost(add=4, group=4 + 2),
+        net + Cost(group=3),
+        net + Cost(fma=4, add=3, group=3) + back + own + energy + Cost(fma=1 if sums else 0),
+        Cost(fma=12, add=4, group=6) + back + own + energy,
     ]
+    if not weights:
+        stages[0] += Cost(group=1)
+        stages[1] += Cost(group=1)
+        stages[2] += Cost(fma=1, group=2)
+        stages.append(Cost(fma=8, add=1, group=4))
     return [0.5 * stage for stage in stages]
 
 

@@ -800,10 +800,12 @@ struct flow_group {
     for (int64_t i = 0; i < plan.first_volume; ++i) z[i] = x[i];
   }
 
-  // After forward(z, , n_layers) returned x, and with dL/dx in work.g: dL/dz in work.gz. WEIGHTS overwrites x.
+  // After forward(z, , n_layers) returned x, and with dL/dx in work.g: dL/dz in work.gz. WEIGHTS overwrites x and adds
+  // dL/dweights to work.weight_sums.
   template <bool WEIGHTS>
   void backward(const V* z, V* x, V dlog_det, int n_layers) const {
     V *g = work.g, *spare = work.spare_g;
+    if constexpr (WEIGHTS) clear_weight_gradient();
     for (int n = n_layers - 1; n >= 0; --n) {
       const layer_plan<T>& l = plan.layers[n];
       switch (l.spec.kind) {
@@ -832,6 +834,7 @@ struct flow_group {
     }
     if (work.gz != g)
       for (int64_t i = 0; i < plan.first_volume; ++i) work.gz[i] = g[i];
+    if constexpr (WEIGHTS) sum_weight_gradient();
   }
 
   void clear_weight_sums() const {
@@ -845,11 +848,7 @@ struct flow_group {
   }
   // The sum over lanes, in the order of the flow's weight vector.
   void store_weight_sums(double* grad) const {
-    const auto lanes = [&](int64_t i) {
-      double s = 0;
-      for (int l = 0; l < V::width; ++l) s += work.weight_sums[i][l];
-      return s;
-    };
+    const auto lanes = [&](int64_t i) { return work.weight_sums[i].over_lanes(); };
     for (int n = 0; n < plan.n_layers; ++n) {
       const layer_plan<T>& l = plan.layers[n];
       if (l.spec.kind != LFQ_LAYER_COUPLING) {

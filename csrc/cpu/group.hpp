@@ -90,20 +90,23 @@ int load_group(const group<T>& g, const T* src, int64_t volume, simd<T>* dst, in
   const int64_t n = g.sites(volume, g.slabs), whole = n - n % W;
   const T* from[W];
   for (int l = 0; l < W; ++l) from[l] = src + g.offset(l, volume);
-  // 0 * Inf and 0 * NaN are NaN; four sums, so that none waits for another
-  simd<T> zeros[4] = {simd<T>(T(0)), simd<T>(T(0)), simd<T>(T(0)), simd<T>(T(0))};
+  // 0 * Inf and 0 * NaN are NaN; two sums, so that none waits for another
+  simd<T> zeros(T(0)), more_zeros(T(0));
   for (int64_t s = 0; s < whole; s += W) {
     simd<T> tile[W];
     for (int l = 0; l < W; ++l) memcpy(&tile[l], from[l] + s, sizeof(tile[l]));
-    for (int l = 0; l < W; ++l) zeros[l & 3] = fma(tile[l], simd<T>(T(0)), zeros[l & 3]);
+    for (int l = 0; l < W; l += 2) {
+      zeros = fma(tile[l], simd<T>(T(0)), zeros);
+      more_zeros = fma(tile[l + 1], simd<T>(T(0)), more_zeros);
+    }
     transpose(tile);
     for (int l = 0; l < W; ++l) dst[s + l] = tile[l];
   }
   for (int64_t s = whole; s < n; ++s) {
     for (int l = 0; l < W; ++l) dst[s].set(l, from[l][s]);
-    zeros[0] = fma(dst[s], simd<T>(T(0)), zeros[0]);
+    zeros = fma(dst[s], simd<T>(T(0)), zeros);
   }
-  const simd<T> zero = (zeros[0] + zeros[1]) + (zeros[2] + zeros[3]);
+  const simd<T> zero = zeros + more_zeros;
   bool finite = true;
   for (int l = 0; l < W; ++l) finite = finite && zero[l] == T(0);
   if (finite) return -1;

@@ -209,9 +209,7 @@ struct cpu_kernels {
       for (int64_t i = 0; i < n; ++i) gradient[i] = 0;
       if (weights) flow.clear_weight_sums();
       for (int64_t index = slot * n_groups / n_slots; index < (slot + 1) * n_groups / n_slots; ++index) {
-        if (weights) flow.clear_weight_gradient();
         if (!body(group<T>(index, n_chains), w, flow)) return;
-        if (weights) flow.sum_weight_gradient();
       }
       if (weights) flow.store_weight_sums(gradient);
     };

@@ -202,38 +202,40 @@ struct twin_bits {
   }
 };
 
-template <class T>
-struct twin {
-  using V = simd<T>;
+template <class V>
+struct side_by_side {
+  using T = typename real_traits<V>::scalar;
   using bits_t = twin_bits<typename V::bits_t>;
   V a, b;
-  twin() = default;
-  LFQ_HD twin(V x, V y) : a(x), b(y) {}
-  LFQ_HD explicit twin(T x) : a(x), b(x) {}
-  LFQ_HD explicit twin(V x) : a(x), b(x) {}
-  friend LFQ_HD twin operator+(twin x, twin y) { return {x.a + y.a, x.b + y.b}; }
-  friend LFQ_HD twin operator-(twin x, twin y) { return {x.a - y.a, x.b - y.b}; }
-  friend LFQ_HD twin operator*(twin x, twin y) { return {x.a * y.a, x.b * y.b}; }
-  friend LFQ_HD twin operator/(twin x, twin y) { return {x.a / y.a, x.b / y.b}; }
-  friend LFQ_HD twin operator-(twin x) { return {-x.a, -x.b}; }
-  friend LFQ_HD twin fma(twin x, twin y, twin z) { return {fma(x.a, y.a, z.a), fma(x.b, y.b, z.b)}; }
-  friend LFQ_HD twin sqrt(twin x) { return {sqrt(x.a), sqrt(x.b)}; }
-  friend LFQ_HD twin minimum(twin x, twin y) { return {minimum(x.a, y.a), minimum(x.b, y.b)}; }
-  friend LFQ_HD bits_t to_bits(twin x) { return {to_bits(x.a), to_bits(x.b)}; }
-  friend LFQ_HD auto operator>(twin x, twin y) { return twin_bits<decltype(x.a > y.a)>{x.a > y.a, x.b > y.b}; }
-  friend LFQ_HD auto operator<(twin x, twin y) { return twin_bits<decltype(x.a < y.a)>{x.a < y.a, x.b < y.b}; }
+  side_by_side() = default;
+  LFQ_HD side_by_side(V x, V y) : a(x), b(y) {}
+  LFQ_HD explicit side_by_side(T x) : a(x), b(x) {}
+  LFQ_HD explicit side_by_side(V x) : a(x), b(x) {}
+  friend LFQ_HD side_by_side operator+(side_by_side x, side_by_side y) { return {x.a + y.a, x.b + y.b}; }
+  friend LFQ_HD side_by_side operator-(side_by_side x, side_by_side y) { return {x.a - y.a, x.b - y.b}; }
+  friend LFQ_HD side_by_side operator*(side_by_side x, side_by_side y) { return {x.a * y.a, x.b * y.b}; }
+  friend LFQ_HD side_by_side operator/(side_by_side x, side_by_side y) { return {x.a / y.a, x.b / y.b}; }
+  friend LFQ_HD side_by_side operator-(side_by_side x) { return {-x.a, -x.b}; }
+  friend LFQ_HD side_by_side fma(side_by_side x, side_by_side y, side_by_side z) { return {fma(x.a, y.a, z.a), fma(x.b, y.b, z.b)}; }
+  friend LFQ_HD side_by_side sqrt(side_by_side x) { return {sqrt(x.a), sqrt(x.b)}; }
+  friend LFQ_HD side_by_side minimum(side_by_side x, side_by_side y) { return {minimum(x.a, y.a), minimum(x.b, y.b)}; }
+  friend LFQ_HD bits_t to_bits(side_by_side x) { return {to_bits(x.a), to_bits(x.b)}; }
+  friend LFQ_HD auto operator>(side_by_side x, side_by_side y) { return twin_bits<decltype(x.a > y.a)>{x.a > y.a, x.b > y.b}; }
+  friend LFQ_HD auto operator<(side_by_side x, side_by_side y) { return twin_bits<decltype(x.a < y.a)>{x.a < y.a, x.b < y.b}; }
   template <class M>
-  friend LFQ_HD twin select(twin_bits<M> m, twin x, twin y) { return {select(m.a, x.a, y.a), select(m.b, x.b, y.b)}; }
+  friend LFQ_HD side_by_side select(twin_bits<M> m, side_by_side x, side_by_side y) { return {select(m.a, x.a, y.a), select(m.b, x.b, y.b)}; }
 };
 
-template <class T>
-struct real_traits<twin<T>> {
-  using scalar = T;
-  using bits = typename twin<T>::bits_t;
-  static LFQ_HD twin<T> from_bits(bits x) {
-    return {real_traits<simd<T>>::from_bits(x.a), real_traits<simd<T>>::from_bits(x.b)};
+template <class V>
+struct real_traits<side_by_side<V>> {
+  using scalar = typename real_traits<V>::scalar;
+  using bits = typename side_by_side<V>::bits_t;
+  static LFQ_HD side_by_side<V> from_bits(bits x) {
+    return {real_traits<V>::from_bits(x.a), real_traits<V>::from_bits(x.b)};
   }
 };
+template <class T>
+using twin = side_by_side<simd<T>>;
 
 // The sites a real stands for: one, or two that are two apart, which is where a row's next site of the same
 // parity lies. at<R>(p) reads them, put(p, v) writes them.
@@ -271,6 +273,15 @@ struct word_traits<twin_bits<B>> {
   }
 };
 
+template <class T>
+LFQ_HD T sum_of_lanes(simd<T> x) {
+  T part[simd<T>::width];
+  for (int l = 0; l < simd<T>::width; ++l) part[l] = x[l];
+  for (int n = simd<T>::width / 2; n > 0; n /= 2)
+    for (int l = 0; l < n; ++l) part[l] += part[l + n];
+  return part[0];
+}
+
 // Per-lane sums in double, whatever the type of the terms.
 template <class T>
 struct lane_sum;
@@ -280,6 +291,8 @@ struct lane_sum<double> {
   LFQ_HD void add(simd<double> x) { a += x; }
   LFQ_HD void add(double factor, const lane_sum& o) { a += simd<double>(factor) * o.a; }
   LFQ_HD double operator[](int lane) const { return a[lane]; }
+  LFQ_HD simd<double> rounded() const { return a; }
+  LFQ_HD double over_lanes() const { return sum_of_lanes(a); }
 };
 template <>
 struct lane_sum<float> {
@@ -294,6 +307,14 @@ struct lane_sum<float> {
     for (int i = 0; i < 2; ++i) a[i] += simd<double>(factor) * o.a[i];
   }
   LFQ_HD double operator[](int lane) const { return a[lane / simd<double>::width][lane % simd<double>::width]; }
+  LFQ_HD double over_lanes() const { return sum_of_lanes(a[0] + a[1]); }
+  LFQ_HD simd<float> rounded() const {
+    half h[2];
+    for (int i = 0; i < 2; ++i) h[i] = __builtin_convertvector(a[i].v, half);
+    simd<float> x;
+    memcpy(&x.v, h, sizeof(h));
+    return x;
+  }
 };
 
 template <class T>

@@ -40,6 +40,15 @@ LFQ_HD R site_slope(R th, const typename real_traits<R>::scalar* p) {
   return fma(R(p[1] * p[2]), fma(-th, th, R(typename real_traits<R>::scalar(1))), R(p[0]));
 }
 
+// Slope and y of the affine kinds from h.
+template <scale_kind S, class R, int N>
+LFQ_HD void affine_site(R x, const typename real_traits<R>::scalar* parameters, coupled_site<R, N>& r) {
+  R t, log_e;
+  affine_from<S>(r.h, parameters, t, log_e);
+  r.slope = S == scale_kind::neg_abs ? exp_minus(abs(r.h[0])) : exp(log_e);
+  r.y = fma(x, r.slope, t);
+}
+
 // `parameters` of `site`: a, b, c, 1 / a.
 template <scale_kind S, class R, int N>
 LFQ_HD coupled_site<R, N> couple_site(R x, const R (&u)[N], const typename real_traits<R>::scalar* parameters) {
@@ -51,11 +60,8 @@ LFQ_HD coupled_site<R, N> couple_site(R x, const R (&u)[N], const typename real_
     r.h[1] = u[1];
     r.y = fma(R(parameters[0]), v, fma(R(parameters[1]), r.h[0], u[1]));
   } else {
-    R t, log_e;
     for (int c = 0; c < N; ++c) r.h[c] = tanh(u[c]);
-    affine_from<S>(r.h, parameters, t, log_e);
-    r.slope = S == scale_kind::neg_abs ? exp_minus(abs(r.h[0])) : exp(log_e);
-    r.y = fma(x, r.slope, t);
+    affine_site<S>(x, parameters, r);
   }
   return r;
 }
@@ -92,6 +98,18 @@ LFQ_HD R uncouple_site(R y, const R (&u)[N], const typename real_traits<R>::scal
   }
 }
 
+// dL/dx and du = dL/du of neg_abs and exp, from dL/dy, dL/dlog_det and x dy/dx.
+template <scale_kind S, class R, int N>
+LFQ_HD R affine_backward(const R (&h)[N], R slope, R moved_x, R dy, R dlog_det, R (&du)[N]) {
+  using T = typename real_traits<R>::scalar;
+  const R ds = fma(dy, moved_x, dlog_det);
+  // d|s|/ds is taken as 0 at s = 0
+  const R dh = S == scale_kind::neg_abs ? -times_sign(ds, h[0]) : ds;
+  du[0] = dh * fma(-h[0], h[0], R(T(1)));
+  du[1] = dy * fma(-h[1], h[1], R(T(1)));
+  return dy * slope;
+}
+
 // From dL/dy and dL/dlog_det: du = dL/du, and dL/dx.
 template <scale_kind S, class R, int N>
 LFQ_HD R couple_site_backward(const R (&h)[N], const typename real_traits<R>::scalar* parameters, R slope, R x, R dy,
@@ -103,18 +121,13 @@ LFQ_HD R couple_site_backward(const R (&h)[N], const typename real_traits<R>::sc
     du[0] = fma(dy, slope, dlog_det * bend);
     du[1] = dy;
     return du[0];
-  } else {
+  } else if constexpr (S == scale_kind::even) {
     const R ds = fma(dy, x * slope, dlog_det);
-    if constexpr (S == scale_kind::even) {
-      for (int c = 0; c < N; ++c)
-        du[c] = fma(R(parameters[c]), dy, R(T(2) * parameters[N + c]) * (h[c] * ds)) * fma(-h[c], h[c], R(T(1)));
-    } else {
-      // d|s|/ds is taken as 0 at s = 0
-      const R dh = S == scale_kind::neg_abs ? -times_sign(ds, h[0]) : ds;
-      du[0] = dh * fma(-h[0], h[0], R(T(1)));
-      du[1] = dy * fma(-h[1], h[1], R(T(1)));
-    }
+    for (int c = 0; c < N; ++c)
+      du[c] = fma(R(parameters[c]), dy, R(T(2) * parameters[N + c]) * (h[c] * ds)) * fma(-h[c], h[c], R(T(1)));
     return dy * slope;
+  } else {
+    return affine_backward<S>(h, slope, x * slope, dy, dlog_det, du);
   }
 }
 

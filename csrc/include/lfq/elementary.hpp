@@ -46,6 +46,27 @@ LFQ_HD R power_of_two(R shifted) {
   return from_bits<R>((to_bits(shifted) << exp_constants<T>::mantissa) + to_bits(R(T(1))));
 }
 
+// x 2^n for the same n, where neither comes near the ends of their range; a zero may become tiny. CPUs have more units
+// for integer additions than for multiplications.
+template <class R>
+LFQ_HD R times_power_of_two(R x, R shifted) {
+#if defined(__CUDA_ARCH__)
+  return x * power_of_two(shifted);
+#else
+  using T = typename real_traits<R>::scalar;
+  return from_bits<R>(to_bits(x) + (to_bits(shifted) << exp_constants<T>::mantissa));
+#endif
+}
+// x 2^n + y
+template <class R>
+LFQ_HD R add_times_power_of_two(R x, R shifted, R y) {
+#if defined(__CUDA_ARCH__)
+  return fma(x, power_of_two(shifted), y);
+#else
+  return times_power_of_two(x, shifted) + y;
+#endif
+}
+
 // |x| <= 708 (double), 87 (float); not checked.
 template <class R>
 LFQ_HD R exp(R x) {
@@ -97,9 +118,9 @@ LFQ_HD void tanh_ratio(R x, R& numerator, R& denominator) {
                0x1.555555555553ep-2, 1.0);
   else
     h = horner(z, R(T(-0x1.6aa4e9f2e4126p-6)), 0x1.55551e6d5d645p-2, 1.0);
-  const R power = power_of_two(shifted), below = h - q;
-  numerator = fma(power, q + q, (power - R(T(1))) * below);
-  denominator = fma(power, h + q, below);
+  const R below = h - q;
+  numerator = fma(power_of_two(shifted) - R(T(1)), below, times_power_of_two(q + q, shifted));
+  denominator = add_times_power_of_two(h + q, shifted, below);
 }
 
 // NaN stays NaN.

@@ -24,15 +24,10 @@ struct phi4_site {
     const R local = fma(phi2, R(T(-4) * lam), R(T(-2) * quadratic));
     return fma(phi, local, R(beta) * neighbours);
   }
-  // The same without neighbours.
+  // dS/dphi, given phi^2 and beta times the sum over all neighbours.
   template <class R>
-  LFQ_HD R action_alone(R phi) const {
-    const R phi2 = phi * phi;
-    return phi2 * fma(phi2, R(lam), R(quadratic));
-  }
-  template <class R>
-  LFQ_HD R force_alone(R phi) const {
-    return phi * fma(phi * phi, R(T(-4) * lam), R(T(-2) * quadratic));
+  LFQ_HD R gradient(R phi, R phi2, R hopping) const {
+    return fma(phi, fma(phi2, R(T(4) * lam), R(T(2) * quadratic)), -hopping);
   }
 };
 
