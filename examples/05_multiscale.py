@@ -20,9 +20,10 @@ from lfq.experiment import finite, machine
 
 BETA = {8: 0.576, 16: 0.634, 32: 0.6614, 64: 0.67435, 128: 0.6806}
 STEPS = {2: 2000, 4: 4000, 8: 6000, 16: 6000, 32: 3000, 64: 2000, 128: 1200}
+EFFORT = {8: 1, 16: 1, 32: 2, 64: 6, 128: 6}  # what the steps are multiplied with to train a map for this L
 BATCH = {2: 512, 4: 512, 8: 512, 16: 256, 32: 128, 64: 64, 128: 32}
 CHAINS = {8: 64, 16: 64, 32: 64, 64: 32, 128: 16}
-SECONDS = {8: 3, 16: 5, 32: 15, 64: 60, 128: 60}
+SECONDS = {8: 3, 16: 15, 32: 30, 64: 90, 128: 150}
 DTYPE, LENGTH_SPREAD = "float32", 0.3
 # Chains on a GPU, then lengths and steps there: of the map, and of plain HMC; trajectories that are measured of each.
 GPU = {
@@ -53,9 +54,9 @@ def theory(extent, beta=None):
     return lfq.Phi4((extent, extent), beta=beta or BETA[extent], lam=0.5)
 
 
-def trained(extent, effort=1.0, **structure):
+def trained(extent, effort=None, **structure):
     """Flows of 2 x 2, 4 x 4, ... at the coupling of `extent`, each level trained with all below it."""
-    extents = [2**n for n in range(1, extent.bit_length())]
+    extents, effort = [2**n for n in range(1, extent.bit_length())], effort or EFFORT[extent]
     return lfq.train_ladder(
         lfq.MultiscaleFlow(1, seed=1, **structure), [theory(n, BETA[extent]) for n in extents],
         n_steps=[int(effort * STEPS[n]) for n in extents], batch_size=[BATCH[n] for n in extents], seed=extent,
