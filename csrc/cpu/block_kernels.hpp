@@ -18,8 +18,8 @@ LFQ_NAMESPACE_BEGIN
 // stage k; it meets the lattice's end with the rows it began with, which stay.
 // phi = F y is never formed for its own sake: F goes into the couplings of the action.
 //
-// A store costs as much as two multiply-adds where AVX-512 runs in halves (it takes a read port from them), a load
-// nothing: so sites gather from their neighbours, and little is kept.
+// Where AVX-512 runs in halves (Zen 4), a store costs as much as two multiply-adds and a load next to nothing: so sites
+// gather from their neighbours, and little is kept.
 enum class block_output { gradient, weights, both, step };  // by the input; by the weights; a kick and a drift
 
 template <class T, block_output OUT, scale_kind S, int N>
