@@ -305,7 +305,7 @@ def draw(results, docs):
             extents = [r["L"] for r in records]
             costs = [r[key] * (1e9 / r["L"] ** 2 if key.endswith("_s") else 1) for r in records]
             axis.plot(extents, costs, "o-", label=name)
-            scaling = [n for n, extent in enumerate(extents) if extent >= 16]
+            scaling = [n for n, extent in enumerate(extents) if 16 <= extent <= 64]
             if len(scaling) < 3:
                 continue
             errors = [records[n]["cost_relative_error"] for n in scaling]
