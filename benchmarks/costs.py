@@ -331,6 +331,10 @@ def multiscale_step(layers, single: bool) -> list[Cost]:
             forward.append(share * Cost(fma=1.75, add=2, group=2))
             backward.append(share * Cost(fma=1.75, add=2, group=2.5))
             continue
+        if layer["kind"] == _core.LAYERS["interleave"]:
+            forward.append(share * Cost(group=2))
+            backward.append(share * Cost(group=2))
+            continue
         active, frozen = (_bits(layer, name).bit_count() / 4 for name in ("active", "frozen"))
         net = Cost(fma=2 * _taps_between(layer))
         site = tanh(single) + net + Cost(fma=2, add=2, group=3)
