@@ -218,16 +218,26 @@ struct flow_work {
   }
 };
 
+// Calls f(whether windows of a radius around the sites that R stands for, from x on, stay in the row).
+template <class R, class F>
+LFQ_HD void inside_or_wrapped(int64_t x, int radius, int length, F&& f) {
+  if (span<R>::sites == 2 && x >= radius && x + 2 + radius < length)
+    f(constant<true>());
+  else
+    f(constant<false>());
+}
+
 // The taps of a direct stencil around one row; NT = 0 leaves their number to run time.
 template <class T, int NT>
 struct row_taps {
   static constexpr int capacity = NT ? NT : max_taps;
-  int run_time_n;
+  int run_time_n, radius, length;
   const simd<T>* field[capacity];  // the row of a tap
   const simd<T>* tap[capacity];    // of the site 0, if it did not leave the row
   const int32_t* wrap[capacity];
   LFQ_HD int n() const { return NT ? NT : run_time_n; }
-  LFQ_HD row_taps(const layer_plan<T>& l, int sublattice, const simd<T>* x, int64_t r) {
+  LFQ_HD row_taps(const layer_plan<T>& l, int sublattice, const simd<T>* x, int64_t r)
+      : radius(l.win.radius), length(l.lat.length) {
     const int64_t* rows = l.win.rows(r);
     const direct_tap<T>* from = l.taps[sublattice];
     run_time_n = l.n_taps[sublattice];
@@ -237,7 +247,13 @@ struct row_taps {
       wrap[i] = l.win.wrap + (from[i].dx + l.win.radius);
     }
   }
-  // Tap i of the site x in the row, and of the site x + 2; INSIDE: it does not leave the row.
+  // Calls f(i, tap i) for the site x in the row, and the site x + 2 where R stands for two.
+  template <class R, class F>
+  LFQ_HD void each(int64_t x, F&& f) const {
+    inside_or_wrapped<R>(x, radius, length, [&](auto inside) LFQ_LAMBDA_INLINE {
+      for (int i = 0; i < n(); ++i) f(i, at<R, decltype(inside)::value>(i, x));
+    });
+  }
   template <class R, bool INSIDE>
   LFQ_HD R at(int i, int64_t x) const {
     if constexpr (INSIDE)
@@ -253,12 +269,13 @@ struct row_taps {
 template <class T, int NT, int N>
 struct row_cotangents {
   static constexpr int capacity = NT ? NT : max_taps;
-  int run_time_n;
+  int run_time_n, radius, length;
   const simd<T>* row[capacity];
   const simd<T>* tap[capacity];
   const int32_t* wrap[capacity];
   LFQ_HD int n() const { return NT ? NT : run_time_n; }
-  LFQ_HD row_cotangents(const layer_plan<T>& l, int sublattice, const simd<T>* du, int64_t r) {
+  LFQ_HD row_cotangents(const layer_plan<T>& l, int sublattice, const simd<T>* du, int64_t r)
+      : radius(l.win.radius), length(l.lat.length) {
     const int64_t* rows = l.win.rows(r);
     const direct_tap<T>* from = l.taps[sublattice];
     run_time_n = l.n_taps[sublattice];
@@ -267,6 +284,14 @@ struct row_cotangents {
       tap[i] = row[i] + N * (((sublattice & 1) + from[i].dx) >> 1);
       wrap[i] = l.win.wrap + (from[i].dx + l.win.radius);
     }
+  }
+  // Calls f(i, k, number k of tap i).
+  template <class R, class F>
+  LFQ_HD void each(int64_t x, F&& f) const {
+    inside_or_wrapped<R>(x, radius, length, [&](auto inside) LFQ_LAMBDA_INLINE {
+      for (int i = 0; i < n(); ++i)
+        for (int k = 0; k < N; ++k) f(i, k, at<R, decltype(inside)::value>(i, x, k));
+    });
   }
   template <class R, bool INSIDE>
   LFQ_HD R at(int i, int64_t x, int c) const {
@@ -286,17 +311,6 @@ LFQ_HD void every_other_site(int x0, int length, F&& f) {
   int64_t x = x0;
   for (; x + 2 < length; x += 4) f(twin<T>(), x);
   if (x < length) f(simd<T>(), x);
-}
-// The same, f(real, inside, x) with whether windows of a radius around the sites stay in the row.
-template <class T, class F>
-LFQ_HD void every_other_window(int x0, int length, int radius, F&& f) {
-  constexpr constant<true> inside;
-  constexpr constant<false> wrapped;
-  int64_t x = x0;
-  for (; x + 2 < length && x < radius; x += 4) f(twin<T>(), wrapped, x);
-  for (; x + 2 + radius < length; x += 4) f(twin<T>(), inside, x);
-  for (; x + 2 < length; x += 4) f(twin<T>(), wrapped, x);
-  if (x < length) f(simd<T>(), wrapped, x);
 }
 
 template <class F>
@@ -371,28 +385,37 @@ struct flow_group {
     }
   }
 
+  // The outputs of a net with hidden layers, [site][output], at the active sites.
+  const V* hidden_outputs(const layer_plan<T>& l, const V* x) const {
+    const int last = l.n_convolutions - 1;
+    run_hidden(l, x);
+    const V* in = work.hidden;
+    for (int c = 1; c < last; ++c) in += l.lat.volume * l.channels[c];
+    V* u = work.dchannel[0];
+    const int n = l.outputs();
+    convolve(l.win, l.spec.parity, 2, in, l.channels[last], l.weight[last], n, l.bias[last],
+             [&](int64_t site, int ch, V v) { u[n * site + ch] = v; });
+    return u;
+  }
+
   // Calls f(first site, outputs, parameters) for the active sites, two at a time (see span) where a row has them.
-  template <int N, class F>
+  // ANY: with the number of taps left to run time.
+  template <int N, bool ANY = false, class F>
   void net(const layer_plan<T>& l, const V* x, F&& f) const {
-    const int active = l.spec.parity, last = l.n_convolutions - 1;
-    if (last > 0) {
-      run_hidden(l, x);
-      const V* in = work.hidden;
-      for (int c = 1; c < last; ++c) in += l.lat.volume * l.channels[c];
-      V* u = work.dchannel[0];
-      convolve(l.win, active, 2, in, l.channels[last], l.weight[last], N, l.bias[last],
-               [&](int64_t site, int ch, V v) { u[N * site + ch] = v; });
+    const int L = l.lat.length;
+    if (l.n_convolutions > 1) {
+      const V* u = hidden_outputs(l, x);
       for (int64_t r = 0; r < l.lat.n_rows; ++r)
-        every_other_site<T>(l.lat.row_parity(r) ^ active, l.lat.length, [&](auto real, int c) LFQ_LAMBDA_INLINE {
-          using S = span<decltype(real)>;
-          const int64_t site = r * l.lat.length + c;
-          decltype(real) out[N];
-          for (int i = 0; i < N; ++i) out[i] = S::at(u + N * site + i, 2 * N);
+        every_other_site<T>(l.lat.row_parity(r) ^ l.spec.parity, L, [&](auto real, int c) LFQ_LAMBDA_INLINE {
+          using R = decltype(real);
+          const int64_t site = r * L + c;
+          R out[N];
+          for (int i = 0; i < N; ++i) out[i] = span<R>::at(u + N * site + i, 2 * N);
           f(site, out, l.parameters[0]);
         });
       return;
     }
-    with_taps(l.direct_taps, [&](auto nt) {
+    const auto rows = [&](auto nt) {
       constexpr int NT = decltype(nt)::value;
       for (int64_t r = 0; r < l.lat.n_rows; ++r) {
         const int s = l.active_sublattice(r);
@@ -404,22 +427,47 @@ struct flow_group {
         for (int i = 0; i < N; ++i) bias[i] = V(l.class_bias(q, i));
         for (int i = 0; i < NT; ++i)
           for (int k = 0; k < N; ++k) kept[i][k] = V(from[i].weight[k]);
-        every_other_window<T>(s & 1, l.lat.length, l.win.radius, [&](auto real, auto inside, int64_t c) LFQ_LAMBDA_INLINE {
+        every_other_site<T>(s & 1, L, [&](auto real, int64_t c) LFQ_LAMBDA_INLINE {
           using R = decltype(real);
           R out[N];
           for (int k = 0; k < N; ++k) out[k] = R(bias[k]);
-          for (int i = 0; i < taps.n(); ++i) {
-            const R v = taps.template at<R, decltype(inside)::value>(i, c);
+          taps.template each<R>(c, [&](int i, R v) LFQ_LAMBDA_INLINE {
             for (int k = 0; k < N; ++k)
               out[k] = fma(NT ? R(kept[NT ? i : 0][k]) : R(from[i].weight[k]), v, out[k]);
-          }
-          f(r * l.lat.length + c, out, l.parameters[q]);
+          });
+          f(r * L + c, out, l.parameters[q]);
         });
       }
-    });
+    };
+    if constexpr (ANY)
+      rows(constant<0>());
+    else
+      with_taps(l.direct_taps, rows);
   }
 
   // ---- couplings -------------------------------------------------------------------------
+  // What a coupling does at its active sites.
+  template <scale_kind S, int N, memory M, bool LOG_DET>
+  struct forward_site {
+    V *x, *cache;
+    site_sum<T>& log_det;
+    template <class R>
+    LFQ_HD void operator()(int64_t site, const R (&u)[N], const T* parameters) const {
+      const R before = span<R>::at(x + site, 2);
+      const coupled_site<R, N> a = couple_site<S>(before, u, parameters);
+      if constexpr (M == memory::latents) {
+        span<R>::put(cache + (site >> 1), 1, a.h[0]);
+      } else if constexpr (M == memory::weights) {
+        V* c = cache + (N + 2) * (site >> 1);
+        for (int k = 0; k < N; ++k) span<R>::put(c + k, N + 2, a.h[k]);
+        span<R>::put(c + N, N + 2, a.slope), span<R>::put(c + N + 1, N + 2, before);
+      }
+      span<R>::put(x + site, 2, a.y);
+      int64_t i = site >> 1;
+      if constexpr (LOG_DET)
+        span<R>::each(log_slope<S>(a, parameters), [&](V v) LFQ_LAMBDA_INLINE { log_det.add(i++, v); });
+    }
+  };
   template <memory M, bool LOG_DET>
   void couple(const layer_plan<T>& l, V* x, site_sum<T>& log_det) const {
     V* cache = work.cache + (M != memory::none ? l.cache_at : 0);
@@ -428,29 +476,19 @@ struct flow_group {
     with_scale(l.spec, [&](auto kind, auto n) {
       constexpr scale_kind S = scale_kind(decltype(kind)::value);
       constexpr int N = decltype(n)::value;
-      net<N>(l, x, [&](int64_t site, const auto& u, const T* parameters) LFQ_LAMBDA_INLINE {
-        using R = std::decay_t<decltype(u[0])>;
-        const R before = span<R>::at(x + site, 2);
-        const coupled_site<R, N> a = couple_site<S>(before, u, parameters);
-        if constexpr (M == memory::latents && S == scale_kind::site) {
-          span<R>::put(cache + (site >> 1), 1, a.h[0]);
-        } else if constexpr (M != memory::none) {
-          V* c = cache + (N + 2) * (site >> 1);
-          for (int k = 0; k < N; ++k) span<R>::put(c + k, N + 2, a.h[k]);
-          span<R>::put(c + N, N + 2, a.slope), span<R>::put(c + N + 1, N + 2, before);
-        }
-        span<R>::put(x + site, 2, a.y);
-        int64_t i = site >> 1;
-        if constexpr (LOG_DET)
-          span<R>::each(log_slope<S>(a, parameters), [&](V v) LFQ_LAMBDA_INLINE { log_det.add(i++, v); });
-      });
+      net<N>(l, x, forward_site<S, N, kept<S>(M), LOG_DET>{x, cache, log_det});
     });
+  }
+  // Only `site` needs less for the gradient by the latents alone.
+  template <scale_kind S>
+  static constexpr memory kept(memory wanted) {
+    return wanted == memory::latents && S != scale_kind::site ? memory::weights : wanted;
   }
   void uncouple(const layer_plan<T>& l, V* x, site_sum<T>& log_det) const {
     with_scale(l.spec, [&](auto kind, auto n) {
       constexpr scale_kind S = scale_kind(decltype(kind)::value);
       constexpr int N = decltype(n)::value;
-      net<N>(l, x, [&](int64_t site, const auto& u, const T* parameters) LFQ_LAMBDA_INLINE {
+      net<N, true>(l, x, [&](int64_t site, const auto& u, const T* parameters) LFQ_LAMBDA_INLINE {
         using R = std::decay_t<decltype(u[0])>;
         R log_dy;
         span<R>::put(x + site, 2, uncouple_site<S>(span<R>::at(x + site, 2), u, parameters, log_dy));
@@ -534,14 +572,13 @@ struct flow_group {
     for (int i = 0; i < NT; ++i)
       for (int k = 0; k < N; ++k) kept[i][k] = V(from[i].weight[k]);
     V* const row = g + r * l.lat.length;
-    every_other_window<T>(sublattice & 1, l.lat.length, l.win.radius, [&](auto real, auto inside, int64_t c) LFQ_LAMBDA_INLINE {
+    every_other_site<T>(sublattice & 1, l.lat.length, [&](auto real, int64_t c) LFQ_LAMBDA_INLINE {
       using R = decltype(real);
-      using P = span<R>;
-      R sum = P::at(row + c, 2);
-      for (int i = 0; i < taps.n(); ++i)
-        for (int k = 0; k < N; ++k)
-          sum = fma(NT ? R(kept[NT ? i : 0][k]) : R(from[i].weight[k]), taps.template at<R, decltype(inside)::value>(i, c, k), sum);
-      P::put(row + c, 2, sum);
+      R sum = span<R>::at(row + c, 2);
+      taps.template each<R>(c, [&](int i, int k, R v) LFQ_LAMBDA_INLINE {
+        sum = fma(NT ? R(kept[NT ? i : 0][k]) : R(from[i].weight[k]), v, sum);
+      });
+      span<R>::put(row + c, 2, sum);
     });
   }
   // The sites of an active sublattice: as active_row, and the gradient of their weights.
@@ -557,7 +594,7 @@ struct flow_group {
     for (int64_t r = 0; r < l.lat.n_rows; ++r) {
       if (l.win.sublattice[r] != (sublattice & ~1)) continue;
       const row_taps<T, NT> taps(l, sublattice, x, r);
-      every_other_window<T>(sublattice & 1, L, l.win.radius, [&](auto real, auto inside, int64_t c) LFQ_LAMBDA_INLINE {
+      every_other_site<T>(sublattice & 1, L, [&](auto real, int64_t c) LFQ_LAMBDA_INLINE {
         using R = decltype(real);
         using P = span<R>;
         const int64_t site = r * L + c;
@@ -567,11 +604,10 @@ struct flow_group {
           P::put(du + N * (site >> 1) + k, N, u[k]);
           bias[k] = P::sum(u[k], bias[k]);
         }
-        for (int i = 0; i < taps.n(); ++i) {
-          const R v = taps.template at<R, decltype(inside)::value>(i, c);
+        taps.template each<R>(c, [&](int i, R v) LFQ_LAMBDA_INLINE {
           V* a = NT ? acc + N * i : dw + N * from[i].number;
           for (int k = 0; k < N; ++k) a[k] = P::dot(u[k], v, a[k]);
-        }
+        });
       });
     }
     for (int i = 0; i < NT; ++i)
@@ -583,19 +619,25 @@ struct flow_group {
 
   template <bool WEIGHTS, scale_kind S, int N>
   void hidden_backward(const layer_plan<T>& l, V* x, V* g, V dlog_det) const {
-    const int active = l.spec.parity, L = l.lat.length, last = l.n_convolutions - 1;
-    const activation_kind act = activation_kind(l.spec.activation);
-    V* dout = work.dchannel[0];
+    const int L = l.lat.length;
     parameter_gradient<T, S, N> parameters;
     for (int64_t r = 0; r < l.lat.n_rows; ++r)
-      every_other_site<T>(l.lat.row_parity(r) ^ active, L, [&](auto real, int c) LFQ_LAMBDA_INLINE {
+      every_other_site<T>(l.lat.row_parity(r) ^ l.spec.parity, L, [&](auto real, int c) LFQ_LAMBDA_INLINE {
         using R = decltype(real);
         const int64_t site = r * L + c;
         R u[N];
         site_backward<WEIGHTS>(l, l.parameters[0], x, g, site, dlog_det, u, parameters);
-        for (int k = 0; k < N; ++k) span<R>::put(dout + N * site + k, 2 * N, u[k]);
+        for (int k = 0; k < N; ++k) span<R>::put(work.dchannel[0] + N * site + k, 2 * N, u[k]);
       });
     if constexpr (WEIGHTS) parameters.store(l, 0, work.dweights);
+    net_backward<WEIGHTS>(l, g);
+  }
+  // Back through a net with hidden layers, from the cotangents of its outputs in work.dchannel[0].
+  template <bool WEIGHTS>
+  void net_backward(const layer_plan<T>& l, V* g) const {
+    const int active = l.spec.parity, last = l.n_convolutions - 1;
+    const activation_kind act = activation_kind(l.spec.activation);
+    V* dout = work.dchannel[0];
     const V* input = net_input(l);
     run_hidden(l, input);
     const V* h = work.hidden;

@@ -329,6 +329,20 @@ struct hmc_output {
   int64_t n_chains;
 };
 
+// Momenta in units of 1 / unit, and the sum of their squares.
+template <class T>
+void draw_momenta(const stream& rng, uint64_t first_chain, const group<T>& g, int64_t n, double unit, simd<T>* pi,
+                  site_sum<T>& p2) {
+  const simd<T> to_unit = simd<T>(T(unit));
+  site_sum<T> sum;
+  normals<T>(rng, first_chain, g, n, [&](int64_t i, simd<T> p) LFQ_LAMBDA_INLINE {
+    p = p * to_unit;
+    pi[i] = p;
+    sum.add_product(i, p, p);
+  });
+  p2 = sum;
+}
+
 // All trajectories of one group, from and to potential.w.z. False when dH became NaN or Inf: then w.z is
 // the state before that trajectory.
 template <class T, class P>
@@ -349,13 +363,7 @@ bool run_hmc(P& potential, const lfq_hmc& h, const group<T>& g, const hmc_output
       const uint64_t number = h.first_trajectory + uint64_t(n);
       site_sum<T> sum_k0, sum_k1;
       lane_sum<T> sum_s1;
-      const simd<T> to_unit = simd<T>(T(unit));
-      normals<T>(stream{h.seed, number, LFQ_PURPOSE_MOMENTA}, h.first_chain, g, volume,
-                 [&](int64_t i, simd<T> p) LFQ_LAMBDA_INLINE {
-        p = p * to_unit;
-        w.pi[i] = p;
-        sum_k0.add_product(i, p, p);
-      });
+      draw_momenta(stream{h.seed, number, LFQ_PURPOSE_MOMENTA}, h.first_chain, g, volume, unit, w.pi, sum_k0);
       potential.save();
       trajectory<T>(potential, drawn(h, number), sum_s1, sum_k1);
       double k0[W], k1[W], s1[W], uniform[W];

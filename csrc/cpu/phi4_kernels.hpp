@@ -166,17 +166,16 @@ struct phi4_group {
       else
         for (int64_t i = 0; i < slice; ++i) edge.above[i] = phi[i];
       int s = 0;
-      if constexpr (D == 2)
-        if (slices % 2 == 0)
-          for (; s < slices; s += 2) {
-            const int64_t at = s * int64_t(n);
-            const V* below = s > 0 ? phi + at - n : split ? edge.below : phi + last;
-            const V* above = s + 2 < slices ? phi + at + 2 * n : edge.above;
-            if (s > 0)
-              two_rows<UNIT, true, IN_PLACE>(phi + at, to + at, below, above, p + at, step);
-            else
-              two_rows<UNIT, false, IN_PLACE>(phi, to, below, above, p, step);
-          }
+      if (slices % 2 == 0 && (D == 2 || lat.extent[1] >= 2))
+        for (; s < slices; s += 2) {
+          const int64_t at = s * slice;
+          const V* below = s > 0 ? phi + at - slice : split ? edge.below : phi + last;
+          const V* above = s + 2 < slices ? phi + at + 2 * slice : edge.above;
+          if (s > 0)
+            two_slices<UNIT, true, IN_PLACE>(phi + at, to + at, below, above, p + at, step);
+          else
+            two_slices<UNIT, false, IN_PLACE>(phi, to, below, above, p, step);
+        }
       for (; s < slices; ++s)
         for (int64_t r = s * rows; r < (s + 1) * rows; ++r) {
           const int64_t below = (s > 0 ? r - rows : r) * n;
@@ -202,26 +201,52 @@ struct phi4_group {
     for (int x = 0; x + 1 < n; ++x) visit(x, value(x + 1), value1(x + 1));
     visit(n - 1, end, end1);
   }
-  // Kicks two rows and moves the first of them, and MOVE_BELOW the row below: neighbours of a site come from
-  // registers where they can.
+  // Kicks two slices and moves the first of them, and MOVE_BELOW the slice below: neighbours of a site come from
+  // registers where they can. A row of the first slice moves once those around it in the slice are kicked: its first
+  // and last rows at the end.
   template <bool UNIT, bool MOVE_BELOW, bool IN_PLACE>
-  LFQ_HD void two_rows(const V* phi, V* target, const V* below, const V* above, V* p,
-                       const phi4_step<T>& step) const {
+  LFQ_HD void two_slices(const V* phi, V* target, const V* below, const V* above, V* p,
+                         const phi4_step<T>& step) const {
     const int n = lat.length;
+    const int64_t slice = lat.volume / lat.extent[0], last = D > 2 ? slice / lat.extent[1] : 0;
     // fewer pointers to hold
-    V* to = IN_PLACE ? const_cast<V*>(phi) : target;
-    const V *phi1 = phi + n, *p_below = p - n;
-    V *p1 = p + n, *to_below = IN_PLACE ? const_cast<V*>(below) : to - n;
-    along_rows(
-        n, [&](int x) LFQ_LAMBDA_INLINE { return phi[x]; }, [&](int x) LFQ_LAMBDA_INLINE { return phi1[x]; },
-        [&](int x, V here, V here1, V sides, V sides1) LFQ_LAMBDA_INLINE {
-          const V under = below[x];
-          const V k = step.kick(p[x], here, sides + (under + here1));
-          p1[x] = step.kick(p1[x], here1, sides1 + (here + above[x]));
-          p[x] = k;
-          if constexpr (MOVE_BELOW) to_below[x] = step.template drift<UNIT>(under, p_below[x]);
-          to[x] = step.template drift<UNIT>(here, k);
-        });
+    V* const to = IN_PLACE ? const_cast<V*>(phi) : target;
+    const auto move = [&](int64_t at) LFQ_LAMBDA_INLINE {
+      for (int x = 0; x < n; ++x) to[at + x] = step.template drift<UNIT>(phi[at + x], p[at + x]);
+    };
+    for (int64_t at = 0; at < slice; at += n) {
+      const V *phi0 = phi + at, *phi1 = phi0 + slice, *under = below + at, *over = above + at, *p_under = p + at - slice;
+      V *p0 = p + at, *p1 = p0 + slice, *to0 = to + at;
+      V* const to_under = IN_PLACE ? const_cast<V*>(under) : to0 - slice;
+      int64_t up[D > 2 ? D - 2 : 1], down[D > 2 ? D - 2 : 1];
+      int64_t stride = n, rest = at / n;
+      for (int i = D - 2; i > 0; --i) {
+        const int extent = lat.extent[i], c = int(rest % extent);
+        up[i - 1] = c + 1 < extent ? stride : stride * (1 - extent);
+        down[i - 1] = c > 0 ? -stride : stride * (extent - 1);
+        stride *= extent, rest /= extent;
+      }
+      along_rows(
+          n, [&](int x) LFQ_LAMBDA_INLINE { return phi0[x]; }, [&](int x) LFQ_LAMBDA_INLINE { return phi1[x]; },
+          [&](int x, V here, V here1, V sides, V sides1) LFQ_LAMBDA_INLINE {
+            const V lower = under[x];
+            V all = sides + (lower + here1), all1 = sides1 + (here + over[x]);
+            for (int i = 0; i < D - 2; ++i) {
+              all += phi0[x + up[i]] + phi0[x + down[i]];
+              all1 += phi1[x + up[i]] + phi1[x + down[i]];
+            }
+            const V k = step.kick(p0[x], here, all);
+            p1[x] = step.kick(p1[x], here1, all1);
+            p0[x] = k;
+            if constexpr (MOVE_BELOW) to_under[x] = step.template drift<UNIT>(lower, p_under[x]);
+            if constexpr (D == 2) to0[x] = step.template drift<UNIT>(here, k);
+          });
+      if (D > 2 && at >= 2 * last) move(at - last);
+    }
+    for (int64_t at = 0; at < last; at += n) {
+      move(at);
+      move(slice - last + at);
+    }
   }
 
   // How many pairs of steps `steps_in_pairs` should take in one sweep, 0 for kick_drift alone. A pair keeps more
@@ -453,6 +478,16 @@ struct lane_blocks {
   }
 };
 
+// The four normals of a block, its two pairs side by side.
+template <class T>
+LFQ_HD void block_normals(const typename simd<T>::bits_t* word, simd<T> (&z)[4]) {
+  using B = typename simd<T>::bits_t;
+  twin<T> first, second;
+  box_muller(twin_bits<B>{word[0], word[2]}, twin_bits<B>{word[1], word[3]}, first, second);
+  z[0] = first.a, z[1] = second.a;
+  z[2] = first.b, z[3] = second.b;
+}
+
 // Normals for the n sites of each lane; sink(i, value). Some blocks at a time, words first: two short loops keep
 // the processor busy where one long chain of operations would leave it waiting.
 template <class T, class F>
@@ -469,14 +504,12 @@ LFQ_HD void normals(const stream& rng, uint64_t first_chain, const group<T>& g, 
     const int whole = left < 4 * batch ? int(left / 4) : batch;
     for (int k = 0; k < whole; ++k) {
       V z[4];
-      box_muller(word[4 * k], word[4 * k + 1], z[0], z[1]);
-      box_muller(word[4 * k + 2], word[4 * k + 3], z[2], z[3]);
+      block_normals<T>(word + 4 * k, z);
       for (int j = 0; j < 4; ++j) sink(4 * (b0 + k) + j, z[j]);
     }
     for (int k = whole; k < blocks; ++k) {
       V z[4];
-      box_muller(word[4 * k], word[4 * k + 1], z[0], z[1]);
-      box_muller(word[4 * k + 2], word[4 * k + 3], z[2], z[3]);
+      block_normals<T>(word + 4 * k, z);
       for (int j = 0; 4 * k + j < left; ++j) sink(4 * (b0 + k) + j, z[j]);
     }
   }
