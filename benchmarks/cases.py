@@ -304,7 +304,7 @@ def _coupling_vjp(shape, n, dtype, n_threads):
         lambda: _core.flow_vjp(volume, layers, weights, z, dx, dlog_det, dz, dweights, n_threads),
         z.size,
         [costs.load(single), costs.load(single), *gradient, costs.store(single)],
-        group_bytes(costs.flow_entries(flow), shape, dtype, False),
+        group_bytes(costs.flow_entries(flow, fused=False), shape, dtype, False),
         3 * z.nbytes,
     )
 
@@ -380,7 +380,7 @@ def _flow_hmc(shape, n, dtype, n_threads):
         _advance(hmc, phi, n_trajectories),
         phi.size * N_STEPS * n_trajectories,
         [*step, first, *[(1 / N_STEPS) * phase for phase in ends]],
-        group_bytes(costs.flow_entries(flow) + 1, shape, dtype, False),
+        group_bytes(costs.flow_entries(flow), shape, dtype, False),
         phi.nbytes,
     )
 

@@ -364,8 +364,13 @@ def total(phases: list[Cost]) -> Cost:
     return sum(phases, Cost())
 
 
-def flow_entries(flow) -> int:
-    """Entries per site of the work area of a gradient: x, z, g, du, the cache, and the net's channels."""
+def flow_entries(flow, fused: bool = True) -> int:
+    """Entries per site of the work area of a gradient: x, z, g, du, the cache, and the net's channels.
+
+    A block fused with the action goes over z and its gradient or momenta; of the rest it keeps a few rows.
+    """
+    if fused and flow.n_blocks == 1 and not flow.hidden:
+        return 2
     hidden = sum(flow.hidden) + 2 * max((2, *flow.hidden)) if flow.hidden else 0
     return 4 + 4 * flow.n_blocks + hidden
 

@@ -337,7 +337,7 @@ class AffineFlow(Flow):
         if self._n_weights > MAX_WEIGHTS:
             raise ValueError(f"AffineFlow: {self._n_weights} weights, at most {MAX_WEIGHTS}")
         # Drawn when first asked for: a structure from a file must not allocate before its weights were counted.
-        self._seed, self._weights, self._interpolates = check_seed(seed), None, False
+        self._seed, self._weights = check_seed(seed), None
 
     def _net_shapes(self) -> list[tuple[int, int]]:
         channels = (1, *self.hidden, self.features or 2)
@@ -367,27 +367,7 @@ class AffineFlow(Flow):
         means = np.tile(np.concatenate([np.tile(means, n), rescale]), self.n_blocks)
         normals = np.empty((1, widths.size))
         _core.normal(seed, _core.PURPOSES["weights"], 0, 0, 1, normals, 1)
-        weights = means + widths * normals[0]
-        if self._interpolates:
-            self._interpolate(weights[: weights.size // self.n_blocks].reshape(n, -1))
-        return weights
-
-    def _interpolate(self, sets) -> None:
-        """Have the first site map of each sublattice do what an `UpsampleMap` of these settings would do before it."""
-        nets = iter(sets)
-        taps, filled = self.kernel_size**self.ndim, {0}
-        for _, active, _ in self._block:
-            for sublattice in (s for s in range(2**self.ndim) if active >> s & 1):
-                weights = next(nets)
-                if sublattice in filled:
-                    continue
-                filled.add(sublattice)
-                odd = [sublattice >> (self.ndim - 1 - axis) & 1 for axis in range(self.ndim)]
-                nearest = np.zeros((self.kernel_size,) * self.ndim)
-                nearest[np.ix_(*([self.kernel_size // 2 + step for step in ((-1, 1) if n else (0,))] for n in odd))] = 1
-                weights[:taps] += _INTERPOLATION / nearest.sum() * nearest.ravel()
-                weights[:taps] /= _NOISE
-                weights[[-3, -1]] += math.log(_NOISE)
+        return means + widths * normals[0]
 
     @property
     def weights(self) -> np.ndarray:
@@ -457,6 +437,27 @@ class AffineFlow(Flow):
 def _offsets(layers: np.ndarray) -> np.ndarray:
     sizes = _core.layer_n_weights(layers)
     return np.cumsum(sizes) - sizes
+
+
+class _InterpolatingFlow(AffineFlow):
+    """Site maps whose initial weights do what an `UpsampleMap` of a level's settings would do before them."""
+
+    def _initial_weights(self, seed: int) -> np.ndarray:
+        weights = super()._initial_weights(seed)
+        filled = [s for _, active, _ in self._block for s in range(2**self.ndim) if active >> s & 1]
+        taps = self.kernel_size**self.ndim
+        sets = weights[: weights.size // self.n_blocks].reshape(len(filled), -1)
+        for n, (sublattice, own) in enumerate(zip(filled, sets, strict=True)):
+            if sublattice in (0, *filled[:n]):
+                continue
+            odd = [sublattice >> (self.ndim - 1 - axis) & 1 for axis in range(self.ndim)]
+            steps = [(-1, 1) if is_odd else (0,) for is_odd in odd]
+            nearest = np.zeros((self.kernel_size,) * self.ndim)
+            nearest[np.ix_(*(self.kernel_size // 2 + np.array(step) for step in steps))] = 1
+            own[:taps] += _INTERPOLATION / nearest.sum() * nearest.ravel()
+            own[:taps] /= _NOISE
+            own[[-3, -1]] += math.log(_NOISE)
+        return weights
 
 
 class _Enlarging(Flow):
@@ -653,14 +654,13 @@ class MultiscaleFlow(Compose):
         )  # fmt: skip
         seed, parts = check_seed(seed), []
         for level in range(self.n_levels):
-            # A site map has a scale of its own.
-            blocks = AffineFlow(**self._blocks, rescale=scale != "site", seed=(seed + level) % 2**64)
             if self.interpolate:
                 parts.append(UpsampleMap(scale=1.0, width=_NOISE, interpolation=_INTERPOLATION, ndim=ndim))
             else:
                 parts.append(InterleaveMap(ndim))
-                blocks._interpolates = scale == "site" and own
-            parts.append(blocks)
+            blocks = _InterpolatingFlow if not self.interpolate and scale == "site" and own else AffineFlow
+            # A site map has a scale of its own.
+            parts.append(blocks(**self._blocks, rescale=scale != "site", seed=(seed + level) % 2**64))
         super().__init__(parts)
 
     def refined(self) -> MultiscaleFlow:

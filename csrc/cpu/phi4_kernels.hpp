@@ -135,14 +135,14 @@ struct phi4_group {
   void gradient(const V* phi, V* g) const {
     exchange(phi);
     for (int64_t r = 0; r < lat.n_rows; ++r)
-      row(phi, r, [&](int64_t i, V p, V, V all) LFQ_LAMBDA_INLINE { g[i] = -site.force(p, all); });
+      row(phi, r, [&](int64_t i, V p, V, V all) LFQ_LAMBDA_INLINE { g[i] = site.gradient(p, p * p, V(site.beta) * all); });
   }
   // and the action, in one pass
   void gradient(const V* phi, V* g, site_sum<T>& s) const {
     exchange(phi);
     for (int64_t r = 0; r < lat.n_rows; ++r)
       row(phi, r, [&](int64_t i, V p, V forward, V all) LFQ_LAMBDA_INLINE {
-        g[i] = -site.force(p, all);
+        g[i] = site.gradient(p, p * p, V(site.beta) * all);
         s.add(i, site.action(p, forward));
       });
   }
@@ -161,29 +161,26 @@ struct phi4_group {
     } else {
       const int n = lat.length, slices = lat.extent[0];
       const int64_t rows = lat.n_rows / slices, slice = rows * n, last = lat.volume - slice;
-      if (split)
-        exchange(phi);
-      else
-        for (int64_t i = 0; i < slice; ++i) edge.above[i] = phi[i];
-      int s = 0;
-      if (slices % 2 == 0 && (D == 2 || lat.extent[1] >= 2))
-        for (; s < slices; s += 2) {
+      if (slices % 2 == 0 && (D == 2 || lat.extent[1] >= 2)) {
+        two_slices<UNIT, true, IN_PLACE>(phi, to, phi + last, slices > 2 ? phi + 2 * slice : edge.above, p, step);
+        for (int s = 2; s < slices; s += 2) {
           const int64_t at = s * slice;
-          const V* below = s > 0 ? phi + at - slice : split ? edge.below : phi + last;
           const V* above = s + 2 < slices ? phi + at + 2 * slice : edge.above;
-          if (s > 0)
-            two_slices<UNIT, true, IN_PLACE>(phi + at, to + at, below, above, p + at, step);
-          else
-            two_slices<UNIT, false, IN_PLACE>(phi, to, below, above, p, step);
+          two_slices<UNIT, false, IN_PLACE>(phi + at, to + at, phi + at - slice, above, p + at, step);
         }
-      for (; s < slices; ++s)
-        for (int64_t r = s * rows; r < (s + 1) * rows; ++r) {
-          const int64_t below = (s > 0 ? r - rows : r) * n;
+      } else {
+        if (split)
+          exchange(phi);
+        else
+          for (int64_t i = 0; i < slice; ++i) edge.above[i] = phi[i];
+        for (int64_t r = 0; r < lat.n_rows; ++r) {
+          const int64_t below = (r - rows) * n;
           row(phi, r, [&](int64_t i, V x, V, V all) LFQ_LAMBDA_INLINE { p[i] = kick(p[i], x, all); },
               edge.above, [&](int x) LFQ_LAMBDA_INLINE {
-                if (s > 0) to[below + x] = moved(phi[below + x], p[below + x]);
+                if (r >= rows) to[below + x] = moved(phi[below + x], p[below + x]);
               });
         }
+      }
       for (int64_t i = last; i < lat.volume; ++i) to[i] = moved(phi[i], p[i]);
     }
   }
@@ -201,10 +198,10 @@ struct phi4_group {
     for (int x = 0; x + 1 < n; ++x) visit(x, value(x + 1), value1(x + 1));
     visit(n - 1, end, end1);
   }
-  // Kicks two slices and moves the first of them, and MOVE_BELOW the slice below: neighbours of a site come from
-  // registers where they can. A row of the first slice moves once those around it in the slice are kicked: its first
-  // and last rows at the end.
-  template <bool UNIT, bool MOVE_BELOW, bool IN_PLACE>
+  // Kicks two slices and moves the first of them and the one below: neighbours of a site come from registers where they
+  // can. A row of the first slice moves once those around it in the slice are kicked: its first and last rows at the
+  // end. FIRST: the slice below is the last one, moves when all is done, and sees the first one in edge.above.
+  template <bool UNIT, bool FIRST, bool IN_PLACE>
   LFQ_HD void two_slices(const V* phi, V* target, const V* below, const V* above, V* p,
                          const phi4_step<T>& step) const {
     const int n = lat.length;
@@ -216,7 +213,7 @@ struct phi4_group {
     };
     for (int64_t at = 0; at < slice; at += n) {
       const V *phi0 = phi + at, *phi1 = phi0 + slice, *under = below + at, *over = above + at, *p_under = p + at - slice;
-      V *p0 = p + at, *p1 = p0 + slice, *to0 = to + at;
+      V *p0 = p + at, *p1 = p0 + slice, *to0 = to + at, *copy = edge.above + at;
       V* const to_under = IN_PLACE ? const_cast<V*>(under) : to0 - slice;
       int64_t up[D > 2 ? D - 2 : 1], down[D > 2 ? D - 2 : 1];
       int64_t stride = n, rest = at / n;
@@ -229,7 +226,8 @@ struct phi4_group {
       along_rows(
           n, [&](int x) LFQ_LAMBDA_INLINE { return phi0[x]; }, [&](int x) LFQ_LAMBDA_INLINE { return phi1[x]; },
           [&](int x, V here, V here1, V sides, V sides1) LFQ_LAMBDA_INLINE {
-            const V lower = under[x];
+            const V lower = FIRST ? before(under[x]) : under[x];
+            if constexpr (FIRST) copy[x] = after(here);
             V all = sides + (lower + here1), all1 = sides1 + (here + over[x]);
             for (int i = 0; i < D - 2; ++i) {
               all += phi0[x + up[i]] + phi0[x + down[i]];
@@ -238,7 +236,7 @@ struct phi4_group {
             const V k = step.kick(p0[x], here, all);
             p1[x] = step.kick(p1[x], here1, all1);
             p0[x] = k;
-            if constexpr (MOVE_BELOW) to_under[x] = step.template drift<UNIT>(lower, p_under[x]);
+            if constexpr (!FIRST) to_under[x] = step.template drift<UNIT>(lower, p_under[x]);
             if constexpr (D == 2) to0[x] = step.template drift<UNIT>(here, k);
           });
       if (D > 2 && at >= 2 * last) move(at - last);

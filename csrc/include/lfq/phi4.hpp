@@ -20,9 +20,7 @@ struct phi4_site {
   // -dS/dphi, given the sum over all neighbours.
   template <class R>
   LFQ_HD R force(R phi, R neighbours) const {
-    const R phi2 = phi * phi;
-    const R local = fma(phi2, R(T(-4) * lam), R(T(-2) * quadratic));
-    return fma(phi, local, R(beta) * neighbours);
+    return -gradient(phi, phi * phi, R(beta) * neighbours);
   }
   // dS/dphi, given phi^2 and beta times the sum over all neighbours.
   template <class R>
