@@ -256,7 +256,6 @@ def hmc(layers, weights, theory, settings, z, phi, dh, accepted, smear, observab
         resident = _cuda.library().call("resident", z.dtype, theory)
         scratch = ("hmc", theory, 0 if resident else n)
         call("hmc", z.dtype, theory, settings, 0, n, _address(z), *outputs, workspace=scratch)
-        phi[...] = z
     else:
         flow, device_layers, _alive = flow_record(volume, layers, weights)
         call(

@@ -630,10 +630,10 @@ def sample(config: Config, out: Path, file: RunFile, name: str, theory, progress
         advance(hmc, settings.n_warmup)
         at.phase, at.done = "sample", 0
     advance(hmc, settings.n_samples)
-    phi = theory.field(state.latent) if isinstance(theory, lfq.PulledBack) else state.latent
+    fields = theory.field(state.latent) if isinstance(theory, lfq.PulledBack) else None
     every = -(-at.done // MOST_SAMPLES)
     samples = file.samples(name, at.done, every)
-    block = Block(**samples, seconds=at.seconds, state=state, phi=phi)
+    block = Block(**samples, seconds=at.seconds, state=state, fields=fields)
     return replace(Run.from_blocks(theory, hmc, [block]), kept=every)
 
 

@@ -81,7 +81,7 @@ class HeatBath(EmbeddedClusters, KernelSampler):
             np.empty_like(changed) if flipped is None else flipped, self.theory._smear(), values,
             check_threads(self.n_threads),
         )  # fmt: skip
-        dh[:], phi[:] = 0.0, latent
+        dh[:] = 0.0
         np.divide(changed, self.n_sweeps * self.theory.volume, out=accepted)
 
     def tune_cost(

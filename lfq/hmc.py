@@ -119,8 +119,8 @@ class Block:
         Wall time of the block.
     state : State
         After the block.
-    phi : ndarray, shape (n_chains, *shape)
-        The fields after the block.
+    fields : ndarray, shape (n_chains, *shape), or None
+        Those after the block, where the latents are not themselves the fields; see `phi`.
     flipped : ndarray of int64, shape of dh, or None
         Sites whose sign the cluster updates of a trajectory changed, each time counted.
     """
@@ -130,8 +130,13 @@ class Block:
     accepted: np.ndarray
     seconds: float
     state: State
-    phi: np.ndarray
+    fields: np.ndarray | None = None
     flipped: np.ndarray | None = None
+
+    @cached_property
+    def phi(self) -> np.ndarray:
+        """The fields after the block, shape (n_chains, *shape)."""
+        return self.state.latent.copy() if self.fields is None else self.fields
 
 
 def restored_state(path, tensors: dict[str, np.ndarray], record: dict[str, Any], shape: tuple[int, ...]) -> State:
@@ -374,7 +379,7 @@ class KernelSampler(Sampler):
 
     @abstractmethod
     def _run(self, settings, latent, phi, dh, accepted, flipped, values):
-        """The trajectories of `settings`, from and to `latent`; phi receives the fields they end in."""
+        """The trajectories of `settings`, from and to `latent`; phi, empty without a flow, receives the fields."""
 
     def start(self, n_chains: int, seed: int, phi=None, first_chain: int = 0) -> State:
         """Chains at their beginning.
@@ -432,7 +437,8 @@ class KernelSampler(Sampler):
         latent, leading = self._fields(state.latent, "latent")
         latent = latent.astype(self.dtype, copy=True).reshape(-1, *self.theory.shape)
         n = len(latent)
-        phi = backend(latent)[1](latent.shape, latent.dtype)
+        pulled_back = isinstance(self.theory, PulledBack)
+        phi = backend(latent)[1](latent.shape if pulled_back else (0, *self.theory.shape), latent.dtype)
         dh = np.empty((n_samples * thin, n))
         accepted = np.empty((n_samples * thin, n), dtype=self._accepted)
         flipped = np.empty((n_samples * thin, n), dtype=np.int64) if self._flips else None
@@ -447,7 +453,7 @@ class KernelSampler(Sampler):
             accepted=accepted.view(bool) if accepted.dtype == np.uint8 else accepted,
             seconds=seconds,
             state=replace(state, latent=latent, trajectory=state.trajectory + n_samples * thin),
-            phi=phi,
+            fields=phi if pulled_back else None,
             flipped=flipped,
         )
 
@@ -811,7 +817,6 @@ class ClusterHMC(EmbeddedClusters, HMC):
             self.theory._record(), settings, self._record(), latent, dh, accepted, flipped,
             self.theory._smear(), values, check_threads(self.n_threads),
         )  # fmt: skip
-        phi[:] = latent
 
     @property
     def force_evaluations_per_trajectory(self) -> float:
@@ -898,7 +903,6 @@ class FourierHMC(HMC):
             self.theory._record(), settings, self.mass, latent, dh, accepted, self.theory._smear(), values,
             check_threads(self.n_threads),
         )  # fmt: skip
-        phi[:] = latent
 
     def tune_cost(self, masses: Iterable[float] = (4.0, 2.0, 1.0, 0.5), **keywords) -> FourierHMC:
         """As `HMC.tune_cost`, over masses too: from the largest down, until the cost rises.

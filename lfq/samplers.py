@@ -208,7 +208,7 @@ class IndependenceMetropolis(_OfFlow, Sampler):
             accepted=accepted,
             seconds=time.perf_counter() - begin,
             state=replace(state, latent=z, trajectory=state.trajectory + n_steps),
-            phi=phi,
+            fields=phi,
         )
 
     def _measured(self, phi, measure: bool) -> np.ndarray:

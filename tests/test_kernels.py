@@ -245,9 +245,14 @@ def test_evolution_of_split_chains(isa, dtype, shape, rng):
     check_evolution(shape, "leapfrog", False, dtype, rng)
 
 
-@pytest.mark.parametrize("shape", [(4, 3), (66, 5), (7, 6), (256, 128)], ids=str)
+PLANE = [(4, 3), (66, 5), (7, 6), (256, 128)]
+# Slices go in pairs where their number is even, the rows of one being moved a plane behind those it is kicked in.
+DEEP = [(4, 1, 4), (2, 2, 3), (4, 3, 5), (6, 2, 4), (3, 4, 5), (16, 16, 16), (2, 3, 2, 4), (4, 5, 3, 2), (5, 2, 3, 4)]
+
+
+@pytest.mark.parametrize("shape", PLANE + DEEP, ids=str)
 @pytest.mark.parametrize("integrator", ["leapfrog", "omf2"])
-def test_evolution_of_plane_lattices(isa, dtype, shape, integrator, rng):
+def test_evolution_of_any_lattice(isa, dtype, shape, integrator, rng):
     check_evolution(shape, integrator, False, dtype, rng)
 
 

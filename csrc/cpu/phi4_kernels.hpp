@@ -140,11 +140,13 @@ struct phi4_group {
   // and the action, in one pass
   void gradient(const V* phi, V* g, site_sum<T>& s) const {
     exchange(phi);
+    site_sum<T> sum = s;  // in registers: g could lie where s does
     for (int64_t r = 0; r < lat.n_rows; ++r)
       row(phi, r, [&](int64_t i, V p, V forward, V all) LFQ_LAMBDA_INLINE {
         g[i] = site.gradient(p, p * p, V(site.beta) * all);
-        s.add(i, site.action(p, forward));
+        sum.add(i, site.action(p, forward));
       });
+    s = sum;
   }
 
   // p += k F(phi), then to = phi + d p, in one pass over the lattice. IN_PLACE: `to` is phi. A slice moves once
@@ -403,15 +405,16 @@ struct phi4_group {
   // quadratic terms of S twice and the quartic one four times, S = sum of -phi F / 2 - lam phi^4.
   void kick_energy(const V* phi, V* p, const phi4_kick<T>& kick, double k, lane_sum<T>& s, site_sum<T>& p2) const {
     exchange(phi);
-    site_sum<T> phi_force, phi4;
+    site_sum<T> phi_force, phi4, sum_p2;
     for (int64_t r = 0; r < lat.n_rows; ++r)
       row(phi, r, [&](int64_t i, V x, V, V all) LFQ_LAMBDA_INLINE {
         const V x2 = x * x, f = kick.force(x, x2, all), m = p[i] + f;
         p[i] = m;
         phi_force.add_product(i, x, f);
         phi4.add_product(i, x2, x2);
-        p2.add_product(i, m, m);
+        sum_p2.add_product(i, m, m);
       });
+    p2 = sum_p2;
     s.add(-0.5 / k, phi_force.sum());
     s.add(-lam, phi4.sum());
   }

@@ -83,8 +83,8 @@ struct custom_api {
           lattice_only.ndim = c.action->ndim;
           for (int i = 0; i < LFQ_MAX_DIM; ++i) lattice_only.extent[i] = c.action->extent[i];
           check_measured(&lattice_only, h, n, smear, dh, accepted, observables);
-          check_size(phi.size(), z.size(), "phi");
-          T *pz = out(z, "z"), *pp = out(phi, "phi");
+          if (phi.size() > 0) check_size(phi.size(), z.size(), "phi");
+          T *pz = out(z, "z"), *pp = phi.size() > 0 ? out(phi, "phi") : nullptr;
           double *pd = out(dh, "dh"), *po = observables.size() > 0 ? out(observables, "observables") : nullptr;
           uint8_t* pa = out(accepted, "accepted");
           const double* ps = smear.data();

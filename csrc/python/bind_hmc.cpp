@@ -54,12 +54,12 @@ struct hmc_api {
           const int64_t n = chains_of(z.size(), volume_of(t), "z"), trajectories = h->n_samples * h->thin;
           int64_t extents = 0;
           for (int i = 0; i < t->ndim && i < LFQ_MAX_DIM; ++i) extents += t->extent[i];
-          check_size(phi.size(), z.size(), "phi");
+          if (phi.size() > 0) check_size(phi.size(), z.size(), "phi");
           check_size(smear.size(), extents, "smear");
           check_size(dh.size(), n * trajectories, "dh");
           check_size(accepted.size(), n * trajectories, "accepted");
           if (observables.size() > 0) check_size(observables.size(), n * h->n_samples * LFQ_N_OBSERVABLES, "observables");
-          T *pz = out(z, "z"), *pp = out(phi, "phi");
+          T *pz = out(z, "z"), *pp = phi.size() > 0 ? out(phi, "phi") : nullptr;
           double *pd = out(dh, "dh"), *po = observables.size() > 0 ? out(observables, "observables") : nullptr;
           uint8_t* pa = out(accepted, "accepted");
           const double* ps = smear.data();
