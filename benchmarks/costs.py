@@ -79,8 +79,8 @@ def lane_sum(single: bool) -> Cost:
 
 
 def site_sum(single: bool) -> Cost:
-    """The same where float32 terms go to double four at a time."""
-    return Cost(add=1) + 0.25 * lane_sum(True) if single else lane_sum(False)
+    """The same where float32 terms go to double eight at a time."""
+    return Cost(add=1) + 0.125 * lane_sum(True) if single else lane_sum(False)
 
 
 def exp(single: bool) -> Cost:
@@ -158,12 +158,12 @@ def kick_drift(ndim: int) -> Cost:
 
 
 def refresh(single: bool) -> Cost:
-    return normal(single) + Cost(fma=2, group=1) + 0.25 * (lane_sum(True) if single else Cost())
+    return normal(single) + Cost(fma=2, group=1) + 0.125 * (lane_sum(True) if single else Cost())
 
 
 def trajectory_ends(ndim: int, single: bool) -> list[Cost]:
     """Refresh, last half-kick with both energies, and settle."""
-    last = force(ndim) + Cost(fma=3, add=1, group=1) + 0.75 * (lane_sum(True) if single else Cost())
+    last = force(ndim) + Cost(fma=3, add=1, group=1) + 0.375 * (lane_sum(True) if single else Cost())
     return [refresh(single), last, Cost(other=1, group=3)]
 
 

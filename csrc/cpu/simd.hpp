@@ -325,7 +325,7 @@ LFQ_HD simd<T> masked(lane_mask<T> m, simd<T> v) {
   return from_bits<simd<T>>(to_bits(v) & m);
 }
 
-// The same for terms that come site by site: single-precision ones go to double four at a time.
+// The same for terms that come site by site: single-precision ones go to double eight at a time.
 template <class T>
 struct site_sum {
   lane_sum<T> total;
@@ -335,7 +335,7 @@ struct site_sum {
       total.add(x);
     } else {
       part += x;
-      if ((site & 3) == 3) settle();
+      if ((site & 7) == 7) settle();
     }
   }
   LFQ_HD void add_product(int64_t site, simd<T> x, simd<T> y) {
@@ -343,7 +343,7 @@ struct site_sum {
       total.a = fma(x, y, total.a);
     } else {
       part = fma(x, y, part);
-      if ((site & 3) == 3) settle();
+      if ((site & 7) == 7) settle();
     }
   }
   LFQ_HD void settle() {
