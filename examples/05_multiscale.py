@@ -223,10 +223,11 @@ def cubic(extents):
         return lfq.Phi4((extent,) * 3, beta=0.3750966, lam=1.1)
 
     found, seconds, options = [], 0.0, dict(dtype=DTYPE, n_threads=1)
+    theories = [target(extent) for extent in (2, 4, *extents)]
+    budget = dict(n_steps=[2000, 3000, 4000, 3000, 2000], batch_size=[512, 256, 96, 64, 32])
     fits = lfq.train_ladder(
-        lfq.MultiscaleFlow(n_levels=1, ndim=3, seed=1), [target(n) for n in (2, 4, *extents)],
-        n_steps=[2000, 3000, 2000, 800, 300][: 2 + len(extents)], batch_size=[512, 256, 96, 48, 16][: 2 + len(extents)],
-        learning_rate=0.015, **options,
+        lfq.MultiscaleFlow(n_levels=1, ndim=3, seed=1), theories, learning_rate=0.015, **options,
+        **{name: values[: len(theories)] for name, values in budget.items()},
     )  # fmt: skip
     for extent, fit in zip((2, 4, *extents), fits, strict=True):
         seconds += fit.seconds
@@ -234,11 +235,11 @@ def cubic(extents):
             continue
         through_flow = lfq.HMC(target(extent).pullback(fit.flow), tau=2.2, n_steps=8, **options).tune(0.85, seed=3)
         warm = through_flow.advance(through_flow.start(32, seed=4), 1, 300, measure=False)
-        samplers = {"multiscale": (through_flow, warm.state, 400)}
+        samplers = {"multiscale": (through_flow, warm.state, 1000)}
         for tau in (1.4, 2.8, 4.0):
             plain = lfq.HMC(target(extent), tau=tau, n_steps=12, **options)
             state = plain.start(32, seed=5, phi=warm.phi)
-            samplers[f"HMC, tau = {tau}"] = plain.tune(0.85, start=state), state, 4000 if extent < 32 else 1500
+            samplers[f"HMC, tau = {tau}"] = plain.tune(0.85, start=state), state, 4000 if extent < 32 else 6000
         for name, (sampler, state, n_samples) in samplers.items():
             block = sampler.advance(state, n_samples)
             estimates = {"M2": estimate(block.observables["M"] ** 2), "phi2": estimate(block.observables["phi2"])}

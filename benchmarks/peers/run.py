@@ -138,11 +138,16 @@ def jax_evolve(L, n, dtype, steps, flow):
     return lambda: jax.block_until_ready(call(z, p, *arguments))
 
 
-def jax_loss(L, n, dtype, flow):
+def jax_loss(L, n, dtype, flow, form=None, group=None):
     jax, real, _, flows = _jax(dtype)
-    z, form, group = real(noise(L, n, dtype, 3)), flows.FORM["loss", dtype], {64: 4, 8: 256}[L]
+    z, form, group = real(noise(L, n, dtype, 3)), form or flows.FORM["loss", dtype], group or {64: 4, 8: 256}[L]
     arguments = (real(flow.weights), real(BETA), real(LAM), form, min(n, group))
     return lambda: jax.block_until_ready(flows.loss_gradient(z, *arguments))
+
+
+def plain_jax_loss(L, n, dtype, flow):
+    """The first way to write it: a circular convolution, the whole batch at once."""
+    return jax_loss(L, n, dtype, flow, "conv", n)
 
 
 def jax_sample(L, n, dtype, flow):
@@ -193,7 +198,7 @@ def cases(quick):
         peers = {"jax": (jax_loss, 8, pick(22, 51))}
         out[f"training step, paper's net, L = 64, batch {n}, {dtype}"] = (
             lfq_loss, (64, n, dtype, f), n * 4096, peers)  # fmt: skip
-        peers = {"jax": (jax_loss, 15, pick(9.5, 15))}
+        peers = {"jax": (jax_loss, 15, pick(9.5, 15)), "jax, plain": (plain_jax_loss, None, None)}
         out[f"training step, paper's net, L = 8, batch 1024, {dtype}"] = (
             lfq_loss, (8, 1024, dtype, f), 1024 * 64, peers)  # fmt: skip
         n = 64
@@ -259,10 +264,11 @@ def check_flow_jax(dtype, difference):
         theirs = flows.sample(real(noise(L, n, dtype, 3)), real(flow.weights), flows.FORM["sample", dtype], 1)
         difference("fields", "flow x", x, theirs[0])
         difference("sums", "log_det", log_det, theirs[1])
-        theirs = jax_loss(L, n, dtype, flow)()
         ours = lfq_loss(L, n, dtype, flow)()
-        difference("sums", "loss", ours[0], theirs[0])
-        difference("sums", "loss gradient", ours[1], theirs[1])
+        for maker in (jax_loss, plain_jax_loss):
+            theirs = maker(L, n, dtype, flow)()
+            difference("sums", "loss", ours[0], theirs[0])
+            difference("sums", "loss gradient", ours[1], theirs[1])
     # The force jumps where s changes sign, and rounding decides the side: float32 over one step only.
     steps = STEPS if dtype == "float64" else 1
     ours, theirs = lfq_evolve(64, 4, dtype, steps, flow)(), jax_evolve(64, 4, dtype, steps, flow)()
@@ -291,10 +297,10 @@ CHECKS = {
     jax_hmc: check_hmc_jax,
     jax_evolve: check_flow_jax,
     jax_loss: check_flow_jax,
+    plain_jax_loss: check_flow_jax,
     jax_sample: check_flow_jax,
     torch_loss: check_flow_torch,
 }
-PACKAGE = {"jax": "jax", "numba": "numba", "torch": "torch"}
 
 
 def check_answers():
@@ -468,7 +474,7 @@ def threads():
     """Speed with two threads over that with one: the best of many turns each, since both cores must be free."""
     out = {}
     for dtype in DTYPES:
-        for name, flow, n, count in (("HMC, L = 64", None, 128, 8), ("flow-HMC, L = 64", paper_flow(), 64, 1)):
+        for name, flow, n, count in (("HMC, L = 64", None, 128, 8), ("flow-HMC, L = 64", paper_flow(), 256, 1)):
             calls, best = {t: lfq_hmc(64, n, dtype, count, flow, t) for t in (1, 2)}, {1: 1e9, 2: 1e9}
             for _ in range(25):
                 for t, call in calls.items():
