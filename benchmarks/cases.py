@@ -304,7 +304,7 @@ def _coupling_vjp(shape, n, dtype, n_threads):
         lambda: _core.flow_vjp(volume, layers, weights, z, dx, dlog_det, dz, dweights, n_threads),
         z.size,
         [costs.load(single), costs.load(single), *gradient, costs.store(single)],
-        group_bytes(costs.flow_entries(flow, fused=False), shape, dtype, False),
+        group_bytes(costs.flow_entries(flow), shape, dtype, False),
         3 * z.nbytes,
     )
 
@@ -337,7 +337,7 @@ def _training(structure):
             lambda: _core.flow_loss(volume, layers, weights, record, z, action, log_det, dweights, n_threads),
             z.size,
             [costs.load(single), *costs.flow_gradient(flow, single, True, True)],
-            group_bytes(costs.flow_entries(flow), shape, dtype, False),
+            group_bytes(costs.flow_entries(flow, fused=1), shape, dtype, False),  # z
             z.nbytes,
         )
 
@@ -380,7 +380,7 @@ def _flow_hmc(shape, n, dtype, n_threads):
         _advance(hmc, phi, n_trajectories),
         phi.size * N_STEPS * n_trajectories,
         [*step, first, *[(1 / N_STEPS) * phase for phase in ends]],
-        group_bytes(costs.flow_entries(flow), shape, dtype, False),
+        group_bytes(costs.flow_entries(flow, fused=2.5), shape, dtype, False),  # z, momenta and half of the gradient
         phi.nbytes,
     )
 

@@ -144,12 +144,8 @@ def force(ndim: int) -> Cost:
     return Cost(fma=4, add=2 * ndim - 1, group=2)
 
 
-def gradient(ndim: int) -> Cost:
-    return force(ndim) + Cost(other=1)
-
-
 def gradient_and_action(ndim: int, single: bool) -> Cost:
-    return gradient(ndim) + Cost(fma=4) + site_sum(single)
+    return force(ndim) + Cost(fma=4) + site_sum(single)
 
 
 def kick_drift(ndim: int) -> Cost:
@@ -315,7 +311,7 @@ def flow_gradient(flow, single: bool, weights: bool, sums: bool) -> list[Cost]:
         return fused_block(flow, single, weights, sums)
     return [
         *flow_forward(flow, single, True, sums),
-        gradient_and_action(2, single) if sums else gradient(2),
+        gradient_and_action(2, single) if sums else force(2),
         *block_backward(flow, weights) * flow.n_blocks,
     ]
 
@@ -341,7 +337,7 @@ def multiscale_step(layers, single: bool) -> list[Cost]:
         forward.append(share * (active * site + frozen * Cost(group=1)))
         pulled = Cost(fma=7, add=1, divide=1, group=5)  # the slope and its derivative; h, g, and two cotangents
         backward += [share * active * pulled, share * (active * (net + Cost(group=2)) + frozen * Cost(group=2))]
-    return [Cost(group=2), *forward, gradient(2), *backward[::-1], Cost(fma=2, group=5)]
+    return [Cost(group=2), *forward, force(2), *backward[::-1], Cost(fma=2, group=5)]
 
 
 def _bits(layer, name: str) -> int:
@@ -364,13 +360,13 @@ def total(phases: list[Cost]) -> Cost:
     return sum(phases, Cost())
 
 
-def flow_entries(flow, fused: bool = True) -> int:
+def flow_entries(flow, fused: float = 0) -> float:
     """Entries per site of the work area of a gradient: x, z, g, du, the cache, and the net's channels.
 
-    A block fused with the action goes over z and its gradient or momenta; of the rest it keeps a few rows.
+    `fused`: those of a lone block that is fused with the action and keeps a few rows of all else.
     """
-    if fused and flow.n_blocks == 1 and not flow.hidden:
-        return 2
+    if fused and flow.n_blocks == 1 and flow.kernel_size == 3 and not flow.hidden:
+        return fused
     hidden = sum(flow.hidden) + 2 * max((2, *flow.hidden)) if flow.hidden else 0
     return 4 + 4 * flow.n_blocks + hidden
 

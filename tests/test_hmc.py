@@ -579,6 +579,25 @@ def test_avx2_and_avx512_give_the_same_bits(kind, dtype):
         assert_same_blocks(*blocks)
 
 
+@pytest.mark.parametrize("shape", [(24, 172), (24, 16, 16), (48, 8, 16), (16, 4, 8, 8)], ids=str)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64], ids=["float32", "float64"])
+def test_fields_do_not_depend_on_how_many_slices_a_lane_has(shape, dtype, rng):
+    """Even numbers of slices go in pairs, odd ones row by row."""
+    pair = ["x86-64-v3", "x86-64-v4"]
+    if not set(pair) <= set(_core.isas().split(",")):
+        pytest.skip("needs a machine with AVX2 and AVX-512")
+    hmc = lfq.HMC(lfq.Phi4(shape, beta=0.3, lam=0.5), tau=0.5, n_steps=5, dtype=np.dtype(dtype).name)
+    start, before, found = rng.standard_normal((2, 3, *shape)).astype(dtype), _core.isa(), []
+    try:
+        for name in pair:
+            _core.set_isa(name)
+            found.append(hmc.evolve(*start))
+    finally:
+        _core.set_isa(before)
+    for narrow, wide in zip(*found, strict=True):
+        np.testing.assert_array_equal(narrow, wide)
+
+
 # ---- samples and runs -----------------------------------------------------------------------
 
 

@@ -12,7 +12,7 @@ from lfq import _core, reference
 
 SHAPES = [(8,), (6, 10), (16, 16), (4, 6, 8), (4, 2, 6, 4)]
 # Lattices whose chains are spread over the lanes, slab by slab (on some instruction sets).
-SPLIT = [(64, 64), (32, 8, 16), (32, 4, 6, 8)]
+SPLIT = [(64, 64), (32, 8, 16), (24, 16, 16), (48, 8, 16), (32, 4, 6, 8)]
 
 FLOWS = {
     "paper": dict(kernel_size=3, n_blocks=1),
@@ -246,7 +246,7 @@ def test_evolution_of_split_chains(isa, dtype, shape, rng):
 
 
 PLANE = [(4, 3), (66, 5), (7, 6), (256, 128)]
-# Slices go in pairs where their number is even, the rows of one being moved a plane behind those it is kicked in.
+# Slices go in pairs where their number is even; a row of the first one moves a plane later than it is kicked.
 DEEP = [(4, 1, 4), (2, 2, 3), (4, 3, 5), (6, 2, 4), (3, 4, 5), (16, 16, 16), (2, 3, 2, 4), (4, 5, 3, 2), (5, 2, 3, 4)]
 
 

@@ -399,7 +399,7 @@ struct flow_group {
   }
 
   // Calls f(first site, outputs, parameters) for the active sites, two at a time (see span) where a row has them.
-  // ANY: with the number of taps left to run time.
+  // ANY: with the number of taps left to run time, where speed is not worth further instances.
   template <int N, bool ANY = false, class F>
   void net(const layer_plan<T>& l, const V* x, F&& f) const {
     const int L = l.lat.length;
@@ -451,8 +451,9 @@ struct flow_group {
   struct forward_site {
     V *x, *cache;
     site_sum<T>& log_det;
+    int64_t n_before = 0;
     template <class R>
-    LFQ_HD void operator()(int64_t site, const R (&u)[N], const T* parameters) const {
+    LFQ_HD void operator()(int64_t site, const R (&u)[N], const T* parameters) {
       const R before = span<R>::at(x + site, 2);
       const coupled_site<R, N> a = couple_site<S>(before, u, parameters);
       if constexpr (M == memory::latents) {
@@ -463,9 +464,8 @@ struct flow_group {
         span<R>::put(c + N, N + 2, a.slope), span<R>::put(c + N + 1, N + 2, before);
       }
       span<R>::put(x + site, 2, a.y);
-      int64_t i = site >> 1;
       if constexpr (LOG_DET)
-        span<R>::each(log_slope<S>(a, parameters), [&](V v) LFQ_LAMBDA_INLINE { log_det.add(i++, v); });
+        span<R>::each(log_slope<S>(a, parameters), [&](V v) LFQ_LAMBDA_INLINE { log_det.add(n_before++, v); });
     }
   };
   template <memory M, bool LOG_DET>
@@ -476,24 +476,24 @@ struct flow_group {
     with_scale(l.spec, [&](auto kind, auto n) {
       constexpr scale_kind S = scale_kind(decltype(kind)::value);
       constexpr int N = decltype(n)::value;
-      net<N>(l, x, forward_site<S, N, kept<S>(M), LOG_DET>{x, cache, log_det});
+      net<N>(l, x, forward_site<S, N, needed<S>(M), LOG_DET>{x, cache, log_det});
     });
   }
   // Only `site` needs less for the gradient by the latents alone.
   template <scale_kind S>
-  static constexpr memory kept(memory wanted) {
+  static constexpr memory needed(memory wanted) {
     return wanted == memory::latents && S != scale_kind::site ? memory::weights : wanted;
   }
   void uncouple(const layer_plan<T>& l, V* x, site_sum<T>& log_det) const {
     with_scale(l.spec, [&](auto kind, auto n) {
       constexpr scale_kind S = scale_kind(decltype(kind)::value);
       constexpr int N = decltype(n)::value;
+      int64_t n_before = 0;
       net<N, true>(l, x, [&](int64_t site, const auto& u, const T* parameters) LFQ_LAMBDA_INLINE {
         using R = std::decay_t<decltype(u[0])>;
         R log_dy;
         span<R>::put(x + site, 2, uncouple_site<S>(span<R>::at(x + site, 2), u, parameters, log_dy));
-        int64_t i = site >> 1;
-        span<R>::each(log_dy, [&](V v) LFQ_LAMBDA_INLINE { log_det.add(i++, -v); });
+        span<R>::each(log_dy, [&](V v) LFQ_LAMBDA_INLINE { log_det.add(n_before++, -v); });
       });
     });
   }

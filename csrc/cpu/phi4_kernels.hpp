@@ -108,10 +108,12 @@ struct phi4_group {
     neighbours(phi, r, above, up, down);
     V left = self[n - 1], here = self[0];
     const auto visit = [&](int x, V right) LFQ_LAMBDA_INLINE {
-      V forward = right;
-      for (int i = 0; i < D - 1; ++i) forward += up[i][x];
-      V all = forward + left;
-      for (int i = 0; i < D - 1; ++i) all += down[i][x];
+      // all in the order of two_slices, which other slabs of the same lattice may go through
+      V forward = right, all = left + right;
+      for (int i = 0; i < D - 1; ++i) {
+        forward += up[i][x];
+        all += down[i][x] + up[i][x];
+      }
       f(r * n + x, here, forward, all);
       after(x);
       left = here;
@@ -229,7 +231,7 @@ struct phi4_group {
           n, [&](int x) LFQ_LAMBDA_INLINE { return phi0[x]; }, [&](int x) LFQ_LAMBDA_INLINE { return phi1[x]; },
           [&](int x, V here, V here1, V sides, V sides1) LFQ_LAMBDA_INLINE {
             const V lower = FIRST ? before(under[x]) : under[x];
-            if constexpr (FIRST) copy[x] = after(here);
+            if constexpr (FIRST) copy[x] = after(here);  // before `over` is read: of two slices it is the copy
             V all = sides + (lower + here1), all1 = sides1 + (here + over[x]);
             for (int i = 0; i < D - 2; ++i) {
               all += phi0[x + up[i]] + phi0[x + down[i]];
@@ -405,7 +407,7 @@ struct phi4_group {
   // quadratic terms of S twice and the quartic one four times, S = sum of -phi F / 2 - lam phi^4.
   void kick_energy(const V* phi, V* p, const phi4_kick<T>& kick, double k, lane_sum<T>& s, site_sum<T>& p2) const {
     exchange(phi);
-    site_sum<T> phi_force, phi4, sum_p2;
+    site_sum<T> phi_force, phi4, sum_p2 = p2;  // in registers: momenta could lie where p2 does
     for (int64_t r = 0; r < lat.n_rows; ++r)
       row(phi, r, [&](int64_t i, V x, V, V all) LFQ_LAMBDA_INLINE {
         const V x2 = x * x, f = kick.force(x, x2, all), m = p[i] + f;

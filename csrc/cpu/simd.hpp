@@ -325,25 +325,25 @@ LFQ_HD simd<T> masked(lane_mask<T> m, simd<T> v) {
   return from_bits<simd<T>>(to_bits(v) & m);
 }
 
-// The same for terms that come site by site: single-precision ones go to double eight at a time.
+// The same for terms that come in order: single-precision ones go to double eight at a time.
 template <class T>
 struct site_sum {
   lane_sum<T> total;
   simd<T> part = simd<T>(T(0));
-  LFQ_HD void add(int64_t site, simd<T> x) {
+  LFQ_HD void add(int64_t number, simd<T> x) {
     if constexpr (sizeof(T) == 8) {
       total.add(x);
     } else {
       part += x;
-      if ((site & 7) == 7) settle();
+      if ((number & 7) == 7) settle();
     }
   }
-  LFQ_HD void add_product(int64_t site, simd<T> x, simd<T> y) {
+  LFQ_HD void add_product(int64_t number, simd<T> x, simd<T> y) {
     if constexpr (sizeof(T) == 8) {
       total.a = fma(x, y, total.a);
     } else {
       part = fma(x, y, part);
-      if ((site & 7) == 7) settle();
+      if ((number & 7) == 7) settle();
     }
   }
   LFQ_HD void settle() {

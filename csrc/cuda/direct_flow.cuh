@@ -815,7 +815,7 @@ struct direct_block {
 #pragma unroll
       for (int k = 0; k < K; ++k) {
         const T phi = shared_at<T>(group.address(k));
-        shared_at<T>(group.address(k) + to_g) = -site_action.force(phi, ahead[k] + behind[k]);
+        shared_at<T>(group.address(k) + to_g) = site_action.gradient(phi, phi * phi, site_action.beta * (ahead[k] + behind[k]));
         if (energies) part += site_action.action(phi, ahead[k]);
       }
       if (energies) s += double(part);

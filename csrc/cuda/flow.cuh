@@ -812,7 +812,7 @@ struct flow_block {
     each_of(flow.volume, [&](int64_t i) {
       T ahead, all;
       neighbours(theory, x, int(i), ahead, all);
-      g[i] = -site.force(x[i], all);
+      g[i] = site.gradient(x[i], x[i] * x[i], site.beta * all);
       if (energies) s += double(site.action(x[i], ahead));
     });
     __syncthreads();

@@ -130,7 +130,7 @@ struct resident_flow {
         const T ahead = above.v[c] + (c < 3 ? x[r].v[c < 3 ? c + 1 : 3] : right);
         const T behind = below.v[c] + (c > 0 ? x[r].v[c > 0 ? c - 1 : 0] : left);
         const T phi = factor * x[r].v[c];
-        g[r].v[c] = -factor * site.force(phi, factor * (ahead + behind));
+        g[r].v[c] = factor * site.gradient(phi, phi * phi, site.beta * (factor * (ahead + behind)));
         if (wanted) row += site.action(phi, factor * ahead);
       }
       if (wanted) s += double(row);

@@ -20,12 +20,17 @@ struct phi4_site {
   // -dS/dphi, given the sum over all neighbours.
   template <class R>
   LFQ_HD R force(R phi, R neighbours) const {
-    return -gradient(phi, phi * phi, R(beta) * neighbours);
+    return fma(-phi, slope(phi * phi), R(beta) * neighbours);
   }
   // dS/dphi, given phi^2 and beta times the sum over all neighbours.
   template <class R>
   LFQ_HD R gradient(R phi, R phi2, R hopping) const {
-    return fma(phi, fma(phi2, R(T(4) * lam), R(T(2) * quadratic)), -hopping);
+    return fma(phi, slope(phi2), -hopping);
+  }
+  // Of the terms of one site alone, divided by phi.
+  template <class R>
+  LFQ_HD R slope(R phi2) const {
+    return fma(phi2, R(T(4) * lam), R(T(2) * quadratic));
   }
 };
 
