@@ -13,10 +13,11 @@ import numpy as np
 from hmc_jax import action, groups, hmc_of, leapfrog_of
 from jax import lax
 
-# The fastest of the forms of a coupling.
-FORM = {
-    ("sample", "float64"): "conv", ("loss", "float64"): "roll", ("step", "float64"): "conv",
-    ("sample", "float32"): "conv", ("loss", "float32"): "roll", ("step", "float32"): "conv",
+# The fastest of the forms of a coupling; of the loss also of the groups, for each L.
+FORM = {"sample": "conv", "step": "conv"}
+LOSS = {
+    (64, "float64"): ("conv", 8), (64, "float32"): ("roll", 4),
+    (8, "float64"): ("roll", 128), (8, "float32"): ("roll", 256),
 }  # fmt: skip
 
 

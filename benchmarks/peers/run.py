@@ -134,26 +134,26 @@ def jax_evolve(L, n, dtype, steps, flow):
     jax, real, _, flows = _jax(dtype)
     z, p = real(noise(L, n, dtype, 1, 0.7)), real(noise(L, n, dtype, 2))
     call = flows.evolve
-    arguments = (real(flow.weights), real(BETA), real(LAM), real(EPS), steps, flows.FORM["step", dtype], 1)
+    arguments = (real(flow.weights), real(BETA), real(LAM), real(EPS), steps, flows.FORM["step"], 1)
     return lambda: jax.block_until_ready(call(z, p, *arguments))
 
 
-def jax_loss(L, n, dtype, flow, form=None, group=None):
+def jax_loss(L, n, dtype, flow, plain=False):
     jax, real, _, flows = _jax(dtype)
-    z, form, group = real(noise(L, n, dtype, 3)), form or flows.FORM["loss", dtype], group or {64: 4, 8: 256}[L]
-    arguments = (real(flow.weights), real(BETA), real(LAM), form, min(n, group))
+    form, group = ("conv", n) if plain else flows.LOSS[L, dtype]
+    z, arguments = real(noise(L, n, dtype, 3)), (real(flow.weights), real(BETA), real(LAM), form, min(n, group))
     return lambda: jax.block_until_ready(flows.loss_gradient(z, *arguments))
 
 
 def plain_jax_loss(L, n, dtype, flow):
     """The first way to write it: a circular convolution, the whole batch at once."""
-    return jax_loss(L, n, dtype, flow, "conv", n)
+    return jax_loss(L, n, dtype, flow, plain=True)
 
 
 def jax_sample(L, n, dtype, flow):
     jax, real, _, flows = _jax(dtype)
     z, weights = real(noise(L, n, dtype, 3)), real(flow.weights)
-    return lambda: jax.block_until_ready(flows.sample(z, weights, flows.FORM["sample", dtype], 1))
+    return lambda: jax.block_until_ready(flows.sample(z, weights, flows.FORM["sample"], 1))
 
 
 def torch_loss(L, n, dtype, flow):
@@ -261,7 +261,7 @@ def check_flow_jax(dtype, difference):
     flow = paper_flow()
     for L, n in ((64, 8), (8, 256)):
         x, log_det = lfq_sample(L, n, dtype, flow)()
-        theirs = flows.sample(real(noise(L, n, dtype, 3)), real(flow.weights), flows.FORM["sample", dtype], 1)
+        theirs = flows.sample(real(noise(L, n, dtype, 3)), real(flow.weights), flows.FORM["sample"], 1)
         difference("fields", "flow x", x, theirs[0])
         difference("sums", "log_det", log_det, theirs[1])
         ours = lfq_loss(L, n, dtype, flow)()
