@@ -218,26 +218,16 @@ struct flow_work {
   }
 };
 
-// Calls f(whether windows of a radius around the sites that R stands for, from x on, stay in the row).
-template <class R, class F>
-LFQ_HD void inside_or_wrapped(int64_t x, int radius, int length, F&& f) {
-  if (span<R>::sites == 2 && x >= radius && x + 2 + radius < length)
-    f(constant<true>());
-  else
-    f(constant<false>());
-}
-
 // The taps of a direct stencil around one row; NT = 0 leaves their number to run time.
 template <class T, int NT>
 struct row_taps {
   static constexpr int capacity = NT ? NT : max_taps;
-  int run_time_n, radius, length;
+  int run_time_n;
   const simd<T>* field[capacity];  // the row of a tap
   const simd<T>* tap[capacity];    // of the site 0, if it did not leave the row
   const int32_t* wrap[capacity];
   LFQ_HD int n() const { return NT ? NT : run_time_n; }
-  LFQ_HD row_taps(const layer_plan<T>& l, int sublattice, const simd<T>* x, int64_t r)
-      : radius(l.win.radius), length(l.lat.length) {
+  LFQ_HD row_taps(const layer_plan<T>& l, int sublattice, const simd<T>* x, int64_t r) {
     const int64_t* rows = l.win.rows(r);
     const direct_tap<T>* from = l.taps[sublattice];
     run_time_n = l.n_taps[sublattice];
@@ -247,13 +237,7 @@ struct row_taps {
       wrap[i] = l.win.wrap + (from[i].dx + l.win.radius);
     }
   }
-  // Calls f(i, tap i) for the site x in the row, and the site x + 2 where R stands for two.
-  template <class R, class F>
-  LFQ_HD void each(int64_t x, F&& f) const {
-    inside_or_wrapped<R>(x, radius, length, [&](auto inside) LFQ_LAMBDA_INLINE {
-      for (int i = 0; i < n(); ++i) f(i, at<R, decltype(inside)::value>(i, x));
-    });
-  }
+  // Tap i of the site x in the row, and of the site x + 2 where R stands for two; INSIDE: it does not leave the row.
   template <class R, bool INSIDE>
   LFQ_HD R at(int i, int64_t x) const {
     if constexpr (INSIDE)
@@ -269,13 +253,12 @@ struct row_taps {
 template <class T, int NT, int N>
 struct row_cotangents {
   static constexpr int capacity = NT ? NT : max_taps;
-  int run_time_n, radius, length;
+  int run_time_n;
   const simd<T>* row[capacity];
   const simd<T>* tap[capacity];
   const int32_t* wrap[capacity];
   LFQ_HD int n() const { return NT ? NT : run_time_n; }
-  LFQ_HD row_cotangents(const layer_plan<T>& l, int sublattice, const simd<T>* du, int64_t r)
-      : radius(l.win.radius), length(l.lat.length) {
+  LFQ_HD row_cotangents(const layer_plan<T>& l, int sublattice, const simd<T>* du, int64_t r) {
     const int64_t* rows = l.win.rows(r);
     const direct_tap<T>* from = l.taps[sublattice];
     run_time_n = l.n_taps[sublattice];
@@ -284,14 +267,6 @@ struct row_cotangents {
       tap[i] = row[i] + N * (((sublattice & 1) + from[i].dx) >> 1);
       wrap[i] = l.win.wrap + (from[i].dx + l.win.radius);
     }
-  }
-  // Calls f(i, k, number k of tap i).
-  template <class R, class F>
-  LFQ_HD void each(int64_t x, F&& f) const {
-    inside_or_wrapped<R>(x, radius, length, [&](auto inside) LFQ_LAMBDA_INLINE {
-      for (int i = 0; i < n(); ++i)
-        for (int k = 0; k < N; ++k) f(i, k, at<R, decltype(inside)::value>(i, x, k));
-    });
   }
   template <class R, bool INSIDE>
   LFQ_HD R at(int i, int64_t x, int c) const {
@@ -311,6 +286,24 @@ LFQ_HD void every_other_site(int x0, int length, F&& f) {
   int64_t x = x0;
   for (; x + 2 < length; x += 4) f(twin<T>(), x);
   if (x < length) f(simd<T>(), x);
+}
+
+// The same, f(real, inside, x) with whether windows of a radius around the sites stay in the row; those that do first, so
+// that the others, at both ends, are one piece of code.
+template <class T, class F>
+LFQ_HD void every_other_window(int x0, int length, int radius, F&& f) {
+  constexpr constant<true> inside;
+  constexpr constant<false> wrapped;
+  int64_t begin = x0;
+  while (begin < radius) begin += 4;
+  int64_t end = begin, x = x0;
+  for (; end + 2 + radius < length; end += 4) f(twin<T>(), inside, end);
+  for (; x + 2 < length; x += 4) {
+    if (x == begin) x = end;
+    if (x + 2 >= length) break;
+    f(twin<T>(), wrapped, x);
+  }
+  if (x < length) f(simd<T>(), wrapped, x);
 }
 
 template <class F>
@@ -427,14 +420,15 @@ struct flow_group {
         for (int i = 0; i < N; ++i) bias[i] = V(l.class_bias(q, i));
         for (int i = 0; i < NT; ++i)
           for (int k = 0; k < N; ++k) kept[i][k] = V(from[i].weight[k]);
-        every_other_site<T>(s & 1, L, [&](auto real, int64_t c) LFQ_LAMBDA_INLINE {
+        every_other_window<T>(s & 1, L, l.win.radius, [&](auto real, auto inside, int64_t c) LFQ_LAMBDA_INLINE {
           using R = decltype(real);
           R out[N];
           for (int k = 0; k < N; ++k) out[k] = R(bias[k]);
-          taps.template each<R>(c, [&](int i, R v) LFQ_LAMBDA_INLINE {
+          for (int i = 0; i < taps.n(); ++i) {
+            const R v = taps.template at<R, decltype(inside)::value>(i, c);
             for (int k = 0; k < N; ++k)
               out[k] = fma(NT ? R(kept[NT ? i : 0][k]) : R(from[i].weight[k]), v, out[k]);
-          });
+          }
           f(r * L + c, out, l.parameters[q]);
         });
       }
@@ -572,12 +566,12 @@ struct flow_group {
     for (int i = 0; i < NT; ++i)
       for (int k = 0; k < N; ++k) kept[i][k] = V(from[i].weight[k]);
     V* const row = g + r * l.lat.length;
-    every_other_site<T>(sublattice & 1, l.lat.length, [&](auto real, int64_t c) LFQ_LAMBDA_INLINE {
+    every_other_window<T>(sublattice & 1, l.lat.length, l.win.radius, [&](auto real, auto inside, int64_t c) LFQ_LAMBDA_INLINE {
       using R = decltype(real);
       R sum = span<R>::at(row + c, 2);
-      taps.template each<R>(c, [&](int i, int k, R v) LFQ_LAMBDA_INLINE {
-        sum = fma(NT ? R(kept[NT ? i : 0][k]) : R(from[i].weight[k]), v, sum);
-      });
+      for (int i = 0; i < taps.n(); ++i)
+        for (int k = 0; k < N; ++k)
+          sum = fma(NT ? R(kept[NT ? i : 0][k]) : R(from[i].weight[k]), taps.template at<R, decltype(inside)::value>(i, c, k), sum);
       span<R>::put(row + c, 2, sum);
     });
   }
@@ -594,7 +588,7 @@ struct flow_group {
     for (int64_t r = 0; r < l.lat.n_rows; ++r) {
       if (l.win.sublattice[r] != (sublattice & ~1)) continue;
       const row_taps<T, NT> taps(l, sublattice, x, r);
-      every_other_site<T>(sublattice & 1, L, [&](auto real, int64_t c) LFQ_LAMBDA_INLINE {
+      every_other_window<T>(sublattice & 1, L, l.win.radius, [&](auto real, auto inside, int64_t c) LFQ_LAMBDA_INLINE {
         using R = decltype(real);
         using P = span<R>;
         const int64_t site = r * L + c;
@@ -604,10 +598,11 @@ struct flow_group {
           P::put(du + N * (site >> 1) + k, N, u[k]);
           bias[k] = P::sum(u[k], bias[k]);
         }
-        taps.template each<R>(c, [&](int i, R v) LFQ_LAMBDA_INLINE {
+        for (int i = 0; i < taps.n(); ++i) {
+          const R v = taps.template at<R, decltype(inside)::value>(i, c);
           V* a = NT ? acc + N * i : dw + N * from[i].number;
           for (int k = 0; k < N; ++k) a[k] = P::dot(u[k], v, a[k]);
-        });
+        }
       });
     }
     for (int i = 0; i < NT; ++i)
