@@ -296,13 +296,11 @@ LFQ_HD void every_other_window(int x0, int length, int radius, F&& f) {
   constexpr constant<false> wrapped;
   int64_t begin = x0;
   while (begin < radius) begin += 4;
-  int64_t end = begin, x = x0;
+  int64_t end = begin;
   for (; end + 2 + radius < length; end += 4) f(twin<T>(), inside, end);
-  for (; x + 2 < length; x += 4) {
-    if (x == begin) x = end;
-    if (x + 2 >= length) break;
-    f(twin<T>(), wrapped, x);
-  }
+  const auto past = [&](int64_t site) LFQ_LAMBDA_INLINE { return site == begin ? end : site; };
+  int64_t x = past(x0);
+  for (; x + 2 < length; x = past(x + 4)) f(twin<T>(), wrapped, x);
   if (x < length) f(simd<T>(), wrapped, x);
 }
 

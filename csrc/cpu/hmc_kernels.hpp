@@ -331,8 +331,7 @@ struct hmc_output {
 
 // Momenta in units of 1 / unit, and the sum of their squares.
 template <class T>
-void draw_momenta(const stream& rng, uint64_t first_chain, const group<T>& g, int64_t n, double unit, simd<T>* pi,
-                  site_sum<T>& p2) {
+site_sum<T> draw_momenta(const stream& rng, uint64_t first_chain, const group<T>& g, int64_t n, double unit, simd<T>* pi) {
   const simd<T> to_unit = simd<T>(T(unit));
   site_sum<T> sum;
   normals<T>(rng, first_chain, g, n, [&](int64_t i, simd<T> p) LFQ_LAMBDA_INLINE {
@@ -340,7 +339,7 @@ void draw_momenta(const stream& rng, uint64_t first_chain, const group<T>& g, in
     pi[i] = p;
     sum.add_product(i, p, p);
   });
-  p2 = sum;
+  return sum;
 }
 
 // All trajectories of one group, from and to potential.w.z. False when dH became NaN or Inf: then w.z is
@@ -361,9 +360,9 @@ bool run_hmc(P& potential, const lfq_hmc& h, const group<T>& g, const hmc_output
   for (int64_t sample = 0; sample < h.n_samples; ++sample) {
     for (int t = 0; t < h.thin; ++t, ++n) {
       const uint64_t number = h.first_trajectory + uint64_t(n);
-      site_sum<T> sum_k0, sum_k1;
+      const stream rng{h.seed, number, LFQ_PURPOSE_MOMENTA};
+      site_sum<T> sum_k0 = draw_momenta(rng, h.first_chain, g, volume, unit, w.pi), sum_k1;
       lane_sum<T> sum_s1;
-      draw_momenta(stream{h.seed, number, LFQ_PURPOSE_MOMENTA}, h.first_chain, g, volume, unit, w.pi, sum_k0);
       potential.save();
       trajectory<T>(potential, drawn(h, number), sum_s1, sum_k1);
       double k0[W], k1[W], s1[W], uniform[W];

@@ -219,23 +219,17 @@ struct phi4_group {
       const V *phi0 = phi + at, *phi1 = phi0 + slice, *under = below + at, *over = above + at, *p_under = p + at - slice;
       V *p0 = p + at, *p1 = p0 + slice, *to0 = to + at, *copy = edge.above + at;
       V* const to_under = IN_PLACE ? const_cast<V*>(under) : to0 - slice;
-      int64_t up[D > 2 ? D - 2 : 1], down[D > 2 ? D - 2 : 1];
-      int64_t stride = n, rest = at / n;
-      for (int i = D - 2; i > 0; --i) {
-        const int extent = lat.extent[i], c = int(rest % extent);
-        up[i - 1] = c + 1 < extent ? stride : stride * (1 - extent);
-        down[i - 1] = c > 0 ? -stride : stride * (extent - 1);
-        stride *= extent, rest /= extent;
-      }
+      const V *up[D - 1], *down[D - 1];  // within the slice
+      if constexpr (D > 2) neighbours(phi, at / n, nullptr, up, down);
       along_rows(
           n, [&](int x) LFQ_LAMBDA_INLINE { return phi0[x]; }, [&](int x) LFQ_LAMBDA_INLINE { return phi1[x]; },
           [&](int x, V here, V here1, V sides, V sides1) LFQ_LAMBDA_INLINE {
             const V lower = FIRST ? before(under[x]) : under[x];
             if constexpr (FIRST) copy[x] = after(here);  // before `over` is read: of two slices it is the copy
             V all = sides + (lower + here1), all1 = sides1 + (here + over[x]);
-            for (int i = 0; i < D - 2; ++i) {
-              all += phi0[x + up[i]] + phi0[x + down[i]];
-              all1 += phi1[x + up[i]] + phi1[x + down[i]];
+            for (int i = 1; i < D - 1; ++i) {
+              all += up[i][x] + down[i][x];
+              all1 += up[i][x + slice] + down[i][x + slice];
             }
             const V k = step.kick(p0[x], here, all);
             p1[x] = step.kick(p1[x], here1, all1);
